@@ -1,0 +1,44 @@
+"""Every error that this package raises on purpose.
+
+::
+
+    BatchNormError                     catch this one to catch them all
+    ├── ShapeError    (ValueError, RuntimeError)  a tensor's rank, channels or shape do not fit
+    ├── DTypeError    (TypeError, RuntimeError)   a dtype cannot be normalised, or two do not go together
+    ├── CountError    (ValueError)                too few values for the statistic that was asked for
+    ├── OptionError   (ValueError, RuntimeError)  an argument is outside what it may be
+    └── UsageError                                the command line was used wrongly
+
+The built-in types beside each are those that torch raises for the same mistake, so that code written for
+`torch.nn` catches ours too. A message says what came, what the rule is, and what to do.
+"""
+
+from __future__ import annotations
+
+
+class BatchNormError(Exception):
+    """Base of all errors of this package."""
+
+    def within(self, where: str) -> BatchNormError:
+        """The same error with the place where it happened put before its message."""
+        return type(self)(f"{where}: {self}")
+
+
+class ShapeError(BatchNormError, ValueError, RuntimeError):
+    """A tensor's rank, number of channels or shape does not fit."""
+
+
+class DTypeError(BatchNormError, TypeError, RuntimeError):
+    """A tensor's dtype cannot be normalised, or two dtypes do not go together."""
+
+
+class CountError(BatchNormError, ValueError):
+    """Too few values for the statistic that was asked for."""
+
+
+class OptionError(BatchNormError, ValueError, RuntimeError):
+    """An argument is outside the values that it may take."""
+
+
+class UsageError(BatchNormError):
+    """The command line was used wrongly; the message is one line."""

@@ -1,0 +1,85 @@
+"""The law of shapes: an input is (N, C, *S), one dimension holds the channels, all others are observations.
+
+Everything that depends on which dimension that is stands here; how the values lie in memory is the kernels' concern.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from batchnorm.errors import ShapeError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+
+def channel_axis(ndim: int, channel_dim: int) -> int:
+    """The channel dimension as an index from 0.
+
+    Args:
+        ndim: rank of the input, at least 2.
+        channel_dim: 0 <= channel_dim < ndim, or negative to count from the end.
+
+    Raises:
+        ShapeError: the rank is below 2, or there is no such dimension.
+    """
+    if ndim < 2:
+        raise ShapeError(
+            f"got an input of rank {ndim}; batch normalization needs at least 2 dimensions, (N, C) or (N, C, *S). "
+            f"Add the missing one, for example with x.unsqueeze(0)"
+        )
+    if not -ndim <= channel_dim < ndim:
+        raise ShapeError(
+            f"got channel_dim={channel_dim} for an input of rank {ndim}; it must lie in [{-ndim}, {ndim - 1}]. "
+            f"Use 1 for channels first, -1 for channels last"
+        )
+    return channel_dim % ndim
+
+
+def observed_dims(ndim: int, axis: int) -> tuple[int, ...]:
+    """The dimensions that statistics reduce over: all but the channels'."""
+    return tuple(dim for dim in range(ndim) if dim != axis)
+
+
+def observed_shape(shape: Sequence[int], axis: int) -> tuple[int, ...]:
+    """The input's shape without the channel dimension."""
+    return (*shape[:axis], *shape[axis + 1 :])
+
+
+def count(shape: Sequence[int], axis: int) -> int:
+    """n, the number of values of each channel."""
+    return math.prod(observed_shape(shape, axis))
+
+
+def per_channel(vector: Tensor, ndim: int, axis: int) -> Tensor:
+    """A (C,) vector viewed so that it broadcasts against an input of rank `ndim`."""
+    return vector.view(tuple(-1 if dim == axis else 1 for dim in range(ndim)))
+
+
+def check_vector(vector: Tensor | None, name: str, num_channels: int) -> None:
+    """One value for each channel, or nothing.
+
+    Raises:
+        ShapeError: `vector` is not of shape (num_channels,).
+    """
+    if vector is not None and (vector.dim() != 1 or vector.shape[0] != num_channels):
+        raise ShapeError(
+            f"got {name} of shape {tuple(vector.shape)} for an input with {num_channels} channels; "
+            f"it must have shape ({num_channels},). Check num_features and channel_dim"
+        )
+
+
+def check_same_shape(other: Tensor, name: str, x: Tensor) -> None:
+    """`other` is added to the normalised input, so it must have the input's shape.
+
+    Raises:
+        ShapeError: it has another.
+    """
+    if other.shape != x.shape:
+        raise ShapeError(
+            f"got {name} of shape {tuple(other.shape)} for an input of shape {tuple(x.shape)}; "
+            f"both must be equal. Expand or crop the {name} first"
+        )

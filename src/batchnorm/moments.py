@@ -1,0 +1,166 @@
+r"""Moments: the one object that batch, running and population statistics are made of.
+
+The moments of a set of activations are its count, its mean and its sum of squared deviations, per channel:
+
+    n,    mean = 1/n \sum x,    m2 = \sum (x - mean)^2
+
+Moments of disjoint sets add up to the moments of their union, so they form a commutative monoid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from batchnorm import layout
+from batchnorm.errors import CountError, OptionError, ShapeError
+
+
+def statistics_dtype(device: torch.device) -> torch.dtype:
+    """float64, or float32 on a device that has nothing wider."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    r"""Count, mean and sum of squared deviations of a set of activations, per channel.
+
+    Two sets a and b, with d = mean_b - mean_a and n = n_a + n_b, join as (Chan, Golub and LeVeque, "Updating
+    Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979)
+
+        mean = mean_a + d n_b / n,    m2 = m2_a + m2_b + d^2 n_a n_b / n
+
+    which never subtracts two large numbers. `sum(many, start=Moments.empty(C))` joins any number.
+
+    Attributes:
+        count: () int64, or float64 where observations carry weights.
+        mean: (C,) float64, in the activations' unit; 0 for the empty set.
+        m2: (C,) float64, in the activations' unit squared.
+    """
+
+    count: Tensor
+    mean: Tensor
+    m2: Tensor
+
+    @classmethod
+    def empty(cls, num_channels: int, *, device: torch.device | str | None = None) -> Moments:
+        """The moments of no activations: the neutral element of `+`."""
+        zeros = torch.zeros(num_channels, dtype=torch.float64, device=device)
+        return cls(torch.zeros((), dtype=torch.int64, device=device), zeros, zeros.clone())
+
+    @classmethod
+    def of(cls, x: Tensor, *, channel_dim: int = 1, mask: Tensor | None = None) -> Moments:
+        r"""The moments of one tensor, in two passes over it.
+
+        With weights w: count = \sum w, mean = \sum w x / count, m2 = \sum w (x - mean)^2. What a mask leaves out
+        has no influence whatever its value is, NaN included. Differentiable.
+
+        Args:
+            x: (N, C, *S) of any dtype, channels in dimension `channel_dim`.
+            channel_dim: the dimension of the channels.
+            mask: which positions count: bool, or weights >= 0. Of x's shape without the channel dimension (a
+                size of 1 broadcasts), or (N,): one value for each sample.
+
+        Returns:
+            Moments with C channels.
+
+        Raises:
+            ShapeError: rank below 2, or a mask that does not fit.
+            OptionError: a negative weight.
+        """
+        axis = layout.channel_axis(x.dim(), channel_dim)
+        dims = layout.observed_dims(x.dim(), axis)
+        values = x.to(statistics_dtype(x.device))
+        if mask is None:
+            n = layout.count(x.shape, axis)
+            if n == 0:
+                return cls.empty(x.shape[axis], device=x.device)
+            mean = values.mean(dims)
+            m2 = (values - layout.per_channel(mean, x.dim(), axis)).square().sum(dims)
+            return cls(torch.full((), n, device=x.device), mean, m2)
+
+        weights = _weights(mask, x, axis).to(values.dtype)
+        values = torch.where(weights > 0, values, 0)
+        total = weights.sum()
+        divisor = torch.where(total > 0, total, 1)
+        mean = (weights * values).sum(dims) / divisor
+        m2 = (weights * (values - layout.per_channel(mean, x.dim(), axis)).square()).sum(dims)
+        return cls(total.to(torch.int64) if mask.dtype == torch.bool else total, mean, m2)
+
+    def __add__(self, other: Moments) -> Moments:
+        """The moments of the union of two disjoint sets."""
+        if not isinstance(other, Moments):
+            return NotImplemented
+        if self.mean.shape != other.mean.shape:
+            raise ShapeError(
+                f"got moments of {self.mean.shape[0]} and of {other.mean.shape[0]} channels; "
+                f"only moments of the same channels can be joined"
+            )
+        count = self.count + other.count
+        # Two integer tensors would divide in torch's default dtype, float32.
+        fraction = other.count.to(self.mean.dtype) / torch.where(count > 0, count, 1)
+        delta = other.mean - self.mean
+        mean = self.mean + delta * fraction
+        m2 = self.m2 + other.m2 + delta.square() * (fraction * self.count)
+        # Empty sets are chosen away rather than computed away: the other side comes back bit for bit.
+        pick_self, pick_other = other.count == 0, self.count == 0
+        return Moments(
+            count,
+            torch.where(pick_self, self.mean, torch.where(pick_other, other.mean, mean)),
+            torch.where(pick_self, self.m2, torch.where(pick_other, other.m2, m2)),
+        )
+
+    def var(self, *, correction: int = 0) -> Tensor:
+        """The variance m2 / (count - correction), (C,): biased by default, unbiased with correction=1.
+
+        Raises:
+            CountError: count <= correction. (Looking at the count waits for the device.)
+        """
+        count = self.count.item()
+        if count <= correction:
+            raise CountError(
+                f"got {count} observations and correction={correction}; a variance needs count > correction. "
+                f"Observe more, or lower the correction"
+            )
+        return self.m2 / (count - correction)
+
+    def std(self, *, correction: int = 0) -> Tensor:
+        """The square root of `var`, (C,). Raises as `var` does."""
+        return self.var(correction=correction).sqrt()
+
+    @torch.no_grad()
+    def blend_into(self, running_mean: Tensor, running_var: Tensor, momentum: float | Tensor) -> None:
+        """Commit these moments to running statistics, in place.
+
+            running = (1 - momentum) * running + momentum * new
+
+        where the new variance is the unbiased one, as in torch. Computed in float64 and rounded once.
+
+        Args:
+            running_mean: (C,), any floating dtype.
+            running_var: (C,), any floating dtype.
+            momentum: the weight of the new value, a number or a () tensor.
+        """
+        unbiased = self.m2 / (self.count - 1)
+        for running, new in ((running_mean, self.mean), (running_var, unbiased)):
+            wide = running.to(new.dtype)
+            running.copy_(wide + (new - wide) * momentum)
+
+
+def _weights(mask: Tensor, x: Tensor, axis: int) -> Tensor:
+    """`mask` with x's rank and shape, one value a position, the channel dimension of size 1."""
+    shape = layout.observed_shape(x.shape, axis)
+    if mask.dtype != torch.bool and bool((mask < 0).any()):
+        raise OptionError("got a mask with negative weights; weights must be >= 0. Use 0 for what is not to count")
+    per_sample = mask.dim() == 1 and mask.shape[0] == shape[0]
+    if per_sample:
+        mask = mask.view(-1, *[1] * (len(shape) - 1))
+    fits = mask.dim() == len(shape) and all(m in (1, s) for m, s in zip(mask.shape, shape, strict=True))
+    if not fits:
+        raise ShapeError(
+            f"got a mask of shape {tuple(mask.shape)} for an input of shape {tuple(x.shape)}; it must be "
+            f"{shape}, the input's shape without its channels, with 1 where it broadcasts, or ({shape[0]},)"
+        )
+    return mask.expand(shape).unsqueeze(axis)

@@ -1,0 +1,126 @@
+"""Batch normalization in float64 NumPy, written from the paper's formulas. It shares no code with the package.
+
+Arrays are (N, C, *S) with the channels in dimension `axis`; statistics are (C,).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+def _dims(x: Array, axis: int) -> tuple[int, ...]:
+    return tuple(d for d in range(x.ndim) if d != axis % x.ndim)
+
+
+def _spread(v: Array, x: Array, axis: int) -> Array:
+    shape = [1] * x.ndim
+    shape[axis] = -1
+    return v.reshape(shape)
+
+
+def moments(x: Array, axis: int = 1, weights: Array | None = None) -> tuple[float, Array, Array]:
+    """Count, mean and sum of squared deviations; weights have x's shape without the channels."""
+    flat = np.moveaxis(x, axis, 0).reshape(x.shape[axis], -1)
+    w = np.ones(flat.shape[1]) if weights is None else weights.reshape(-1)
+    flat, w = flat[:, w > 0], w[w > 0]
+    n = math.fsum(w)
+    mean = np.array([math.fsum(row * w) / n if n else 0.0 for row in flat])
+    m2 = np.array([math.fsum(w * (row - m) ** 2) for row, m in zip(flat, mean, strict=True)])
+    return n, mean, m2
+
+
+def _erf(z: Array) -> Array:
+    return np.vectorize(math.erf, otypes=[float])(z)
+
+
+def activate(z: Array, name: str | None) -> Array:
+    match name:
+        case None:
+            return z
+        case "relu":
+            return np.maximum(z, 0)
+        case "leaky_relu":
+            return np.where(z > 0, z, 0.01 * z)
+        case "silu":
+            return z / (1 + np.exp(-z))
+        case "gelu":
+            return z * 0.5 * (1 + _erf(z / math.sqrt(2)))
+        case "hardswish":
+            return z * np.clip(z + 3, 0, 6) / 6
+        case "elu":
+            return np.where(z > 0, z, np.expm1(np.minimum(z, 0)))
+    raise AssertionError(name)
+
+
+def activate_grad(z: Array, name: str | None) -> Array:
+    match name:
+        case None:
+            return np.ones_like(z)
+        case "relu":
+            return (z > 0).astype(float)
+        case "leaky_relu":
+            return np.where(z > 0, 1.0, 0.01)
+        case "silu":
+            s = 1 / (1 + np.exp(-z))
+            return s * (1 + z * (1 - s))
+        case "gelu":
+            return 0.5 * (1 + _erf(z / math.sqrt(2))) + z * np.exp(-z * z / 2) / math.sqrt(2 * math.pi)
+        case "hardswish":
+            return np.where(z <= -3, 0.0, np.where(z >= 3, 1.0, (2 * z + 3) / 6))
+        case "elu":
+            return np.where(z > 0, 1.0, np.exp(np.minimum(z, 0)))
+    raise AssertionError(name)
+
+
+def preactivation(
+    x: Array, mean: Array, var: Array, weight: Array, bias: Array, residual: Array | None, eps: float, axis: int = 1
+) -> Array:
+    x_hat = (x - _spread(mean, x, axis)) / np.sqrt(_spread(var, x, axis) + eps)
+    z = x_hat * _spread(weight, x, axis) + _spread(bias, x, axis)
+    return z if residual is None else z + residual
+
+
+def forward(
+    x: Array,
+    weight: Array,
+    bias: Array,
+    residual: Array | None = None,
+    eps: float = 1e-5,
+    axis: int = 1,
+    activation: str | None = None,
+) -> tuple[Array, Array, Array]:
+    n, mean, m2 = moments(x, axis)
+    return activate(preactivation(x, mean, m2 / n, weight, bias, residual, eps, axis), activation), mean, m2
+
+
+def backward(
+    dy: Array,
+    x: Array,
+    mean: Array,
+    var: Array,
+    weight: Array,
+    bias: Array,
+    residual: Array | None = None,
+    eps: float = 1e-5,
+    axis: int = 1,
+    activation: str | None = None,
+    *,
+    constants: bool = False,
+) -> tuple[Array, Array, Array, Array]:
+    """dx, dz (the residual's gradient), d weight, d bias. With `constants`, mean and var do not depend on x."""
+    dims = _dims(x, axis)
+    z = preactivation(x, mean, var, weight, bias, residual, eps, axis)
+    dz = dy * activate_grad(z, activation)
+    std = np.sqrt(_spread(var, x, axis) + eps)
+    x_hat = (x - _spread(mean, x, axis)) / std
+    d_xhat = dz * _spread(weight, x, axis)
+    if constants:
+        dx = d_xhat / std
+    else:
+        dx = (d_xhat - d_xhat.mean(dims, keepdims=True) - x_hat * (d_xhat * x_hat).mean(dims, keepdims=True)) / std
+    return dx, dz, (dz * x_hat).sum(dims), dz.sum(dims)

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from batchnorm import layout
+from batchnorm.errors import ShapeError
+
+
+@pytest.mark.parametrize(("ndim", "channel_dim", "axis"), [(2, 1, 1), (4, 1, 1), (3, -1, 2), (5, -5, 0)])
+def test_channel_axis(ndim: int, channel_dim: int, axis: int) -> None:
+    assert layout.channel_axis(ndim, channel_dim) == axis
+
+
+@pytest.mark.parametrize(
+    ("ndim", "channel_dim", "message"),
+    [(1, 0, "rank 1"), (0, 0, "rank 0"), (2, 2, r"channel_dim=2.*\[-2, 1\]"), (3, -4, "channel_dim=-4")],
+)
+def test_no_such_axis(ndim: int, channel_dim: int, message: str) -> None:
+    with pytest.raises(ShapeError, match=message):
+        layout.channel_axis(ndim, channel_dim)
+
+
+def test_the_rest_are_observations() -> None:
+    assert layout.observed_dims(4, 1) == (0, 2, 3)
+    assert layout.observed_shape((2, 3, 4, 5), 1) == (2, 4, 5)
+    assert layout.count((2, 3, 4, 5), 1) == 40
+    assert layout.count((0, 3), 1) == 0
+
+
+def test_per_channel_broadcasts_along_the_axis() -> None:
+    x, v = torch.zeros(2, 3, 4), torch.tensor([1.0, 2.0, 3.0])
+    assert torch.equal((x + layout.per_channel(v, 3, 1))[1, :, 2], v)
+    assert torch.equal((x.mT + layout.per_channel(v, 3, 2))[0, 1], v)
+
+
+def test_vectors_and_shapes() -> None:
+    layout.check_vector(None, "weight", 3)
+    layout.check_vector(torch.zeros(3), "weight", 3)
+    for bad in (torch.zeros(4), torch.zeros(1, 3), torch.zeros(())):
+        with pytest.raises(ShapeError, match=r"got weight of shape .*it must have shape \(3,\)"):
+            layout.check_vector(bad, "weight", 3)
+    x = torch.zeros(2, 3)
+    layout.check_same_shape(torch.ones(2, 3), "residual", x)
+    with pytest.raises(ShapeError, match=r"got residual of shape \(1, 3\) for an input of shape \(2, 3\)"):
+        layout.check_same_shape(torch.ones(1, 3), "residual", x)

@@ -1,0 +1,43 @@
+"""Every tolerance of the test suite, with its reason."""
+
+from __future__ import annotations
+
+import torch
+
+# Statistics of float32 values against the oracle. The sums are float64, so what remains is the rounding of a few
+# thousand additions: far below 1e-9. 1e-6 is the promise to users (in standard deviations for a mean, relative for a
+# variance), and holds for |mean| / std up to 1e4.
+STATISTIC = 1e-6
+
+# One float32 output against the oracle, times (1 + |output|): half a unit in the last place is 6e-8; the subtraction,
+# the scale, the fused multiply-add and the residual round once each.
+OUTPUT = 1e-6
+
+# A float32 gradient of the input against the oracle, times (1 + |gradient|): as the output, with two more roundings.
+GRADIENT = 2e-6
+
+# A sum over n terms of which each was rounded to float32, against the oracle, times the root of n: the roundings are
+# independent, and the terms of the tests are of order 1.
+SUM_PER_ROOT = 1e-6
+
+# Moments joined in another order, in float64, per unit of the offset: a few hundred additions of rounding 1.1e-16.
+ASSOCIATIVITY = 1e-12
+
+# Ours against torch.nn in the same dtype, (relative, absolute): both round, so the bounds are the field's usual ones
+# for one dtype (torch.testing.assert_close). Where intermediate results in half precision differ, a gradient that
+# should be 0 is not, hence the larger absolute bounds.
+AGAINST_TORCH = {
+    torch.float64: (1e-7, 1e-7),
+    torch.float32: (1.3e-6, 2e-5),
+    torch.float16: (2e-3, 2e-3),
+    torch.bfloat16: (1.6e-2, 1.6e-2),
+}
+
+# A result of the reference in a dtype against the oracle, (relative, absolute): the reference computes in float64 and
+# rounds once, so this is one rounding.
+ONE_ROUNDING = {
+    torch.float64: (1e-12, 1e-12),
+    torch.float32: (6.0e-8, 1e-30),
+    torch.float16: (4.9e-4, 6.0e-8),
+    torch.bfloat16: (3.92e-3, 1e-30),
+}
