@@ -1,0 +1,1 @@
+"""The operations: `reference` says what they mean, the other rooms make them fast."""

@@ -1,0 +1,198 @@
+r"""The operations in plain, differentiable torch: the meaning of every kernel, on any device, for any dtype.
+
+Every operation is about the same transformation of an input x, per channel:
+
+    z = (x - mean) / sqrt(var + eps) * weight + bias + residual,    y = activation(z)
+
+Shapes: x, residual, y and dy (N, C, *S) with the channels in dimension `channel_dim`, of one dtype; mean, var, weight,
+bias (C,). `weight`, `bias` and `residual` may be None: 1, 0 and 0. Statistics and sums are float64 (float32 where a
+device has nothing wider), and a value in x's dtype is rounded once, at the end.
+
+Source: Ioffe and Szegedy, "Batch Normalization", 2015, algorithm 1 and the equations of section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from batchnorm import layout
+from batchnorm.moments import Moments, statistics_dtype
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "leaky_relu": F.leaky_relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "hardswish": F.hardswish,
+    "elu": F.elu,
+}
+
+
+def batch_moments(x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
+    """Mean and m2 of each channel, (C,) each; zeros when x has no values."""
+    moments = Moments.of(x, channel_dim=channel_dim)
+    return moments.mean, moments.m2
+
+
+def normalize(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    channel_dim: int,
+    activation: str | None,
+) -> Tensor:
+    """Y, for given statistics."""
+    z = _preactivation(x, mean, var, weight, bias, residual, eps, channel_dim)
+    y = z if activation is None else ACTIVATIONS[activation](z)
+    return y.to(x.dtype)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    channel_dim: int,
+    activation: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Y with the statistics of x itself, and its mean and m2: `batch_moments`, then `normalize`."""
+    mean, m2 = batch_moments(x, channel_dim)
+    var = m2 / max(1, layout.count(x.shape, channel_dim % x.dim()))
+    return normalize(x, mean, var, weight, bias, residual, eps, channel_dim, activation), mean, m2
+
+
+def backward_sums(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    channel_dim: int,
+    activation: str | None,
+) -> tuple[Tensor, Tensor]:
+    r"""What the gradients need from all observations: \sum dz and \sum dz x_hat, (C,) each.
+
+    dz = dy activation'(z) and x_hat = (x - mean) / sqrt(var + eps). The two are d loss / d bias and
+    d loss / d weight.
+    """
+    dims = layout.observed_dims(x.dim(), channel_dim % x.dim())
+    dz = _preactivation_grad(dy, x, mean, var, weight, bias, residual, eps, channel_dim, activation)
+    x_hat = _preactivation(x, mean, var, None, None, None, eps, channel_dim)
+    return dz.sum(dims), (dz * x_hat).sum(dims)
+
+
+def backward_input(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    channel_dim: int,
+    activation: str | None,
+    mean_dz: Tensor | None,
+    mean_dz_xhat: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    r"""The gradients that have the input's shape.
+
+        dx = weight / sqrt(var + eps) * (dz - mean_dz - x_hat mean_dz_xhat),    dresidual = dz
+
+    mean_dz and mean_dz_xhat, (C,), are the results of `backward_sums` over the count; None where the statistics are
+    constants.
+
+    Returns:
+        dx, and dresidual. The latter is empty, (0,), unless there are a residual and an activation: without a
+        residual nobody needs it, and without an activation it is dy.
+    """
+    axis = channel_dim % x.dim()
+    dz = _preactivation_grad(dy, x, mean, var, weight, bias, residual, eps, channel_dim, activation)
+    inner = dz
+    if mean_dz is not None and mean_dz_xhat is not None:
+        x_hat = _preactivation(x, mean, var, None, None, None, eps, channel_dim)
+        inner = (
+            dz - layout.per_channel(mean_dz, x.dim(), axis) - x_hat * layout.per_channel(mean_dz_xhat, x.dim(), axis)
+        )
+    scale = (var.to(dz.dtype) + eps).rsqrt()
+    if weight is not None:
+        scale = scale * weight
+    dx = (layout.per_channel(scale, x.dim(), axis) * inner).to(x.dtype)
+    dresidual = dx.new_empty(0) if residual is None or activation is None else dz.to(x.dtype)
+    return dx, dresidual
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    channel_dim: int,
+    activation: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dresidual, and the two sums of `forward`'s gradient: `backward_sums`, then `backward_input`."""
+    common = (dy, x, mean, var, weight, bias, residual, eps, channel_dim, activation)
+    sum_dz, sum_dz_xhat = backward_sums(*common)
+    n = max(1, layout.count(x.shape, channel_dim % x.dim()))
+    dx, dresidual = backward_input(*common, sum_dz / n, sum_dz_xhat / n)
+    return dx, dresidual, sum_dz, sum_dz_xhat
+
+
+def _preactivation(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    channel_dim: int,
+) -> Tensor:
+    """Z, in the statistics' dtype."""
+    dtype, axis = statistics_dtype(x.device), channel_dim % x.dim()
+    scale = (var.to(dtype) + eps).rsqrt()
+    if weight is not None:
+        scale = scale * weight
+    # The mean goes first: shifting a large value by a large amount afterwards would round twice.
+    z = (x.to(dtype) - layout.per_channel(mean.to(dtype), x.dim(), axis)) * layout.per_channel(scale, x.dim(), axis)
+    if bias is not None:
+        z = z + layout.per_channel(bias, x.dim(), axis)
+    return z if residual is None else z + residual
+
+
+def _preactivation_grad(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    channel_dim: int,
+    activation: str | None,
+) -> Tensor:
+    """Dz, in the statistics' dtype: the activation's derivative comes from torch's own."""
+    wide = dy.to(statistics_dtype(x.device))
+    if activation is None:
+        return wide
+    with torch.enable_grad():
+        z = _preactivation(x, mean, var, weight, bias, residual, eps, channel_dim).detach().requires_grad_()
+        (dz,) = torch.autograd.grad(ACTIVATIONS[activation](z), z, wide)
+    return dz

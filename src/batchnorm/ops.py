@@ -1,0 +1,194 @@
+"""The operations as torch operators: schemas, fakes, registration, and the choice of an implementation.
+
+The schemas are defined here, so that they exist without the native extension too; `kernels.reference` is registered
+as every device's implementation, and the extension, where it loads, replaces it on the CPU. This is the only file
+that speaks to `torch.ops.batchnorm`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchnorm import layout
+from batchnorm.kernels import reference
+from batchnorm.moments import statistics_dtype
+
+_STATISTICS = "Tensor mean, Tensor var"
+_AFFINE = "Tensor? weight, Tensor? bias, Tensor? residual, float eps, int channel_dim, str? activation"
+SCHEMAS = {
+    "batch_moments": "(Tensor x, int channel_dim) -> (Tensor mean, Tensor m2)",
+    "normalize": f"(Tensor x, {_STATISTICS}, {_AFFINE}) -> Tensor",
+    "forward": f"(Tensor x, {_AFFINE}) -> (Tensor y, Tensor mean, Tensor m2)",
+    "backward_sums": f"(Tensor dy, Tensor x, {_STATISTICS}, {_AFFINE}) -> (Tensor sum_dz, Tensor sum_dz_xhat)",
+    "backward_input": f"(Tensor dy, Tensor x, {_STATISTICS}, {_AFFINE}, Tensor? mean_dz, Tensor? mean_dz_xhat)"
+    " -> (Tensor dx, Tensor dresidual)",
+    "backward": f"(Tensor dy, Tensor x, {_STATISTICS}, {_AFFINE})"
+    " -> (Tensor dx, Tensor dresidual, Tensor sum_dz, Tensor sum_dz_xhat)",
+}
+
+
+def _statistic(x: Tensor, channel_dim: int) -> Tensor:
+    return x.new_empty(x.shape[layout.channel_axis(x.dim(), channel_dim)], dtype=statistics_dtype(x.device))
+
+
+def _fake_batch_moments(x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
+    return _statistic(x, channel_dim), _statistic(x, channel_dim)
+
+
+def _fake_normalize(x: Tensor, *_: Any) -> Tensor:  # noqa: ANN401 - the rest of the schema does not matter here
+    return torch.empty_like(x)
+
+
+def _fake_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    channel_dim: int,
+    activation: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), _statistic(x, channel_dim), _statistic(x, channel_dim)
+
+
+def _fake_backward_sums(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    channel_dim: int,
+    activation: str | None,
+) -> tuple[Tensor, Tensor]:
+    return _statistic(x, channel_dim), _statistic(x, channel_dim)
+
+
+def _fake_backward_input(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    channel_dim: int,
+    activation: str | None,
+    mean_dz: Tensor | None = None,
+    mean_dz_xhat: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    dx = torch.empty_like(x)
+    return dx, (dx.new_empty(0) if residual is None or activation is None else torch.empty_like(x))
+
+
+def _fake_backward(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # noqa: ANN401 - as above
+    return (*_fake_backward_input(dy, x, *rest), *_fake_backward_sums(dy, x, *rest))
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "batch_moments": _fake_batch_moments,
+    "normalize": _fake_normalize,
+    "forward": _fake_forward,
+    "backward_sums": _fake_backward_sums,
+    "backward_input": _fake_backward_input,
+    "backward": _fake_backward,
+}
+
+_library = torch.library.Library("batchnorm", "DEF")
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"batchnorm::{_name}", _FAKES[_name], lib=_library)
+
+
+def _load_native() -> tuple[ctypes.CDLL | None, str]:
+    """The native extension, or None and the reason why it is not there."""
+    spec = importlib.util.find_spec("batchnorm._native")
+    if spec is None or spec.origin is None:
+        return None, "this installation has no native extension; a wheel for this platform brings one"
+    try:
+        torch.ops.load_library(spec.origin)
+    except OSError as error:
+        return None, f"the native extension does not load: {error}"
+    native = ctypes.CDLL(spec.origin)
+    native.batchnorm_levels.restype = ctypes.c_char_p
+    native.batchnorm_level.restype = ctypes.c_char_p
+    return native, ""
+
+
+_native, _reason = _load_native()
+_NATIVE_DTYPES = frozenset({torch.float32}) if _native is not None else frozenset()
+# What the native kernels apply while the value is in a register; the others follow as an operation of their own.
+_NATIVE_ACTIVATIONS = frozenset({None, "relu"})
+
+
+def implementation(x: Tensor) -> Any:  # noqa: ANN401 - a namespace of operators, or a module with the same names
+    """Where the six operations for `x` are: an object with a function for each name in `SCHEMAS`."""
+    if x.dtype in _NATIVE_DTYPES and x.device.type == "cpu":
+        return torch.ops.batchnorm
+    return reference
+
+
+def applies(x: Tensor, activation: str | None) -> bool:
+    """Whether the implementation for `x` applies `activation` itself."""
+    return implementation(x) is reference or activation in _NATIVE_ACTIVATIONS
+
+
+def cpu_levels() -> tuple[str, ...]:
+    """The instruction sets that the native kernels are compiled for and this machine has, the best last."""
+    return () if _native is None else tuple(_native.batchnorm_levels().decode().split())
+
+
+def use_cpu_level(level: str) -> None:
+    """Have the native kernels use one of `cpu_levels()`. The best is chosen when the package is imported."""
+    if _native is None or not _native.batchnorm_use_level(level.encode()):
+        raise ValueError(f"got level {level!r}; this machine has {cpu_levels()}")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Which implementation serves a device and a dtype."""
+
+    device: str
+    dtype: str
+    implementation: str
+
+
+class KernelTable(tuple[Kernel, ...]):
+    """The answer of `kernels()`: rows to read, a table to print."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        lines = [f"{'device':<8} {'dtype':<10} implementation"]
+        lines += [f"{row.device:<8} {row.dtype:<10} {row.implementation}" for row in self]
+        if _reason:
+            lines.append(f"No native kernels: {_reason}.")
+        return "\n".join(lines)
+
+
+def kernels() -> KernelTable:
+    """Which implementation serves which device and dtype.
+
+    "native (LEVEL)" is the C++ extension with the instruction set that it uses; "reference" is plain torch: the same
+    results, slower.
+    """
+    level = "" if _native is None else _native.batchnorm_level().decode()
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    rows = [
+        Kernel(
+            "cpu", str(dtype).removeprefix("torch."), f"native ({level})" if dtype in _NATIVE_DTYPES else "reference"
+        )
+        for dtype in dtypes
+    ]
+    return KernelTable([*rows, Kernel("others", "all", "reference")])

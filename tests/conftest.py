@@ -1,0 +1,29 @@
+"""Fixtures for the whole suite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from batchnorm import ops
+
+
+@pytest.fixture(params=ops.cpu_levels() or ["none"])
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set that this machine has, in use."""
+    if request.param == "none":
+        pytest.fail("the native extension is not built: " + str(ops.kernels()))
+    best = ops.cpu_levels()[-1]
+    ops.use_cpu_level(request.param)
+    yield request.param
+    ops.use_cpu_level(best)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Leaves torch's number of threads as it was."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

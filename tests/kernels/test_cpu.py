@@ -1,0 +1,187 @@
+"""The native kernels against the oracle: every layout, activation, residual and instruction set."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import oracle
+import tolerances
+from batchnorm import ops
+from samples import LAYOUTS, NATIVE, Layout, Sample
+
+EPS = 1e-5
+native = torch.ops.batchnorm
+
+
+def close(actual: Tensor, expected: oracle.Array, tolerance: float, scale: float | oracle.Array = 0.0) -> None:
+    """Within `tolerance` x (1 + |expected|), or x scale."""
+    error = np.abs(actual.double().numpy() - expected)
+    assert (error <= tolerance * (scale if np.any(scale) else 1 + np.abs(expected))).all(), error.max()
+
+
+def away_from_the_kink(sample: Sample, t: dict[str, Tensor | None], z: oracle.Array) -> None:
+    """Moves dy's weight away from where float32 cannot tell the sign of z: there the derivative jumps."""
+    if sample.activation == "relu" and t["dy"] is not None:
+        unclear = torch.from_numpy(np.abs(z) < tolerances.OUTPUT * 4)
+        t["dy"] = sample.layout.arrange(torch.where(unclear, 0, t["dy"]))
+
+
+@pytest.mark.parametrize("sample", NATIVE, ids=lambda s: s.name)
+def test_operations_are_the_oracles(sample: Sample, level: str) -> None:
+    assert ops._native is not None
+    assert ops._native.batchnorm_level().decode() == level
+    t = sample.tensors()
+    o = sample.oracle_inputs(t)
+    channel_dim, n = sample.layout.channel_dim, o["x"].size / sample.layout.channels
+    options = (EPS, channel_dim, sample.activation)
+    affine = (t["weight"], t["bias"], t["residual"], *options)
+    arrays = (o["weight"], o["bias"], o["residual"], *options)
+    y, mean, m2 = oracle.forward(o["x"], *arrays)
+    var = m2 / n
+    std = np.sqrt(var)
+    statistics = (torch.from_numpy(mean), torch.from_numpy(var))
+
+    for actual_y, actual_mean, actual_m2 in [
+        native.forward(t["x"], *affine),
+        (native.normalize(t["x"], *statistics, *affine), *native.batch_moments(t["x"], channel_dim)),
+    ]:
+        close(actual_y, y, tolerances.OUTPUT)
+        close(actual_mean, mean, tolerances.STATISTIC, std + 1e-300)
+        close(actual_m2, m2, tolerances.STATISTIC, m2 + 1e-300)
+
+    z = oracle.preactivation(o["x"], mean, var, *arrays[:4], channel_dim)
+    away_from_the_kink(sample, t, z)
+    o["dy"] = t["dy"].double().numpy()
+    for constants in (False, True):
+        dx, dz, dweight, dbias = oracle.backward(o["dy"], o["x"], mean, var, *arrays, constants=constants)
+        sums = native.backward_sums(t["dy"], t["x"], *statistics, *affine)
+        means = (None, None) if constants else (sums[0] / n, sums[1] / n)
+        results = [(*native.backward_input(t["dy"], t["x"], *statistics, *affine, *means), *sums)]
+        if not constants:
+            results.append(native.backward(t["dy"], t["x"], *statistics, *affine))
+        for actual_dx, actual_dresidual, actual_dbias, actual_dweight in results:
+            close(actual_dx, dx, tolerances.GRADIENT)
+            close(actual_dbias, dbias, tolerances.SUM_PER_ROOT, n**0.5)
+            close(actual_dweight, dweight, tolerances.SUM_PER_ROOT, n**0.5)
+            if sample.with_residual and sample.activation is not None:
+                close(actual_dresidual, dz, tolerances.OUTPUT)
+            else:
+                assert actual_dresidual.shape == (0,)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0, 1e1, 1e2, 1e3, 1e4])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout("contiguous", (8, 16, 24, 24)),
+        Layout("channels_last", (8, 16, 24, 24), 1, "channels_last"),
+        Layout("(N, C)", (4096, 16)),
+    ],
+    ids=lambda layout: layout.name,
+)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_precision_far_from_zero(layout: Layout, ratio: float, sign: int, level: str) -> None:
+    x = layout.arrange(torch.randn(layout.shape, dtype=torch.float64).add_(sign * ratio).float())
+    weight, bias = np.linspace(0.5, 2, layout.channels), np.linspace(-1, 1, layout.channels)
+    expected, mean, m2 = oracle.forward(x.double().numpy(), weight, bias)
+    y, actual_mean, actual_m2 = native.forward(x, torch.from_numpy(weight), torch.from_numpy(bias), None, EPS, 1, None)
+    std = np.sqrt(m2 / (x.numel() / layout.channels))
+    close(actual_mean, mean, tolerances.STATISTIC, std)
+    close(actual_m2, m2, tolerances.STATISTIC, m2)
+    close(y, expected, tolerances.OUTPUT)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("value", [0.1, -1e30, 3e-39])
+def test_a_constant_channel_is_exactly_beta(layout: Layout, value: float, level: str) -> None:
+    x = layout.arrange(torch.full(layout.shape, value))
+    bias = torch.linspace(-1, 1, layout.channels)
+    y, mean, m2 = native.forward(x, None, bias, None, EPS, layout.channel_dim, None)
+    assert torch.equal(y.movedim(layout.channel_dim, -1), bias.expand_as(y.movedim(layout.channel_dim, -1)))
+    assert torch.equal(mean, torch.full_like(mean, x.flatten()[0].item()))
+    assert torch.equal(m2, torch.zeros_like(m2))
+
+
+def test_an_outlier_first_does_not_cost_precision(level: str) -> None:
+    x = torch.randn(100_000, 3)
+    x[0] = 1e8  # the pivot of every channel
+    _, mean, m2 = oracle.moments(x.double().numpy())
+    actual_mean, actual_m2 = native.batch_moments(x, 1)
+    close(actual_mean, mean, tolerances.STATISTIC, np.sqrt(m2 / len(x)))
+    close(actual_m2, m2, tolerances.STATISTIC, m2)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [*LAYOUTS, Layout("many parts", (3, 4, 200, 300)), Layout("many rows", (64, 24, 56, 56), 1, "channels_last")],
+    ids=lambda layout: layout.name,
+)
+def test_the_same_bits_with_any_number_of_threads(layout: Layout, level: str, threads: None) -> None:
+    sample = Sample(layout, "relu", True)
+    t = sample.tensors()
+    affine = (t["weight"], t["bias"], t["residual"], EPS, layout.channel_dim, "relu")
+    results = []
+    for number in (1, 2, 3):
+        torch.set_num_threads(number)
+        y, mean, m2 = native.forward(t["x"], *affine)
+        gradients = native.backward(t["dy"], t["x"], mean, m2, *affine)
+        results.append((y, mean, m2, *native.backward_sums(t["dy"], t["x"], mean, m2, *affine), *gradients))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[6], LAYOUTS[7]], ids=lambda layout: layout.name)
+def test_what_is_not_finite_shows_and_stays_in_its_channel(layout: Layout, bad: float, level: str) -> None:
+    x = layout.arrange(torch.randn(layout.shape))
+    clean, *_ = native.forward(x, None, None, None, EPS, 1, "relu")
+    x[-1, 2] = bad
+    y, mean, m2 = native.forward(x, None, None, None, EPS, 1, "relu")
+    assert not mean[2].isfinite()
+    assert m2[2].isnan()
+    assert y[:, 2].isnan().all()
+    others = [c for c in range(layout.channels) if c != 2]
+    assert torch.equal(y[:, others], clean[:, others])
+    assert mean[others].isfinite().all()
+
+
+def test_wrong_calls_are_refused_not_read() -> None:
+    x, v = torch.randn(4, 3), torch.ones(3)
+    with pytest.raises(RuntimeError, match="float32"):
+        native.batch_moments(x.double(), 1)
+    with pytest.raises(RuntimeError, match="at least 2 dimensions"):
+        native.batch_moments(torch.randn(4), 0)
+    with pytest.raises(RuntimeError, match="channel_dim"):
+        native.batch_moments(x, 2)
+    with pytest.raises(RuntimeError, match="mean must have one value for each channel"):
+        native.normalize(x, torch.ones(2), v, None, None, None, EPS, 1, None)
+    with pytest.raises(RuntimeError, match="weight must be floating"):
+        native.normalize(x, v, v, v.int(), None, None, EPS, 1, None)
+    with pytest.raises(RuntimeError, match="residual must have x's shape"):
+        native.normalize(x, v, v, None, None, x[:2], EPS, 1, None)
+    with pytest.raises(RuntimeError, match="residual must be float32"):
+        native.normalize(x, v, v, None, None, x.double(), EPS, 1, None)
+    with pytest.raises(RuntimeError, match="dy must have x's shape"):
+        native.backward_sums(x[:2], x, v, v, None, None, None, EPS, 1, None)
+    with pytest.raises(RuntimeError, match="no native kernel for the activation gelu"):
+        native.forward(x, None, None, None, EPS, 1, "gelu")
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4), (2, 3, 0), (2, 0, 4)])
+def test_nothing_in_nothing_out(shape: tuple[int, ...]) -> None:
+    x = torch.zeros(shape)
+    zeros = torch.zeros(shape[1], dtype=torch.float64)
+    y, mean, m2 = native.forward(x, None, None, None, EPS, 1, "relu")
+    assert y.shape == shape
+    for actual in (mean, m2, *native.batch_moments(x, 1)):
+        assert torch.equal(actual, zeros)
+    dx, _, *sums = native.backward(x, x, mean, m2, None, None, None, EPS, 1, "relu")
+    assert dx.shape == shape
+    assert native.normalize(x, mean, m2, None, None, None, EPS, 1, None).shape == shape
+    assert native.backward_input(x, x, mean, m2, None, None, None, EPS, 1, None, None, None)[0].shape == shape
+    for actual in (*sums, *native.backward_sums(x, x, mean, m2, None, None, None, EPS, 1, "relu")):
+        assert torch.equal(actual, zeros)

@@ -1,0 +1,108 @@
+"""The operators: schemas, fakes and registration hold for every sample; the table of kernels tells the truth."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import batchnorm
+from batchnorm import ops
+from batchnorm.kernels import reference
+from samples import NATIVE, Sample
+
+
+@pytest.mark.parametrize("name", ops.SCHEMAS)
+@pytest.mark.parametrize("sample", NATIVE[::3] + NATIVE[-1:], ids=lambda s: s.name)
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")  # opcheck's own tracing machinery
+def test_opcheck(sample: Sample, name: str) -> None:
+    t = sample.tensors()
+    mean, m2 = reference.batch_moments(t["x"], sample.layout.channel_dim)
+    var = m2 / (t["x"].numel() / sample.layout.channels)
+    values = t | {
+        "mean": mean,
+        "var": var,
+        "mean_dz": mean,
+        "mean_dz_xhat": var,
+        "eps": 1e-5,
+        "channel_dim": sample.layout.channel_dim,
+        "activation": sample.activation,
+    }
+    arguments = tuple(values[key] for key in inspect.signature(getattr(reference, name)).parameters)
+    result = torch.library.opcheck(getattr(torch.ops.batchnorm, name).default, arguments)
+    assert set(result.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("name", ops.SCHEMAS)
+def test_the_reference_has_the_schemas_parameters(name: str) -> None:
+    schema = getattr(torch.ops.batchnorm, name).default._schema
+    assert [a.name for a in schema.arguments] == list(inspect.signature(getattr(reference, name)).parameters)
+
+
+def test_native_is_for_float32_on_the_cpu() -> None:
+    x = torch.zeros(2, 3)
+    assert ops.implementation(x) is torch.ops.batchnorm
+    assert ops.implementation(x.double()) is reference
+    assert ops.implementation(x.to("meta")) is reference
+    assert ops.applies(x, "relu")
+    assert not ops.applies(x, "gelu")
+    assert ops.applies(x.double(), "gelu")
+
+
+def test_levels(level: str) -> None:
+    assert f"cpu      float32    native ({level})" in str(batchnorm.kernels())
+    with pytest.raises(ValueError, match="got level 'mmx'; this machine has"):
+        ops.use_cpu_level("mmx")
+    assert f"native ({level})" in str(batchnorm.kernels())
+
+
+def test_the_table_has_a_row_for_every_dtype() -> None:
+    table = batchnorm.kernels()
+    assert [row.dtype for row in table] == ["float32", "float64", "bfloat16", "float16", "all"]
+    assert table[1].implementation == "reference"
+    assert len(str(table).splitlines()) == 1 + len(table)
+
+
+WITHOUT = """
+import importlib.util, torch
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == "batchnorm._native" else found(name, *a)
+import batchnorm as bn
+from batchnorm import ops
+print(bn.kernels())
+assert ops.cpu_levels() == ()
+x = torch.randn(8, 3, 5, requires_grad=True)
+layer = bn.BatchNorm1d(3, activation="relu")
+layer(x).sum().backward()
+expected = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.ReLU())
+torch.testing.assert_close(layer(x), expected(x))
+y, mean, m2 = torch.ops.batchnorm.forward(x.detach(), None, None, None, 1e-5, 1, "relu")
+torch.testing.assert_close(y, expected(x).detach())
+"""
+
+
+def test_without_the_extension_everything_works_and_the_table_says_so() -> None:
+    run = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "cpu      float32    reference" in run.stdout
+    assert "No native kernels: this installation has no native extension" in run.stdout
+
+
+def test_an_extension_that_does_not_load_is_told(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = f"{tmp_path}/_native.so"
+    with open(broken, "w") as file:
+        file.write("not a library")
+    spec = importlib_spec(broken)
+    monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: spec)
+    native, reason = ops._load_native()
+    assert native is None
+    assert reason.startswith("the native extension does not load: ")
+
+
+def importlib_spec(path: str) -> object:
+    from importlib.machinery import ModuleSpec
+
+    return ModuleSpec("batchnorm._native", None, origin=path)
