@@ -1,0 +1,21 @@
+"""Batch normalization for PyTorch that you can trust, at the speed of memory."""
+
+from batchnorm import errors, functional
+from batchnorm.errors import BatchNormError
+from batchnorm.modules import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.moments import Moments
+from batchnorm.ops import kernels
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchNorm",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "BatchNormError",
+    "Moments",
+    "errors",
+    "functional",
+    "kernels",
+]

@@ -1,0 +1,306 @@
+"""Batch normalization as functions, and the package's only `torch.autograd.Function`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from batchnorm import layout, ops
+from batchnorm.errors import CountError, DTypeError, OptionError, ShapeError
+from batchnorm.kernels import reference
+from batchnorm.moments import Moments
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    channel_dim: int = 1,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    r"""Batch normalization, `torch.nn.functional.batch_norm` with a residual and an activation inside.
+
+        y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)
+
+    In training, mean and (biased) var are those of `input` over all dimensions but the channels', gradients flow
+    through them, and the running statistics, where given, become (1 - momentum) * running + momentum * new, with the
+    unbiased variance. Otherwise mean and var are the running statistics.
+
+    Args:
+        input: (N, C, *S), floating, channels in dimension `channel_dim`. An empty input gives an empty output, zero
+            gradients and no update.
+        running_mean: (C,) or None; changed in place in training.
+        running_var: (C,) or None, likewise.
+        weight: (C,) gamma; None is 1.
+        bias: (C,) beta; None is 0.
+        training: normalise by the batch.
+        momentum: the weight of the new value in the running statistics.
+        eps: added to the variance; > 0 in training, >= 0 in inference.
+        channel_dim: the dimension of the channels; -1 for channels last.
+        residual: of input's shape and dtype, added before the activation.
+        activation: "relu", "leaky_relu", "silu", "gelu", "hardswish", "elu" (torch's default parameters) or None.
+
+    Returns:
+        A tensor of input's shape, dtype and memory format.
+
+    Raises:
+        ShapeError: a rank, a number of channels or the residual's shape does not fit, or inference has no statistics.
+        DTypeError: an input that is not floating, or a residual of another dtype.
+        CountError: training with one value for each channel.
+        OptionError: eps or activation outside what they may be.
+
+    Source: Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate
+    Shift", 2015, algorithms 1 and 2.
+    """
+    recipe = Recipe(weight, bias, residual, eps, channel_dim, activation)
+    if training:
+        for name, buffer in (("running_mean", running_mean), ("running_var", running_var)):
+            if input.dim() >= 2:
+                layout.check_vector(buffer, name, input.shape[layout.channel_axis(input.dim(), channel_dim)])
+        output, moments = normalize_by_batch(input, recipe)
+        if moments is not None and running_mean is not None and running_var is not None:
+            moments.blend_into(running_mean, running_var, momentum)
+        return output
+    if running_mean is None or running_var is None:
+        raise ShapeError(
+            "got no running statistics; inference normalises by running_mean and running_var. "
+            "Pass both, or training=True to normalise by the batch"
+        )
+    return normalize_by(input, running_mean, running_var, recipe)
+
+
+class Recipe(NamedTuple):
+    """What becomes of a normalised input: everything that the operations take besides the input and its statistics."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None
+    eps: float
+    channel_dim: int
+    activation: str | None
+
+
+def normalize_by_batch(x: Tensor, recipe: Recipe) -> tuple[Tensor, Moments | None]:
+    """`batch_norm` in training mode, with the batch's moments as a value: what a layer proposes.
+
+    Returns:
+        The output, and the moments of `x`, or None where x is empty.
+
+    Raises: as `batch_norm`.
+    """
+    if not recipe.eps > 0:
+        raise OptionError(f"got eps={recipe.eps}; eps must be positive in training. torch's default is 1e-5")
+    _check(x, recipe)
+    if x.numel() == 0:
+        return _empty_output(x, recipe), None
+    n = layout.count(x.shape, recipe.channel_dim % x.dim())
+    if n == 1:
+        raise CountError(
+            f"got an input of shape {tuple(x.shape)}: one value for each channel; expected more than 1 value per "
+            f"channel when training, because the variance of one value is 0. Use a larger batch, switch to "
+            f"inference with .eval(), or drop the last incomplete batch (DataLoader(drop_last=True))"
+        )
+    inside, after = _split_activation(x, recipe)
+    if _transformed():
+        y, mean, m2 = reference.forward(x, *inside)
+    else:
+        y, mean, m2 = _BatchNorm.apply(x, None, None, *inside)  # type: ignore[no-untyped-call]  # torch's
+    moments = Moments(torch.full((), n, device=x.device), mean.detach(), m2.detach())
+    return (y if after is None else after(y)), moments
+
+
+def normalize_by(x: Tensor, mean: Tensor, var: Tensor, recipe: Recipe) -> Tensor:
+    """`batch_norm` in inference mode: by given statistics, which are constants to the gradient.
+
+    Raises: as `batch_norm`.
+    """
+    if not recipe.eps >= 0:
+        raise OptionError(f"got eps={recipe.eps}; eps must be non-negative. torch's default is 1e-5")
+    _check(x, recipe)
+    if x.numel() == 0:
+        return _empty_output(x, recipe)
+    for name, statistic in (("running_mean", mean), ("running_var", var)):
+        layout.check_vector(statistic, name, x.shape[recipe.channel_dim])
+    inside, after = _split_activation(x, recipe)
+    mean, var = mean.detach(), var.detach()
+    if _transformed():
+        y = reference.normalize(x, mean, var, *inside)
+    else:
+        y, _, _ = _BatchNorm.apply(x, mean, var, *inside)  # type: ignore[no-untyped-call]  # torch's
+    return y if after is None else after(y)
+
+
+class _BatchNorm(torch.autograd.Function):
+    """Both modes. Without given statistics they are the batch's, and come back as mean and m2."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401 - torch gives the context no public type
+        x: Tensor,
+        mean: Tensor | None,
+        var: Tensor | None,
+        *fields: Any,  # noqa: ANN401 - a Recipe, flat, because torch looks for tensors among the arguments alone
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        recipe = Recipe(*fields)
+        implementation = ops.implementation(x)
+        ctx.set_materialize_grads(False)
+        ctx.options = recipe[3:]
+        ctx.by_batch = mean is None
+        m2 = None
+        if mean is None or var is None:
+            y, mean, m2 = implementation.forward(x, *recipe)
+            ctx.mark_non_differentiable(mean, m2)
+            var = m2 / layout.count(x.shape, recipe.channel_dim % x.dim())
+        else:
+            y = implementation.normalize(x, mean, var, *recipe)
+        # Without an activation the residual's value has no part in any gradient.
+        residual = None if recipe.activation is None else recipe.residual
+        ctx.save_for_backward(x, mean, var, recipe.weight, recipe.bias, residual)
+        return (y, mean, m2) if ctx.by_batch else (y, None, None)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:  # noqa: ANN401 - as above
+        if dy is None:
+            return (None,) * 9
+        x, mean, var, weight, bias, residual = ctx.saved_tensors
+        recipe = Recipe(weight, bias, residual, *ctx.options)
+        needs = Needs(ctx.needs_input_grad[0], *ctx.needs_input_grad[3:6])
+        if torch.is_grad_enabled():
+            dx, dweight, dbias, dresidual = _differentiable_gradients(
+                dy, x, None if ctx.by_batch else (mean, var), recipe, needs
+            )
+        else:
+            dx, dweight, dbias, dresidual = _gradients(dy, x, mean, var, recipe, needs, ctx.by_batch)
+        if needs.residual and residual is None:
+            dresidual = dy
+        return dx, None, None, dweight, dbias, dresidual, None, None, None
+
+
+class Needs(NamedTuple):
+    """Which gradients are asked for."""
+
+    x: bool
+    weight: bool
+    bias: bool
+    residual: bool
+
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def _gradients(
+    dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, recipe: Recipe, needs: Needs, by_batch: bool
+) -> Gradients:
+    """The gradients of x, weight, bias and residual by the kernels."""
+    implementation = ops.implementation(x)
+    dx = dresidual = sum_dz = sum_dz_xhat = None
+    needs_input = needs.x or (needs.residual and recipe.residual is not None)
+    if by_batch and needs_input:
+        dx, dresidual, sum_dz, sum_dz_xhat = implementation.backward(dy, x, mean, var, *recipe)
+    else:
+        if needs.weight or needs.bias:
+            sum_dz, sum_dz_xhat = implementation.backward_sums(dy, x, mean, var, *recipe)
+        if needs_input:
+            dx, dresidual = implementation.backward_input(dy, x, mean, var, *recipe, None, None)
+
+    def like(parameter: Tensor | None, total: Tensor | None) -> Tensor | None:
+        return None if parameter is None or total is None else total.to(parameter.dtype)
+
+    return (
+        dx if needs.x else None,
+        like(recipe.weight, sum_dz_xhat) if needs.weight else None,
+        like(recipe.bias, sum_dz) if needs.bias else None,
+        dresidual if needs.residual else None,
+    )
+
+
+def _differentiable_gradients(
+    dy: Tensor, x: Tensor, statistics: tuple[Tensor, Tensor] | None, recipe: Recipe, needs: Needs
+) -> Gradients:
+    """The gradients as a differentiable function of everything, for derivatives of any higher order.
+
+    The kernels' gradients treat the saved statistics as numbers, and a second derivative must not: so the forward pass
+    is written down again in plain torch, and differentiated by torch.
+    """
+
+    # Views, because one input may be computed from another: each gradient is the partial one.
+    def alias(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.view_as(t)
+
+    x = x.view_as(x)
+    recipe = recipe._replace(weight=alias(recipe.weight), bias=alias(recipe.bias), residual=alias(recipe.residual))
+    if statistics is None:
+        y, _, _ = reference.forward(x, *recipe)
+    else:
+        mean, var = statistics
+        y = reference.normalize(x, mean, var, *recipe)
+    inputs = (x, recipe.weight, recipe.bias, recipe.residual)
+    wanted = [t for t, needed in zip(inputs, needs, strict=True) if needed and t is not None]
+    partial = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    dx, dweight, dbias, dresidual = (
+        next(partial) if needed and t is not None else None for t, needed in zip(inputs, needs, strict=True)
+    )
+    return dx, dweight, dbias, dresidual
+
+
+def _transformed() -> bool:
+    """Whether a transform of `torch.func` or forward-mode differentiation is at work: they need plain torch."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _split_activation(x: Tensor, recipe: Recipe) -> tuple[Recipe, Callable[[Tensor], Tensor] | None]:
+    """The recipe as x's kernels can do it, and the activation that is then left to do."""
+    if recipe.activation is None or ops.applies(x, recipe.activation):
+        return recipe, None
+    return recipe._replace(activation=None), reference.ACTIVATIONS[recipe.activation]
+
+
+def _empty_output(x: Tensor, recipe: Recipe) -> Tensor:
+    """Nothing, with the input's shape, tied to every operand so that their gradients are zeros instead of None."""
+    y = x.clone()
+    for operand in (recipe.weight, recipe.bias, recipe.residual):
+        if operand is not None:
+            y = y + (operand.sum() * 0).to(x.dtype)
+    return y
+
+
+def _check(x: Tensor, recipe: Recipe) -> None:
+    if not x.dtype.is_floating_point:
+        raise DTypeError(
+            f"got an input of dtype {x.dtype}; batch normalization needs a floating dtype. Convert it with x.float()"
+        )
+    check_activation(recipe.activation)
+    if x.numel() == 0 and x.dim() < 2:
+        return  # torch takes an empty tensor of any rank; there is nothing to check it against
+    num_channels = x.shape[layout.channel_axis(x.dim(), recipe.channel_dim)]
+    layout.check_vector(recipe.weight, "weight", num_channels)
+    layout.check_vector(recipe.bias, "bias", num_channels)
+    if recipe.residual is not None:
+        layout.check_same_shape(recipe.residual, "residual", x)
+        if recipe.residual.dtype != x.dtype:
+            raise DTypeError(
+                f"got a residual of dtype {recipe.residual.dtype} for an input of dtype {x.dtype}; both must be equal. "
+                f"Convert one of them with .to()"
+            )
+
+
+def check_activation(activation: str | None) -> None:
+    """One of the activations' names, or None.
+
+    Raises:
+        OptionError: it is neither.
+    """
+    if activation is not None and activation not in reference.ACTIVATIONS:
+        known = ", ".join(f'"{name}"' for name in reference.ACTIVATIONS)
+        raise OptionError(f"got activation={activation!r}; it must be one of {known} or None")

@@ -1,0 +1,339 @@
+"""`functional.batch_norm` against torch's on torch's own samples, and its derivatives of every order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.testing._internal.common_methods_invocations import op_db
+
+import oracle
+import tolerances
+from batchnorm import errors
+from batchnorm.functional import batch_norm
+from batchnorm.kernels import reference
+from samples import LAYOUTS, NATIVE, Sample
+
+OPINFOS = [
+    info for info in op_db if "batch_norm" in info.name and "native" not in info.name and "update" not in info.name
+]
+NATIVE_OPINFOS = [info for info in op_db if "batch_norm" in info.name and info not in OPINFOS]
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+def close(actual: Tensor | None, expected: Tensor | None, dtype: torch.dtype) -> None:
+    relative, absolute = tolerances.AGAINST_TORCH[dtype]
+    torch.testing.assert_close(actual, expected, rtol=relative, atol=absolute)
+
+
+def results(function: Callable[..., Tensor], x: Tensor, args: Any, kwargs: Any) -> list[Tensor | None]:  # noqa: ANN401
+    """Output, running statistics after, and all gradients, from copies of the arguments."""
+    inputs = [None if t is None else t.detach().clone().requires_grad_(t.requires_grad) for t in (x, *args)]
+    y = function(*inputs, **kwargs)
+    dy = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    gradients = torch.autograd.grad(y, wanted, dy) if y.requires_grad else []
+    return [y, *inputs[1:3], *gradients]
+
+
+def test_torch_still_has_the_entries() -> None:
+    assert [(i.name, i.variant_test_name) for i in OPINFOS] == [
+        ("nn.functional.batch_norm", ""),
+        ("nn.functional.batch_norm", "without_cudnn"),
+    ]
+    assert {i.name for i in NATIVE_OPINFOS} == {
+        "native_batch_norm",
+        "_native_batch_norm_legit",
+        "_batch_norm_with_update",
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("info", OPINFOS, ids=lambda i: i.formatted_name)
+def test_every_opinfo_sample(info: Any, dtype: torch.dtype) -> None:  # noqa: ANN401 - torch's test classes are untyped
+    samples = list(info.sample_inputs("cpu", dtype, requires_grad=True))
+    assert len(samples) >= 10
+    for sample in samples:
+        expected = results(F.batch_norm, sample.input, sample.args, sample.kwargs)
+        actual = results(batch_norm, sample.input, sample.args, sample.kwargs)
+        assert len(actual) == len(expected)
+        for a, e in zip(actual, expected, strict=True):
+            close(a, e, dtype)
+    assert info.error_inputs_func is None, "torch has error inputs now: run ours against them"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("info", NATIVE_OPINFOS, ids=lambda i: i.formatted_name)
+def test_every_native_opinfo_sample(info: Any, dtype: torch.dtype) -> None:  # noqa: ANN401 - as above
+    """The lower-level entries: other orders of arguments, the same samples of values."""
+    samples = list(info.sample_inputs("cpu", dtype))
+    assert len(samples) >= 8
+    for sample in samples:
+        weight, bias, *rest = sample.args
+        *mode, momentum, eps = (a for a in rest if not isinstance(a, Tensor) and a is not None)
+        mean, var = [a for a in rest if isinstance(a, Tensor)] or (None, None)
+        # _batch_norm_with_update always trains, and the overloads without running statistics always use the batch's.
+        training = mode[0] if mode and mean is not None else True
+        args, kwargs = (mean, var, weight, bias), {"training": training, "momentum": momentum, "eps": eps}
+        for a, e in zip(
+            results(batch_norm, sample.input, args, kwargs),
+            results(F.batch_norm, sample.input, args, kwargs),
+            strict=True,
+        ):
+            close(a, e, dtype)
+
+
+@pytest.mark.parametrize("sample", NATIVE, ids=lambda s: s.name)
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_are_the_oracles(sample: Sample, training: bool) -> None:
+    t = sample.tensors()
+    o = sample.oracle_inputs(t)
+    options = {"eps": 1e-5, "channel_dim": sample.layout.channel_dim, "activation": sample.activation}
+    arrays = (o["weight"], o["bias"], o["residual"], 1e-5, sample.layout.channel_dim, sample.activation)
+    n, mean, m2 = oracle.moments(o["x"], sample.layout.channel_dim)
+    running_mean, running_var = torch.from_numpy(mean).float(), torch.from_numpy(m2 / n).float()
+    if not training:
+        mean, m2 = running_mean.double().numpy(), running_var.double().numpy() * n
+    z = oracle.preactivation(o["x"], mean, m2 / n, *arrays[:4], sample.layout.channel_dim)
+    clear = torch.from_numpy(abs(z) > 4 * tolerances.OUTPUT)  # elsewhere the sign of z is a matter of rounding
+    dy = t["dy"] * clear
+
+    leaves = {
+        key: t[key].detach().requires_grad_() for key in ("x", "weight", "bias", "residual") if t[key] is not None
+    }
+    y = batch_norm(
+        leaves["x"],
+        running_mean,
+        running_var,
+        leaves.get("weight"),
+        leaves.get("bias"),
+        training,
+        residual=leaves.get("residual"),
+        **options,
+    )
+    gradients = dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy), strict=True))
+    dx, dz, dweight, dbias = oracle.backward(dy.double().numpy(), o["x"], mean, m2 / n, *arrays, constants=not training)
+    expected = {"x": dx, "weight": dweight, "bias": dbias, "residual": dz}
+    for key, gradient in gradients.items():
+        scale = 1 + abs(expected[key]) if key in ("x", "residual") else n**0.5
+        error = abs(gradient.double().numpy() - expected[key])
+        assert (error <= tolerances.GRADIENT * scale).all(), key
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_output_lies_in_memory_as_the_input_does(layout: Any, dtype: torch.dtype) -> None:  # noqa: ANN401
+    x = layout.arrange(torch.randn(layout.shape, dtype=dtype)).detach().requires_grad_()
+    y = batch_norm(x, None, None, training=True, channel_dim=layout.channel_dim, activation="relu")
+    assert y.stride() == torch.empty_like(x).stride()
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        if x.dim() == 4 and layout.memory not in ("permuted", "gaps", "expanded"):
+            expected = F.batch_norm(x, None, None, training=True)
+            assert y.is_contiguous(memory_format=memory_format) == expected.is_contiguous(memory_format=memory_format)
+
+
+def test_a_gradient_in_another_memory_order() -> None:
+    x = torch.randn(3, 4, 5, 6, requires_grad=True)
+    dy = torch.randn(3, 4, 5, 6)
+    expected = torch.autograd.grad(F.relu(F.batch_norm(x, None, None, training=True)), x, dy)
+    for gradient in (dy, dy.contiguous(memory_format=torch.channels_last), dy[:1].expand_as(dy)):
+        actual = torch.autograd.grad(batch_norm(x, None, None, training=True, activation="relu"), x, gradient)
+        if gradient.stride(0):
+            close(actual[0], expected[0], torch.float32)
+        else:
+            expanded = torch.autograd.grad(F.relu(F.batch_norm(x, None, None, training=True)), x, gradient.clone())
+            close(actual[0], expanded[0], torch.float32)
+
+
+# --- derivatives -----------------------------------------------------------------------------------------------------
+
+
+def function_of(
+    training: bool, activation: str | None, dtype: torch.dtype
+) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """Ours as a function of x, weight, bias and residual, and a point away from the activations' kinks."""
+    generator = torch.Generator().manual_seed(2)
+    x, residual = (torch.randn(5, 3, 2, generator=generator, dtype=dtype, requires_grad=True) for _ in range(2))
+    weight, bias = (torch.rand(3, generator=generator, dtype=dtype).add(0.5).requires_grad_() for _ in range(2))
+    mean, var = torch.zeros(3, dtype=dtype), torch.ones(3, dtype=dtype)
+
+    def function(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+        statistics = (None, None) if training else (mean, var)
+        return batch_norm(x, *statistics, weight, bias, training, residual=residual, activation=activation)
+
+    return function, [x, weight, bias, residual]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation", [None, *reference.ACTIVATIONS])
+def test_gradcheck(training: bool, activation: str | None) -> None:
+    function, inputs = function_of(training, activation, torch.float64)
+    assert torch.autograd.gradcheck(function, inputs, check_forward_ad=True, check_batched_grad=False)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation", [None, "silu", "gelu"])
+def test_gradgradcheck(training: bool, activation: str | None) -> None:
+    function, inputs = function_of(training, activation, torch.float64)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+def test_the_third_derivative(dtype: torch.dtype, training: bool, activation: str | None) -> None:
+    """Against autograd on the formula in plain torch; torch's own third derivative is wrong in training."""
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+        mean, var = (x.mean((0, 2)), x.var((0, 2), correction=0)) if training else (x.new_zeros(3), x.new_ones(3))
+        shape = (1, 3, 1)
+        z = (x - mean.view(shape)) / (var.view(shape) + 1e-5).sqrt() * weight.view(shape) + bias.view(shape) + residual
+        return z if activation is None else getattr(F, activation)(z)
+
+    def third(function: Callable[..., Tensor], inputs: list[Tensor]) -> Tensor:
+        weights = torch.linspace(-1, 2, 30, dtype=torch.float64).view(5, 3, 2).to(inputs[0].dtype)
+        scalar = (function(*inputs).pow(3) * weights).sum()
+        for _ in range(3):
+            gradients = torch.autograd.grad(scalar, inputs, create_graph=True)
+            scalar = sum((g.pow(2).sum() for g in gradients), start=torch.zeros((), dtype=inputs[0].dtype))
+        return scalar.detach()
+
+    function, inputs = function_of(training, activation, dtype)
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    expected = third(plain, exact)
+    # Three derivatives of a cube of order 10 multiply roundings up: float32 keeps about three digits.
+    torch.testing.assert_close(
+        third(function, inputs).double(), expected, rtol=1e-9 if dtype == torch.float64 else 5e-3, atol=0
+    )
+
+
+def test_one_input_computed_from_another() -> None:
+    """The gradient of x must not count the way through the weight twice."""
+    x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(
+        lambda v: batch_norm(v, None, None, v[0].exp(), v[1], True, residual=v * 2), (x,)
+    )
+
+
+def test_vmap_and_forward_mode_use_the_same_formula() -> None:
+    x = torch.randn(4, 6, 3)
+    one_by_one = torch.stack([batch_norm(v, None, None, training=True, activation="relu") for v in x])
+    mapped = torch.func.vmap(lambda v: batch_norm(v, None, None, training=True, activation="relu"))(x)
+    close(mapped, one_by_one, torch.float32)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x[0], torch.ones_like(x[0]))
+        tangent = forward_ad.unpack_dual(batch_norm(dual, None, None, training=True)).tangent
+    close(tangent, torch.zeros_like(x[0]), torch.float32)  # a shift of everything changes nothing
+
+
+@pytest.mark.parametrize("needs", ["x", "weight", "bias", "residual"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_only_what_is_asked_for(needs: str, training: bool, activation: str | None) -> None:
+    t = Sample(LAYOUTS[6], activation, True).tensors()
+    inputs = {key: t[key].clone().requires_grad_(key == needs) for key in ("x", "weight", "bias", "residual")}
+    everything = {key: t[key].clone().requires_grad_() for key in inputs}
+    for leaves in (inputs, everything):
+        y = batch_norm(
+            leaves["x"],
+            torch.zeros(20),
+            torch.ones(20),
+            leaves["weight"],
+            leaves["bias"],
+            training,
+            residual=leaves["residual"],
+            activation=activation,
+        )
+        y.backward(t["dy"])
+    assert torch.equal(inputs[needs].grad, everything[needs].grad)
+    assert all(leaf.grad is None for key, leaf in inputs.items() if key != needs)
+
+
+# --- modes, dtypes, bad input ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", list(reference.ACTIVATIONS))
+@pytest.mark.parametrize("residual", [True, False])
+def test_activations_and_residual_are_torchs(activation: str, residual: bool) -> None:
+    x, r = torch.randn(6, 5, 7, 7), torch.randn(6, 5, 7, 7)
+    z = F.batch_norm(x, None, None, training=True) + (r if residual else 0)
+    y = batch_norm(x, None, None, training=True, activation=activation, residual=r if residual else None)
+    close(y, getattr(F, activation)(z), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("parameters", [torch.float32, "same"])
+def test_half_inputs(dtype: torch.dtype, parameters: torch.dtype | str) -> None:
+    own = dtype if parameters == "same" else torch.float32
+    x, weight, bias = torch.randn(9, 4, 5).to(dtype), torch.rand(4).to(own), torch.randn(4).to(own)
+    mean, var = torch.zeros(4, dtype=own), torch.ones(4, dtype=own)
+    wide = [t.float() for t in (mean, var)]
+    y = batch_norm(x, mean, var, weight, bias, True)
+    exact = F.batch_norm(x.double(), None, None, weight.double(), bias.double(), True)
+    torch.testing.assert_close(y, exact.to(dtype), rtol=tolerances.ONE_ROUNDING[dtype][0], atol=0)
+    F.batch_norm(x.float(), *wide, training=True)
+    for a, e in zip((mean, var), wide, strict=True):
+        close(a, e.to(own), own)
+
+
+def test_empty_input_zero_gradients_no_update() -> None:
+    mean, var = torch.full((3,), 7.0), torch.full((3,), 8.0)
+    leaves = [torch.zeros(0, 3, 2), torch.ones(3), torch.ones(3), torch.zeros(0, 3, 2)]
+    x, weight, bias, residual = (leaf.requires_grad_() for leaf in leaves)
+    for training in (True, False):
+        y = batch_norm(x, mean, var, weight, bias, training, residual=residual, activation="relu")
+        assert y.shape == (0, 3, 2)
+        for leaf, gradient in zip(leaves, torch.autograd.grad(y.sum(), leaves), strict=True):
+            assert torch.equal(gradient, torch.zeros_like(leaf))
+    assert mean.tolist() == [7] * 3
+    assert var.tolist() == [8] * 3
+
+
+BAD: dict[str, tuple[Callable[[Tensor], dict[str, Any]], type[errors.BatchNormError], str]] = {
+    "rank": (lambda x: {"input": x[0, 0]}, errors.ShapeError, "rank 1"),
+    "channels": (lambda x: {"input": x.mT}, errors.ShapeError, r"running_mean of shape \(3,\)"),
+    "weight": (lambda _: {"weight": torch.ones(2)}, errors.ShapeError, r"weight of shape \(2,\)"),
+    "bias": (lambda _: {"bias": torch.ones(3, 1)}, errors.ShapeError, r"bias of shape \(3, 1\)"),
+    "integer": (lambda x: {"input": x.int()}, errors.DTypeError, r"dtype torch.int32.*x.float\(\)"),
+    "complex": (lambda x: {"input": x.cfloat()}, errors.DTypeError, "complex64"),
+    "residual shape": (lambda x: {"residual": x[:1]}, errors.ShapeError, "residual of shape"),
+    "residual dtype": (lambda x: {"residual": x.double()}, errors.DTypeError, "float64.*float32"),
+    "activation": (lambda _: {"activation": "tanh"}, errors.OptionError, "'tanh'.*\"relu\""),
+    "channel_dim": (lambda _: {"channel_dim": 3}, errors.ShapeError, "channel_dim=3"),
+    "eps": (lambda _: {"eps": -1.0}, errors.OptionError, "eps=-1.0"),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case: str, training: bool) -> None:
+    change, error, message = BAD[case]
+    x, mean, var = torch.randn(2, 3, 4), torch.full((3,), 7.0), torch.full((3,), 8.0)
+    call: dict[str, Any] = {"input": x, "running_mean": mean, "running_var": var, "training": training}
+    with pytest.raises(error, match=message):
+        batch_norm(**(call | change(x)))
+    assert mean.tolist() == [7] * 3
+    assert var.tolist() == [8] * 3
+
+
+def test_one_value_for_each_channel() -> None:
+    mean, var = torch.zeros(3), torch.ones(3)
+    for shape in ((1, 3), (1, 3, 1, 1)):
+        with pytest.raises(errors.CountError, match=r"more than 1 value per channel when training.*drop_last"):
+            batch_norm(torch.randn(shape), mean, var, training=True)
+        assert batch_norm(torch.randn(shape), mean, var).shape == shape
+    assert mean.tolist() == [0] * 3
+
+
+def test_inference_needs_statistics_and_training_a_positive_eps() -> None:
+    x = torch.randn(4, 3)
+    with pytest.raises(errors.ShapeError, match="no running statistics"):
+        batch_norm(x, None, None)
+    with pytest.raises(errors.OptionError, match="eps=0"):
+        batch_norm(x, None, None, training=True, eps=0.0)
+    close(batch_norm(x, torch.zeros(3), torch.ones(3), eps=0.0), x, torch.float32)

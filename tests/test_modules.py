@@ -1,0 +1,300 @@
+"""The layers beside torch's: every ModuleInfo case, the same state, and nothing changed by an error."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
+
+import batchnorm as bn
+import tolerances
+from batchnorm import errors
+
+PAIRS = [(bn.BatchNorm1d, nn.BatchNorm1d), (bn.BatchNorm2d, nn.BatchNorm2d), (bn.BatchNorm3d, nn.BatchNorm3d)]
+OURS = {theirs: ours for ours, theirs in PAIRS}
+INFOS = [info for info in module_db if info.module_cls in OURS]
+SHAPES = {bn.BatchNorm1d: (6, 4, 5), bn.BatchNorm2d: (6, 4, 5, 3), bn.BatchNorm3d: (6, 4, 2, 3, 2)}
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+def close(actual: Tensor | None, expected: Tensor | None, dtype: torch.dtype) -> None:
+    relative, absolute = tolerances.AGAINST_TORCH[dtype]
+    torch.testing.assert_close(actual, expected, rtol=relative, atol=absolute)
+
+
+def same_state(ours: nn.Module, theirs: nn.Module, dtype: torch.dtype) -> None:
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert ours.state_dict()._metadata == theirs.state_dict()._metadata
+    for key, value in theirs.state_dict().items():
+        close(ours.state_dict()[key], value.to(ours.state_dict()[key].dtype), dtype)
+
+
+def outputs_and_gradients(layer: nn.Module, x: Tensor) -> list[Tensor]:
+    x = x.detach().clone().requires_grad_()
+    y = layer(x)
+    dy = (torch.arange(y.numel()) % 17 / 8 - 1).to(y.dtype).view(y.shape)  # exact in every dtype
+    return [y.detach(), *torch.autograd.grad(y, [x, *layer.parameters()], dy)]
+
+
+# --- torch's own cases -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("info", INFOS, ids=lambda i: i.name)
+def test_every_module_info_sample(info: Any, training: bool, dtype: torch.dtype) -> None:  # noqa: ANN401 - untyped in torch
+    cases = info.module_inputs_func(info, "cpu", dtype, requires_grad=True, training=training)
+    assert len(cases) >= 7
+    for case in cases:
+        constructor, call = case.constructor_input, case.forward_input
+        ours = OURS[info.module_cls](*constructor.args, **constructor.kwargs).to(dtype).train(training)
+        # In half precision torch rounds between its steps, by more than the bounds: there its float64 is the measure.
+        exact = dtype if dtype.itemsize > 2 else torch.float64
+        theirs = info.module_cls(*constructor.args, **constructor.kwargs).to(exact).train(training)
+        untouched = copy.deepcopy(theirs)
+        (x,) = call.args
+        for _ in range(2):
+            expected = outputs_and_gradients(theirs, x.to(exact))
+            for a, e in zip(outputs_and_gradients(ours, x), expected, strict=True):
+                close(a, e.to(dtype), dtype)
+        same_state(ours, theirs if x.numel() else untouched, dtype)  # nothing comes of an empty batch
+
+
+@pytest.mark.parametrize("info", INFOS, ids=lambda i: i.name)
+def test_every_module_info_error(info: Any) -> None:  # noqa: ANN401 - as above
+    cases = info.module_error_inputs_func(info, "cpu", torch.float32, requires_grad=False, training=True)
+    assert len(cases) >= 2
+    for case in cases:
+        assert case.error_on == ModuleErrorEnum.FORWARD_ERROR
+        constructor, call = case.module_error_input.constructor_input, case.module_error_input.forward_input
+        layer = OURS[info.module_cls](*constructor.args, **constructor.kwargs)
+        with pytest.raises(case.error_type, match=case.error_regex):
+            layer(*call.args, **call.kwargs)
+
+
+def test_torch_has_entries_for_all_three() -> None:
+    assert {info.module_cls for info in INFOS} == set(OURS)
+
+
+# --- drop-in ---------------------------------------------------------------------------------------------------------
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"momentum": None},
+    {"affine": False},
+    {"bias": False},
+    {"track_running_stats": False},
+    {"eps": 1e-3, "momentum": 0.7},
+    {"dtype": torch.float64},
+    {"affine": False, "track_running_stats": False},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(("ours_class", "theirs_class"), PAIRS)
+def test_a_few_steps_beside_torch(ours_class: Any, theirs_class: Any, options: dict[str, Any]) -> None:  # noqa: ANN401
+    dtype = options.get("dtype", torch.float32)
+    ours, theirs = ours_class(4, **options), theirs_class(4, **options)
+    assert isinstance(ours, theirs_class)
+    assert isinstance(ours, bn.BatchNorm)
+    for step in range(3):
+        x = torch.randn(SHAPES[ours_class], dtype=dtype) * (step + 1) + step
+        for a, e in zip(outputs_and_gradients(ours, x), outputs_and_gradients(theirs, x), strict=True):
+            close(a, e, dtype)
+    same_state(ours, theirs, dtype)
+    ours.eval(), theirs.eval()
+    for a, e in zip(outputs_and_gradients(ours, x), outputs_and_gradients(theirs, x), strict=True):
+        close(a, e, dtype)
+    same_state(ours, theirs, dtype)
+
+
+@pytest.mark.parametrize(("ours_class", "theirs_class"), PAIRS)
+def test_state_goes_both_ways_and_from_before_the_counter(ours_class: Any, theirs_class: Any) -> None:  # noqa: ANN401
+    ours, theirs = ours_class(4), theirs_class(4)
+    theirs(torch.randn(SHAPES[ours_class]))
+    ours.load_state_dict(theirs.state_dict())
+    same_state(ours, theirs, torch.float32)
+    theirs_class(4).load_state_dict(ours.state_dict())
+    old = {key: value for key, value in theirs.state_dict().items() if key != "num_batches_tracked"}
+    ours_class(4).load_state_dict(old)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer)), lambda layer: through_a_file(layer)]
+)
+def test_copies(copied: Any) -> None:  # noqa: ANN401
+    layer = bn.BatchNorm2d(4, momentum=None, activation="silu", channel_dim=-1)
+    layer(torch.randn(3, 5, 5, 4))
+    other = copied(layer)
+    assert repr(other) == repr(layer)
+    x = torch.randn(3, 5, 5, 4)
+    assert torch.equal(other(x), layer(x))
+    same_state(other, layer, torch.float32)
+    assert other.running_mean is not layer.running_mean
+
+
+def through_a_file(layer: nn.Module) -> Any:  # noqa: ANN401
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    return torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
+
+
+def test_to_and_repr() -> None:
+    layer = bn.BatchNorm2d(4, activation="relu")
+    assert repr(layer) == repr(nn.BatchNorm2d(4))[:-1] + ", activation=relu)"
+    assert repr(bn.BatchNorm3d(4)) == repr(nn.BatchNorm3d(4))
+    assert layer.to(torch.float64).running_mean.dtype == torch.float64
+    assert layer(torch.randn(2, 4, 3, 3, dtype=torch.float64)).dtype == torch.float64
+    assert bn.BatchNorm1d(4, device="meta").weight.is_meta
+    layer.reset_parameters()
+    assert layer.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("whole", [True, False])
+def test_half_input_with_float32_or_half_parameters(dtype: torch.dtype, whole: bool) -> None:
+    ours, theirs = bn.BatchNorm2d(4), nn.BatchNorm2d(4)
+    x = torch.randn(6, 4, 5, 3).to(dtype)
+    if whole:
+        ours, theirs = ours.to(dtype), theirs.to(dtype)
+    for _ in range(2):
+        y, expected = ours(x), theirs(x)
+        assert y.dtype == dtype
+        close(y, expected, dtype)
+    same_state(ours, theirs, dtype)
+
+
+def test_autocast() -> None:
+    net = nn.Sequential(nn.Linear(8, 6), bn.BatchNorm1d(6, activation="relu"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = net(torch.randn(16, 8))
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert net[1].weight.grad.dtype == torch.float32
+
+
+def test_checkpoints_of_torch_train_on() -> None:
+    """One network of torch's and one of ours stay together through training."""
+    torch.manual_seed(1)
+    theirs = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5))
+    ours = nn.Sequential(
+        nn.Conv2d(3, 8, 3), bn.BatchNorm2d(8, activation="relu"), nn.Identity(), *copy.deepcopy(theirs[3:])
+    )
+    ours.load_state_dict(theirs.state_dict())
+    for _ in range(5):
+        x, target = torch.randn(16, 3, 8, 8), torch.randint(5, (16,))
+        for net in (ours, theirs):
+            net.zero_grad()
+            nn.functional.cross_entropy(net(x), target).backward()
+            with torch.no_grad():
+                for p in net.parameters():
+                    p -= 0.1 * p.grad
+    same_state(ours, theirs, torch.float32)
+
+
+# --- what torch does not have ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (6, 4, 5), (3, 4, 2, 2), (2, 4, 2, 2, 2), (2, 4, 2, 1, 2, 3)])
+def test_any_rank(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    close(bn.BatchNorm(4)(x), nn.functional.batch_norm(x, None, None, training=True), torch.float32)
+
+
+def test_channels_last_dimension() -> None:
+    x = torch.randn(6, 5, 4)
+    ours, theirs = bn.BatchNorm1d(4, channel_dim=-1), nn.BatchNorm1d(4)
+    close(ours(x), theirs(x.mT).mT, torch.float32)
+    same_state(ours, theirs, torch.float32)
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "silu", "gelu", "hardswish", "elu"])
+@pytest.mark.parametrize("training", [True, False])
+def test_activation_and_residual(activation: str, training: bool) -> None:
+    ours, theirs = bn.BatchNorm2d(4, activation=activation).train(training), nn.BatchNorm2d(4).train(training)
+    x, residual = torch.randn(6, 4, 5, 3), torch.randn(6, 4, 5, 3)
+    close(ours(x), getattr(nn.functional, activation)(theirs(x)), torch.float32)
+    close(ours(x, residual=residual), getattr(nn.functional, activation)(theirs(x) + residual), torch.float32)
+    same_state(ours, theirs, torch.float32)
+
+
+# --- errors: ours, clear, and nothing changed ------------------------------------------------------------------------
+
+X = torch.randn(2, 3, 4, 4)
+BAD: dict[str, tuple[dict[str, Any], dict[str, Any], type[Exception], str]] = {
+    "channels": ({}, {"input": X[:, :2]}, errors.ShapeError, r"got 2 channels in dimension 1.*made for 3"),
+    "rank": ({}, {"input": X[0]}, errors.ShapeError, r"expected 4D input \(got 3D input.*batchnorm.BatchNorm"),
+    "integer": ({}, {"input": X.int()}, errors.DTypeError, "dtype torch.int32"),
+    "one value": ({}, {"input": X[:1, :, :1, :1]}, errors.CountError, "more than 1 value per channel.*drop_last"),
+    "eps": ({"eps": 0.0}, {"input": X}, errors.OptionError, "eps must be positive"),
+    "residual": ({}, {"input": X, "residual": X[:1]}, errors.ShapeError, "residual of shape"),
+    "residual dtype": ({}, {"input": X, "residual": X.double()}, errors.DTypeError, "residual of dtype"),
+    "channel_dim": ({"channel_dim": 4}, {"input": X}, errors.ShapeError, "channel_dim=4"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_an_error_names_the_layer_and_changes_nothing(case: str) -> None:
+    options, call, error, message = BAD[case]
+    layer = bn.BatchNorm2d(3, **options)
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(error, match=r"BatchNorm2d\(3\): .*" + message):
+        layer(**call)
+    assert all(torch.equal(before[key], value) for key, value in layer.state_dict().items())
+
+
+def test_torchs_types_catch_them() -> None:
+    with pytest.raises(ValueError, match="4D"):
+        bn.BatchNorm2d(3)(X[0])
+    with pytest.raises(RuntimeError, match="channels"):
+        bn.BatchNorm2d(4)(X)
+    with pytest.raises(RuntimeError, match="int32"):
+        bn.BatchNorm2d(3)(X.int())
+
+
+def test_unknown_activation_when_made() -> None:
+    with pytest.raises(errors.OptionError, match="got activation='tanh'; it must be one of \"relu\""):
+        bn.BatchNorm1d(3, activation="tanh")
+
+
+def test_one_value_is_fine_in_inference_but_not_without_statistics() -> None:
+    x = torch.randn(1, 3)
+    assert bn.BatchNorm1d(3).eval()(x).shape == (1, 3)
+    with pytest.raises(errors.CountError):
+        bn.BatchNorm1d(3, track_running_stats=False).eval()(x)
+
+
+def test_empty_batch_leaves_everything() -> None:
+    layer = bn.BatchNorm1d(3)
+    layer(torch.randn(4, 3))
+    before = copy.deepcopy(layer.state_dict())
+    assert layer(torch.zeros(0, 3)).shape == (0, 3)
+    assert all(torch.equal(before[key], value) for key, value in layer.state_dict().items())
+
+
+def test_two_forwards_before_one_backward() -> None:
+    torch.manual_seed(0)
+    ours, theirs, x, z = bn.BatchNorm1d(3), nn.BatchNorm1d(3), torch.randn(4, 3), torch.randn(5, 3)
+    for layer in (ours, theirs):
+        (layer(x).pow(3).sum() + layer(z).pow(3).sum()).backward()
+    close(ours.weight.grad, theirs.weight.grad, torch.float32)
+    same_state(ours, theirs, torch.float32)
+
+
+def test_statistics_do_not_move_in_inference() -> None:
+    layer = bn.BatchNorm1d(3).eval()
+    before = copy.deepcopy(layer.state_dict())
+    layer(torch.randn(9, 3) + 5)
+    assert all(torch.equal(before[key], value) for key, value in layer.state_dict().items())
+
+
+def test_parameters_learn_nothing_when_absent() -> None:
+    layer = bn.BatchNorm1d(3, bias=False)
+    assert layer.bias is None
+    assert [name for name, _ in layer.named_parameters()] == ["weight"]
