@@ -214,7 +214,16 @@ def test_the_third_derivative(dtype: torch.dtype, training: bool, activation: st
 
 def test_one_input_computed_from_another() -> None:
     """The gradient of x must not count the way through the weight twice."""
+
+    def function(norm: Callable[..., Tensor], x: Tensor) -> Tensor:
+        return norm(x, None, None, x[0].exp(), x[1], True) + x * 2
+
     x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    dy = torch.randn(6, 3, dtype=torch.float64)
+    (expected,) = torch.autograd.grad(function(F.batch_norm, x), x, dy)
+    for create_graph in (False, True):
+        (actual,) = torch.autograd.grad(function(batch_norm, x), x, dy, create_graph=create_graph)
+        close(actual.detach(), expected, torch.float64)
     assert torch.autograd.gradgradcheck(
         lambda v: batch_norm(v, None, None, v[0].exp(), v[1], True, residual=v * 2), (x,)
     )

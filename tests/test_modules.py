@@ -294,6 +294,16 @@ def test_statistics_do_not_move_in_inference() -> None:
     assert all(torch.equal(before[key], value) for key, value in layer.state_dict().items())
 
 
+def test_tracking_can_be_switched_off_later() -> None:
+    ours, theirs = bn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    for layer in (ours, theirs):
+        layer.track_running_stats = False
+    x = torch.randn(9, 3) + 5
+    for training in (True, False):
+        close(ours.train(training)(x), theirs.train(training)(x), torch.float32)
+    same_state(ours, theirs, torch.float32)
+
+
 def test_parameters_learn_nothing_when_absent() -> None:
     layer = bn.BatchNorm1d(3, bias=False)
     assert layer.bias is None

@@ -79,6 +79,7 @@ def test_operations_are_the_oracles(sample: Sample, level: str) -> None:
         Layout("contiguous", (8, 16, 24, 24)),
         Layout("channels_last", (8, 16, 24, 24), 1, "channels_last"),
         Layout("(N, C)", (4096, 16)),
+        Layout("channels_last, many values", (64, 3, 64, 64), 1, "channels_last"),
     ],
     ids=lambda layout: layout.name,
 )
