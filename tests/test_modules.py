@@ -308,3 +308,22 @@ def test_parameters_learn_nothing_when_absent() -> None:
     layer = bn.BatchNorm1d(3, bias=False)
     assert layer.bias is None
     assert [name for name, _ in layer.named_parameters()] == ["weight"]
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_compile_in_one_graph(momentum: float | None) -> None:
+    ours, theirs = bn.BatchNorm2d(4, momentum=momentum, activation="relu"), nn.BatchNorm2d(4, momentum=momentum)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    for training in (True, True, False):
+        ours.train(training), theirs.train(training)
+        x = torch.randn(3, 4, 5, 5)
+        close(compiled(x), theirs(x).relu(), torch.float32)
+    same_state(ours, theirs, torch.float32)
+
+
+def test_export_keeps_one_operation() -> None:
+    layer = bn.BatchNorm2d(4, activation="relu").eval()
+    x = torch.randn(3, 4, 5, 5)
+    program = torch.export.export(layer, (x,))
+    assert torch.equal(program.module()(x), layer(x))
+    assert "batchnorm.normalize" in program.graph_module.code

@@ -85,12 +85,12 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             self._commit(proposal)
         return output
 
-    @torch.no_grad()
     def _commit(self, proposal: Moments) -> None:
         """Blend proposed moments into the running statistics, and count one batch."""
         momentum: float | Tensor | None = self.momentum
         if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
+            with torch.no_grad():
+                self.num_batches_tracked.add_(1)
             if momentum is None:
                 momentum = self.num_batches_tracked.to(torch.float64).reciprocal()
         if self.running_mean is not None and self.running_var is not None and momentum is not None:

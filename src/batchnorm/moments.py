@@ -130,7 +130,6 @@ class Moments:
         """The square root of `var`, (C,). Raises as `var` does."""
         return self.var(correction=correction).sqrt()
 
-    @torch.no_grad()
     def blend_into(self, running_mean: Tensor, running_var: Tensor, momentum: float | Tensor) -> None:
         """Commit these moments to running statistics, in place.
 
@@ -143,10 +142,11 @@ class Moments:
             running_var: (C,), any floating dtype.
             momentum: the weight of the new value, a number or a () tensor.
         """
-        unbiased = self.m2 / (self.count - 1)
-        for running, new in ((running_mean, self.mean), (running_var, unbiased)):
-            wide = running.to(new.dtype)
-            running.copy_(wide + (new - wide) * momentum)
+        with torch.no_grad():
+            unbiased = self.m2 / (self.count - 1)
+            for running, new in ((running_mean, self.mean), (running_var, unbiased)):
+                wide = running.to(new.dtype)
+                running.copy_(wide + (new - wide) * momentum)
 
 
 def _weights(mask: Tensor, x: Tensor, axis: int) -> Tensor:
