@@ -55,7 +55,7 @@ BN_INLINE float activate_grad(float dy, float z) {
 // dz at position i; coefficients at k.
 template <Activation A, bool Residual, class Coefficients>
 BN_INLINE Floats grad_vector(const Backward& t, const Affine& a, Coefficients c, int64_t i, int64_t k, Floats x) {
-  Floats dy = load<Floats>(t.dy + i);
+  Floats dy = loaded(load<Floats>(t.dy + i));
   if (A == Activation::none) return dy;
   Floats z = affine(x, c.vector(a.mean, k), c.vector(a.scale, k), c.vector(a.shift, k));
   if (Residual) z += load<Floats>(t.residual + i);

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #define BN_INLINE inline __attribute__((always_inline))
 
@@ -42,13 +43,27 @@ BN_INLINE void store(T* p, V v) {
   std::memcpy(p, &v, sizeof v);
 }
 
+// The same value, loaded in full. Without this GCC turns a load and a comparison into a masked load, which AVX-512
+// machines start only when the mask is known: measured, 2.7 times slower on data that come from memory.
+BN_INLINE Floats loaded(Floats v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
+
 BN_INLINE Floats splat(float x) { return x - Floats{}; }
 BN_INLINE Doubles splat_double(double x) { return x - Doubles{}; }
 
+template <int First, int... I>
+BN_INLINE HalfFloats half_of(Floats v, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(v, v, (First + I)...);
+}
+
 BN_INLINE Wide widen(Floats v) {
-  HalfFloats halves[2];
-  std::memcpy(halves, &v, sizeof v);
-  return {__builtin_convertvector(halves[0], Doubles), __builtin_convertvector(halves[1], Doubles)};
+  using Half = std::make_integer_sequence<int, kLanes / 2>;
+  return {__builtin_convertvector(half_of<0>(v, Half{}), Doubles),
+          __builtin_convertvector(half_of<kLanes / 2>(v, Half{}), Doubles)};
 }
 
 BN_INLINE Wide load_wide(const float* p) {
