@@ -124,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const OptionalTensor
   const Walk& w = input.walk;
   Normalization norm(w.channels, weight, bias, eps, activation);
   const OptionalTensor added = residual ? OptionalTensor(input.aligned(*residual, "residual")) : std::nullopt;
-  Tensor y = torch::stable::empty_like(input.tensor), mean = input.statistic(), m2 = input.statistic();
+  Tensor y = fresh_like(input.tensor), mean = input.statistic(), m2 = input.statistic();
   if (x.numel() == 0) {
     zero(mean), zero(m2);
     return {y, mean, m2};
@@ -148,7 +148,7 @@ Tensor normalize(const Tensor& x, const Tensor& mean, const Tensor& var, const O
   Normalization norm(w.channels, weight, bias, eps, activation);
   norm.set_all(mean, var);
   const OptionalTensor added = residual ? OptionalTensor(input.aligned(*residual, "residual")) : std::nullopt;
-  Tensor y = torch::stable::empty_like(input.tensor);
+  Tensor y = fresh_like(input.tensor);
   const Forward t{input.data(), added ? added->const_data_ptr<float>() : nullptr, y.mutable_data_ptr<float>()};
   const Affine affine = norm.affine();
   const Kernels& k = kernels();
@@ -187,9 +187,9 @@ struct Gradient {
 
   // The outputs of the input's shape; dresidual is empty where it is not wanted.
   std::tuple<Tensor, Tensor> outputs() {
-    Tensor dx = torch::stable::empty_like(input.tensor);
+    Tensor dx = fresh_like(input.tensor);
     const bool wanted = residual && affine.activation != Activation::none;
-    Tensor dresidual = wanted ? torch::stable::empty_like(input.tensor) : torch::stable::new_empty(input.tensor, {0});
+    Tensor dresidual = wanted ? fresh_like(input.tensor) : torch::stable::new_empty(input.tensor, {0});
     t.dx = dx.mutable_data_ptr<float>();
     t.dresidual = wanted ? dresidual.mutable_data_ptr<float>() : nullptr;
     return {dx, dresidual};

@@ -5,6 +5,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cstdint>
 #include <optional>
@@ -85,6 +89,21 @@ struct Input {
 
   Tensor statistic() const { return torch::stable::new_empty(tensor, {walk.channels}, ScalarType::Double); }
 };
+
+// A new tensor of another's shape and memory order, to be written in full.
+//
+// The first touch of fresh memory costs more than writing it: the system maps and clears it page by page. For a large
+// tensor it is asked for 2 MiB pages, where it gives them on request.
+Tensor fresh_like(const Tensor& x) {
+  Tensor t = torch::stable::empty_like(x);
+#if defined(__linux__)
+  constexpr uintptr_t page = 1 << 21;
+  const auto begin = (reinterpret_cast<uintptr_t>(t.data_ptr()) + page - 1) & ~(page - 1);
+  const auto end = (reinterpret_cast<uintptr_t>(t.data_ptr()) + t.numel() * t.element_size()) & ~(page - 1);
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish: refusal is harmless
+#endif
+  return t;
+}
 
 // --- vectors of one value for each channel ---------------------------------------------------------------------------
 
