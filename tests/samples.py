@@ -102,7 +102,18 @@ class Sample:
         return arrays
 
 
+# Every memory order in float32, then every activation in every dtype on three of them, with whole vectors and tails.
 NATIVE = [
     Sample(layout, activation, residual)
     for layout, activation, residual in itertools.product(LAYOUTS, (None, "relu"), (False, True))
-] + [Sample(LAYOUTS[0], None, False, affine=False), Sample(LAYOUTS[7], "relu", True, affine=False)]
+]
+NATIVE += [
+    Sample(layout, activation, residual, dtype)
+    for layout, activation, residual, dtype in itertools.product(
+        (LAYOUTS[1], LAYOUTS[6], LAYOUTS[7]),
+        (None, "relu", "leaky_relu", "silu", "gelu", "hardswish", "elu"),
+        (False, True),
+        (torch.float32, torch.float64, torch.bfloat16, torch.float16),
+    )
+]
+NATIVE += [Sample(LAYOUTS[0], None, False, affine=False), Sample(LAYOUTS[7], "relu", True, affine=False)]

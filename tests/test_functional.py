@@ -100,7 +100,10 @@ def test_gradients_are_the_oracles(sample: Sample, training: bool) -> None:
     if not training:
         mean, m2 = running_mean.double().numpy(), running_var.double().numpy() * n
     z = oracle.preactivation(o["x"], mean, m2 / n, *arrays[:4], sample.layout.channel_dim)
-    clear = torch.from_numpy(abs(z) > 4 * tolerances.OUTPUT)  # elsewhere the sign of z is a matter of rounding
+    kinks = (-3, 0, 3) if sample.activation else ()
+    clear = torch.ones(z.shape, dtype=torch.bool)
+    for kink in kinks:  # near one, the side of z is a matter of rounding
+        clear &= torch.from_numpy(abs(z - kink) > 8 * tolerances.OUTPUT)
     dy = t["dy"] * clear
 
     leaves = {
@@ -122,7 +125,8 @@ def test_gradients_are_the_oracles(sample: Sample, training: bool) -> None:
     for key, gradient in gradients.items():
         scale = 1 + abs(expected[key]) if key in ("x", "residual") else n**0.5
         error = abs(gradient.double().numpy() - expected[key])
-        assert (error <= tolerances.GRADIENT * scale).all(), key
+        rounding = tolerances.ONE_ROUNDING[gradient.dtype][0] * abs(expected[key]) + 1e-7
+        assert (error <= tolerances.GRADIENT * scale + rounding).all(), key
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)

@@ -33,6 +33,15 @@ AGAINST_TORCH = {
     torch.bfloat16: (1.6e-2, 1.6e-2),
 }
 
+# What a native result may be off besides the rounding to its dtype, times (1 + |value|): the arithmetic is float32 for
+# half precision too; float64's is a few hundred roundings of 1.1e-16.
+NATIVE = {
+    torch.float64: 1e-13,
+    torch.float32: GRADIENT,
+    torch.float16: GRADIENT,
+    torch.bfloat16: GRADIENT,
+}
+
 # A result of the reference in a dtype against the oracle, (relative, absolute): the reference computes in float64 and
 # rounds once, so this is one rounding.
 ONE_ROUNDING = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -111,13 +110,12 @@ def normalize_by_batch(x: Tensor, recipe: Recipe) -> tuple[Tensor, Moments | Non
             f"channel when training, because the variance of one value is 0. Use a larger batch, switch to "
             f"inference with .eval(), or drop the last incomplete batch (DataLoader(drop_last=True))"
         )
-    inside, after = _split_activation(x, recipe)
     if _transformed():
-        y, mean, m2 = reference.forward(x, *inside)
+        y, mean, m2 = reference.forward(x, *recipe)
     else:
-        y, mean, m2 = _BatchNorm.apply(x, None, None, *inside)  # type: ignore[no-untyped-call]  # torch's
+        y, mean, m2 = _BatchNorm.apply(x, None, None, *recipe)  # type: ignore[no-untyped-call]  # torch's
     moments = Moments(torch.full((), n, device=x.device), mean.detach(), m2.detach())
-    return (y if after is None else after(y)), moments
+    return y, moments
 
 
 def normalize_by(x: Tensor, mean: Tensor, var: Tensor, recipe: Recipe) -> Tensor:
@@ -132,13 +130,12 @@ def normalize_by(x: Tensor, mean: Tensor, var: Tensor, recipe: Recipe) -> Tensor
         return _empty_output(x, recipe)
     for name, statistic in (("running_mean", mean), ("running_var", var)):
         layout.check_vector(statistic, name, x.shape[recipe.channel_dim])
-    inside, after = _split_activation(x, recipe)
     mean, var = mean.detach(), var.detach()
     if _transformed():
-        y = reference.normalize(x, mean, var, *inside)
-    else:
-        y, _, _ = _BatchNorm.apply(x, mean, var, *inside)  # type: ignore[no-untyped-call]  # torch's
-    return y if after is None else after(y)
+        return reference.normalize(x, mean, var, *recipe)
+    y: Tensor
+    y, _, _ = _BatchNorm.apply(x, mean, var, *recipe)  # type: ignore[no-untyped-call]  # torch's
+    return y
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -257,13 +254,6 @@ def _differentiable_gradients(
 def _transformed() -> bool:
     """Whether a transform of `torch.func` or forward-mode differentiation is at work: they need plain torch."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def _split_activation(x: Tensor, recipe: Recipe) -> tuple[Recipe, Callable[[Tensor], Tensor] | None]:
-    """The recipe as x's kernels can do it, and the activation that is then left to do."""
-    if recipe.activation is None or ops.applies(x, recipe.activation):
-        return recipe, None
-    return recipe._replace(activation=None), reference.ACTIVATIONS[recipe.activation]
 
 
 def _empty_output(x: Tensor, recipe: Recipe) -> Tensor:

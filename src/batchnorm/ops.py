@@ -127,9 +127,8 @@ def _load_native() -> tuple[ctypes.CDLL | None, str]:
 
 
 _native, _reason = _load_native()
-_NATIVE_DTYPES = frozenset({torch.float32}) if _native is not None else frozenset()
-# What the native kernels apply while the value is in a register; the others follow as an operation of their own.
-_NATIVE_ACTIVATIONS = frozenset({None, "relu"})
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_NATIVE_DTYPES = frozenset(_DTYPES if _native is not None else ())
 
 
 def implementation(x: Tensor) -> Any:  # noqa: ANN401 - a namespace of operators, or a module with the same names
@@ -137,11 +136,6 @@ def implementation(x: Tensor) -> Any:  # noqa: ANN401 - a namespace of operators
     if x.dtype in _NATIVE_DTYPES and x.device.type == "cpu":
         return torch.ops.batchnorm
     return reference
-
-
-def applies(x: Tensor, activation: str | None) -> bool:
-    """Whether the implementation for `x` applies `activation` itself."""
-    return implementation(x) is reference or activation in _NATIVE_ACTIVATIONS
 
 
 def cpu_levels() -> tuple[str, ...]:

@@ -3,171 +3,127 @@
 // The order of every sum is fixed by the shape and the range that is asked for, never by threads or addresses.
 #include "kernels.hpp"
 
+#include <type_traits>
+
+#include "activations.hpp"
 #include "simd.hpp"
 
 namespace {
 
-using batchnorm::Activation;
-using batchnorm::Affine;
-using batchnorm::Backward;
-using batchnorm::Forward;
-using batchnorm::Slopes;
-using batchnorm::Walk;
+using namespace batchnorm;
 
 // --- per-channel coefficients: one value for a whole run, or one for each value of a row -----------------------------
 
+template <class S>
+BN_INLINE const S* values(const PerChannel& v) {
+  if constexpr (sizeof(S) == sizeof(double))
+    return v.exact;
+  else
+    return v.rounded;
+}
+
+template <class V>
+using Scalar = std::remove_cvref_t<decltype(V{}[0])>;
+
+template <class V>
 struct Broadcast {
   int64_t channel;
-  BN_INLINE Floats vector(const float* a, int64_t) const { return splat(a[channel]); }
-  BN_INLINE float scalar(const float* a, int64_t) const { return a[channel]; }
+  BN_INLINE V operator()(const PerChannel& v, int64_t) const { return splat<V>(values<Scalar<V>>(v)[channel]); }
+  BN_INLINE V part(const PerChannel& v, int64_t i, int64_t) const { return (*this)(v, i); }
 };
 
+template <class V>
 struct Elementwise {
-  BN_INLINE Floats vector(const float* a, int64_t i) const { return load<Floats>(a + i); }
-  BN_INLINE float scalar(const float* a, int64_t i) const { return a[i]; }
+  BN_INLINE V operator()(const PerChannel& v, int64_t i) const { return load_raw<V>(values<Scalar<V>>(v) + i); }
+  BN_INLINE V part(const PerChannel& v, int64_t i, int64_t n) const {
+    return load_part(values<Scalar<V>>(v) + i, n);
+  }
 };
-
-// --- arithmetic of one value: the same expressions for vectors, for tails, forward and backward ----------------------
 
 template <class V>
 BN_INLINE V affine(V x, V mean, V scale, V shift) {
   return (x - mean) * scale + shift;
 }
 
-// NaN stays NaN: the comparison is false for it.
-template <Activation A>
-BN_INLINE Floats activate(Floats z) {
-  return A == Activation::relu ? (z < 0 ? Floats{} : z) : z;
-}
-template <Activation A>
-BN_INLINE float activate(float z) {
-  return A == Activation::relu && z < 0 ? 0.0f : z;
-}
-template <Activation A>
-BN_INLINE Floats activate_grad(Floats dy, Floats z) {
-  return A == Activation::relu ? (z <= 0 ? Floats{} : dy) : dy;
-}
-template <Activation A>
-BN_INLINE float activate_grad(float dy, float z) {
-  return A == Activation::relu && z <= 0 ? 0.0f : dy;
+// --- a step: kLanes adjacent values, or the last n < kLanes of a run -------------------------------------------------
+
+template <class T>
+struct Whole {
+  static BN_INLINE Vector<T> load(const void* p, int64_t i) {
+    return Element<T>::load(static_cast<const T*>(p) + i);
+  }
+  static BN_INLINE void store(void* p, int64_t i, Vector<T> v) { Element<T>::store(static_cast<T*>(p) + i, v); }
+  template <class C>
+  static BN_INLINE Vector<T> coefficient(const C& c, const PerChannel& v, int64_t k) {
+    return c(v, k);
+  }
+};
+
+template <class T>
+struct Part {
+  int64_t n;
+  BN_INLINE Vector<T> load(const void* p, int64_t i) const { return load_part(static_cast<const T*>(p) + i, n); }
+  BN_INLINE void store(void* p, int64_t i, Vector<T> v) const { store_part(static_cast<T*>(p) + i, v, n); }
+  template <class C>
+  BN_INLINE Vector<T> coefficient(const C& c, const PerChannel& v, int64_t k) const {
+    return c.part(v, k, n);
+  }
+};
+
+// step(which, i) for every step of a run.
+template <class T, class Step>
+BN_INLINE void for_each_step(int64_t length, Step step) {
+  int64_t i = 0;
+  for (; i + kLanes<Vector<T>> <= length; i += kLanes<Vector<T>>) step(Whole<T>{}, i);
+  if (i < length) step(Part<T>{length - i}, i);
 }
 
-// dz at position i; coefficients at k.
-template <Activation A, bool Residual, class Coefficients>
-BN_INLINE Floats grad_vector(const Backward& t, const Affine& a, Coefficients c, int64_t i, int64_t k, Floats x) {
-  Floats dy = loaded(load<Floats>(t.dy + i));
-  if (A == Activation::none) return dy;
-  Floats z = affine(x, c.vector(a.mean, k), c.vector(a.scale, k), c.vector(a.shift, k));
-  if (Residual) z += load<Floats>(t.residual + i);
+// dz of the values at i, which are x; the coefficients stand at k. Where a step is partial its other lanes are 0.
+template <class T, Activation A, bool Residual, class Which, class C>
+BN_INLINE Vector<T> preactivation_grad(const Backward& t, const Affine& a, Which which, C c, int64_t i, int64_t k,
+                                       Vector<T> x) {
+  const Vector<T> dy = loaded(which.load(t.dy, i));
+  if constexpr (A == Activation::none) return dy;
+  Vector<T> z = affine(x, which.coefficient(c, a.mean, k), which.coefficient(c, a.scale, k),
+                       which.coefficient(c, a.shift, k));
+  if constexpr (Residual) z += which.load(t.residual, i);
   return activate_grad<A>(dy, z);
 }
-template <Activation A, bool Residual, class Coefficients>
-BN_INLINE float grad_scalar(const Backward& t, const Affine& a, Coefficients c, int64_t i, int64_t k, float x) {
-  float dy = t.dy[i];
-  if (A == Activation::none) return dy;
-  float z = affine(x, c.scalar(a.mean, k), c.scalar(a.scale, k), c.scalar(a.shift, k));
-  if (Residual) z += t.residual[i];
-  return activate_grad<A>(dy, z);
+
+template <class T, Activation A, bool Residual, class C>
+BN_INLINE void apply_run(const Forward& t, const Affine& a, C c, int64_t at, int64_t length) {
+  for_each_step<T>(length, [&](auto which, int64_t k) {
+    Vector<T> z = affine(which.load(t.x, at + k), which.coefficient(c, a.mean, k), which.coefficient(c, a.scale, k),
+                         which.coefficient(c, a.shift, k));
+    if constexpr (Residual) z += which.load(t.residual, at + k);
+    which.store(t.y, at + k, activate<A>(z));
+  });
 }
 
-// --- runs of adjacent values -----------------------------------------------------------------------------------------
-
-template <Activation A, bool Residual, class Coefficients>
-BN_INLINE void apply_run(const Forward& t, const Affine& a, Coefficients c, int64_t at, int64_t length, int64_t first) {
-  int64_t i = 0;
-  for (; i + kLanes <= length; i += kLanes) {
-    int64_t k = first + i;
-    Floats z = affine(load<Floats>(t.x + at + i), c.vector(a.mean, k), c.vector(a.scale, k), c.vector(a.shift, k));
-    if (Residual) z += load<Floats>(t.residual + at + i);
-    store(t.y + at + i, activate<A>(z));
-  }
-  for (; i < length; ++i) {
-    int64_t k = first + i;
-    float z = affine(t.x[at + i], c.scalar(a.mean, k), c.scalar(a.scale, k), c.scalar(a.shift, k));
-    if (Residual) z += t.residual[at + i];
-    t.y[at + i] = activate<A>(z);
-  }
-}
-
-template <Activation A, bool Residual, class Coefficients>
-BN_INLINE void grad_run(const Backward& t, const Affine& a, const Slopes& s, Coefficients c, int64_t at, int64_t length,
-                        int64_t first) {
-  int64_t i = 0;
-  for (; i + kLanes <= length; i += kLanes) {
-    int64_t k = first + i;
-    Floats x = load<Floats>(t.x + at + i);
-    Floats dz = grad_vector<A, Residual>(t, a, c, at + i, k, x);
-    if (Residual && A != Activation::none) store(t.dresidual + at + i, dz);
-    Floats rest = affine(x, c.vector(a.mean, k), c.vector(s.slope, k), c.vector(s.offset, k));
-    store(t.dx + at + i, dz * c.vector(a.scale, k) + rest);
-  }
-  for (; i < length; ++i) {
-    int64_t k = first + i;
-    float x = t.x[at + i];
-    float dz = grad_scalar<A, Residual>(t, a, c, at + i, k, x);
-    if (Residual && A != Activation::none) t.dresidual[at + i] = dz;
-    float rest = affine(x, c.scalar(a.mean, k), c.scalar(s.slope, k), c.scalar(s.offset, k));
-    t.dx[at + i] = dz * c.scalar(a.scale, k) + rest;
-  }
+template <class T, Activation A, bool Residual, class C>
+BN_INLINE void grad_run(const Backward& t, const Affine& a, const Slopes& s, C c, int64_t at, int64_t length) {
+  for_each_step<T>(length, [&](auto which, int64_t k) {
+    const Vector<T> x = which.load(t.x, at + k);
+    const Vector<T> dz = preactivation_grad<T, A, Residual>(t, a, which, c, at + k, k, x);
+    if constexpr (Residual && A != Activation::none) which.store(t.dresidual, at + k, dz);
+    const Vector<T> rest = affine(x, which.coefficient(c, a.mean, k), which.coefficient(c, s.slope, k),
+                                  which.coefficient(c, s.offset, k));
+    which.store(t.dx, at + k, dz * which.coefficient(c, a.scale, k) + rest);
+  });
 }
 
 // --- walks -----------------------------------------------------------------------------------------------------------
 
-// The runs that make up the values [begin, end) of one channel: run(offset of the first value, length).
+// The runs of planes in the range: run(channel, offset of the first value, length).
 template <class Run>
-BN_INLINE void for_each_run(const Walk& w, int64_t channel, int64_t begin, int64_t end, Run run) {
+BN_INLINE void for_each_run(const Walk& w, int64_t begin, int64_t end, Run run) {
+  int64_t channel = begin / w.inner % w.channels, within = begin % w.inner;
   while (begin < end) {
-    int64_t block = begin / w.inner, within = begin % w.inner;
-    int64_t length = w.inner - within < end - begin ? w.inner - within : end - begin;
-    run((block * w.channels + channel) * w.inner + within, length);
-    begin += length;
+    const int64_t length = w.inner - within < end - begin ? w.inner - within : end - begin;
+    run(channel, begin, length);
+    begin += length, within = 0;
+    if (++channel == w.channels) channel = 0;
   }
-}
-
-void plane_moments(const Walk& w, const float* x, int64_t channel, int64_t begin, int64_t end, double pivot,
-                   double* sums) {
-  Doubles first[2] = {}, second[2] = {}, p = splat_double(pivot);
-  double tail_first = 0, tail_second = 0;
-  for_each_run(w, channel, begin, end, [&](int64_t at, int64_t length) {
-    int64_t i = 0;
-    for (; i + kLanes <= length; i += kLanes) {
-      Wide v = load_wide(x + at + i);
-      Doubles low = v.low - p, high = v.high - p;
-      first[0] += low, second[0] += low * low;
-      first[1] += high, second[1] += high * high;
-    }
-    for (; i < length; ++i) {
-      double d = x[at + i] - pivot;
-      tail_first += d, tail_second += d * d;
-    }
-  });
-  sums[0] += sum(first[0] + first[1]) + tail_first;
-  sums[1] += sum(second[0] + second[1]) + tail_second;
-}
-
-template <Activation A, bool Residual>
-void plane_sums_of(const Walk& w, const Backward& t, const Affine& a, int64_t channel, int64_t begin, int64_t end,
-                   double* sums) {
-  Broadcast c{channel};
-  Doubles first[2] = {}, second[2] = {};
-  double tail_first = 0, tail_second = 0;
-  for_each_run(w, channel, begin, end, [&](int64_t at, int64_t length) {
-    int64_t i = 0;
-    for (; i + kLanes <= length; i += kLanes) {
-      Floats x = load<Floats>(t.x + at + i);
-      Floats dz = grad_vector<A, Residual>(t, a, c, at + i, 0, x);
-      Wide g = widen(dz), product = widen(dz * (x - c.vector(a.mean, 0)));
-      first[0] += g.low, first[1] += g.high;
-      second[0] += product.low, second[1] += product.high;
-    }
-    for (; i < length; ++i) {
-      float x = t.x[at + i];
-      float dz = grad_scalar<A, Residual>(t, a, c, at + i, 0, x);
-      tail_first += dz, tail_second += dz * (x - a.mean[channel]);
-    }
-  });
-  sums[0] += sum(first[0] + first[1]) + tail_first;
-  sums[1] += sum(second[0] + second[1]) + tail_second;
 }
 
 // Rows are taken in groups, so that the sums of a channel are read and written once for the whole group.
@@ -175,153 +131,176 @@ constexpr int64_t kGroup = 8;
 
 template <int64_t N>
 struct Rows {
-  static constexpr int64_t rows = N;
+  static constexpr int64_t count = N;
 };
 
-// Calls group(first row, Rows<how many>) for [begin, end).
+// group(offset of the first row, Rows<how many>) for the range.
 template <class Group>
-BN_INLINE void for_each_group(int64_t begin, int64_t end, Group group) {
-  for (; begin + kGroup <= end; begin += kGroup) group(begin, Rows<kGroup>{});
-  for (; begin < end; ++begin) group(begin, Rows<1>{});
+BN_INLINE void for_each_group(const Walk& w, int64_t begin, int64_t end, Group group) {
+  for (; begin + kGroup * w.channels <= end; begin += kGroup * w.channels) group(begin, Rows<kGroup>{});
+  for (; begin < end; begin += w.channels) group(begin, Rows<1>{});
 }
 
-BN_INLINE void accumulate(double* sums, Doubles low, Doubles high) {
-  constexpr int64_t half = kLanes / 2;
-  store(sums, load<Doubles>(sums) + low);
-  store(sums + half, load<Doubles>(sums + half) + high);
+template <class V>
+BN_INLINE void load_pivots(const double* p, Doubles (&pivot)[Sum<V>::parts]) {
+  for (int i = 0; i < Sum<V>::parts; ++i) pivot[i] = load_raw<Doubles>(p + i * kLanes<Doubles>);
 }
 
-void row_moments(const Walk& w, const float* x, int64_t begin, int64_t end, const float* pivots, double* sums) {
-  double *first = sums, *second = sums + w.channels;
-  for_each_group(begin, end, [&](int64_t row, auto group) {
-    const float* base = x + row * w.channels;
-    int64_t c = 0;
-    for (; c + kLanes <= w.channels; c += kLanes) {
-      Wide pivot = load_wide(pivots + c);
-      Doubles f[2] = {}, s[2] = {};
-#pragma GCC unroll 8
-      for (int64_t r = 0; r < group.rows; ++r) {
-        Wide v = load_wide(base + r * w.channels + c);
-        Doubles low = v.low - pivot.low, high = v.high - pivot.high;
-        f[0] += low, s[0] += low * low;
-        f[1] += high, s[1] += high * high;
-      }
-      accumulate(first + c, f[0], f[1]);
-      accumulate(second + c, s[0], s[1]);
-    }
-    for (; c < w.channels; ++c) {
-      double f = 0, s = 0, pivot = pivots[c];
-      for (int64_t r = 0; r < group.rows; ++r) {
-        double d = base[r * w.channels + c] - pivot;
-        f += d, s += d * d;
-      }
-      first[c] += f, second[c] += s;
-    }
-  });
-}
-
-template <Activation A, bool Residual>
-void row_sums_of(const Walk& w, const Backward& t, const Affine& a, int64_t begin, int64_t end, double* sums) {
-  double *first = sums, *second = sums + w.channels;
-  for_each_group(begin, end, [&](int64_t row, auto group) {
-    const int64_t base = row * w.channels;
-    int64_t c = 0;
-    for (; c + kLanes <= w.channels; c += kLanes) {
-      Doubles f[2] = {}, s[2] = {};
-#pragma GCC unroll 8
-      for (int64_t r = 0; r < group.rows; ++r) {
-        const int64_t at = base + r * w.channels + c;
-        Floats x = load<Floats>(t.x + at);
-        Floats dz = grad_vector<A, Residual>(t, a, Elementwise{}, at, c, x);
-        Wide g = widen(dz), product = widen(dz * (x - load<Floats>(a.mean + c)));
-        f[0] += g.low, f[1] += g.high;
-        s[0] += product.low, s[1] += product.high;
-      }
-      accumulate(first + c, f[0], f[1]);
-      accumulate(second + c, s[0], s[1]);
-    }
-    for (; c < w.channels; ++c) {
-      double f = 0, s = 0;
-      for (int64_t r = 0; r < group.rows; ++r) {
-        const int64_t at = base + r * w.channels + c;
-        float dz = grad_scalar<A, Residual>(t, a, Elementwise{}, at, c, t.x[at]);
-        f += dz, s += dz * (t.x[at] - a.mean[c]);
-      }
-      first[c] += f, second[c] += s;
-    }
-  });
-}
-
-template <Activation A, bool Residual>
-void plane_apply_of(const Walk& w, const Forward& t, const Affine& a, int64_t channel, int64_t begin, int64_t end) {
-  for_each_run(w, channel, begin, end, [&](int64_t at, int64_t length) {
-    apply_run<A, Residual>(t, a, Broadcast{channel}, at, length, 0);
-  });
-}
-
-template <Activation A, bool Residual>
-void row_apply_of(const Walk& w, const Forward& t, const Affine& a, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row)
-    apply_run<A, Residual>(t, a, Elementwise{}, row * w.channels, w.channels, 0);
-}
-
-template <Activation A, bool Residual>
-void plane_grad_of(const Walk& w, const Backward& t, const Affine& a, const Slopes& s, int64_t channel, int64_t begin,
-                   int64_t end) {
-  for_each_run(w, channel, begin, end, [&](int64_t at, int64_t length) {
-    grad_run<A, Residual>(t, a, s, Broadcast{channel}, at, length, 0);
-  });
-}
-
-template <Activation A, bool Residual>
-void row_grad_of(const Walk& w, const Backward& t, const Affine& a, const Slopes& s, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row)
-    grad_run<A, Residual>(t, a, s, Elementwise{}, row * w.channels, w.channels, 0);
-}
-
-// Calls the instance of `kernel` for an activation and the presence of a residual.
-#define BN_DISPATCH(kernel, activation, residual, ...)               \
-  switch (activation) {                                              \
-    case Activation::none:                                           \
-      residual ? kernel<Activation::none, true>(__VA_ARGS__)         \
-               : kernel<Activation::none, false>(__VA_ARGS__);       \
-      break;                                                         \
-    case Activation::relu:                                           \
-      residual ? kernel<Activation::relu, true>(__VA_ARGS__)         \
-               : kernel<Activation::relu, false>(__VA_ARGS__);       \
-      break;                                                         \
+template <class V>
+BN_INLINE void spill(const MomentSums<V>& m, double* first, double* second) {
+  for (int i = 0; i < Sum<V>::parts; ++i) {
+    spill(m.first[i], first + i * kLanes<Doubles>);
+    spill(m.second[i], second + i * kLanes<Doubles>);
   }
+}
 
-void plane_sums(const Walk& w, const Backward& t, const Affine& a, int64_t channel, int64_t begin, int64_t end,
-                double* sums) {
-  BN_DISPATCH(plane_sums_of, a.activation, t.residual, w, t, a, channel, begin, end, sums)
+template <class T>
+void moments(const Walk& w, const void* data, const double* pivots, int64_t begin, int64_t end, Sums sums) {
+  using V = Vector<T>;
+  constexpr int64_t lanes = kLanes<V>;
+  const T* x = static_cast<const T*>(data);
+  if (!w.rows()) {
+    for_each_run(w, begin, end, [&](int64_t channel, int64_t at, int64_t length) {
+      MomentSums<V> m;
+      Doubles pivot[Sum<V>::parts];
+      for (auto& p : pivot) p = splat<Doubles>(pivots[channel]);
+      double first = 0, second = 0;
+      int64_t i = 0;
+      for (; i + lanes <= length; i += lanes) m.add(Element<T>::load(x + at + i), pivot);
+      if (i < length) {  // the lanes that are not there would count as 0 - pivot: one by one
+        const V rest = load_part(x + at + i, length - i);
+        for (int64_t j = 0; j < length - i; ++j) {
+          const double d = rest[j] - pivots[channel];
+          first += d, second += d * d;
+        }
+      }
+      for (int p = 0; p < Sum<V>::parts; ++p) first += total(m.first[p]), second += total(m.second[p]);
+      sums.first[channel] += first, sums.second[channel] += second;
+    });
+    return;
+  }
+  for_each_group(w, begin, end, [&](int64_t at, auto rows) {
+    int64_t c = 0;
+    for (; c + lanes <= w.channels; c += lanes) {
+      MomentSums<V> m;
+      Doubles pivot[Sum<V>::parts];
+      load_pivots<V>(pivots + c, pivot);
+#pragma GCC unroll 8
+      for (int64_t r = 0; r < rows.count; ++r) m.add(Element<T>::load(x + at + r * w.channels + c), pivot);
+      spill(m, sums.first + c, sums.second + c);
+    }
+    if (const int64_t n = w.channels - c; n > 0) {
+      for (int64_t r = 0; r < rows.count; ++r) {
+        const V v = load_part(x + at + r * w.channels + c, n);
+        for (int64_t j = 0; j < n; ++j) {
+          const double d = v[j] - pivots[c + j];
+          sums.first[c + j] += d, sums.second[c + j] += d * d;
+        }
+      }
+    }
+  });
 }
-void row_sums(const Walk& w, const Backward& t, const Affine& a, int64_t begin, int64_t end, double* sums) {
-  BN_DISPATCH(row_sums_of, a.activation, t.residual, w, t, a, begin, end, sums)
+
+template <class T, Activation A, bool Residual>
+void sums(const Walk& w, const Backward& t, const Affine& a, int64_t begin, int64_t end, Sums sums) {
+  using V = Vector<T>;
+  constexpr int64_t lanes = kLanes<V>;
+  if (!w.rows()) {
+    for_each_run(w, begin, end, [&](int64_t channel, int64_t at, int64_t length) {
+      const Broadcast<V> c{channel};
+      Sum<V> first, second;
+      for_each_step<T>(length, [&](auto which, int64_t i) {
+        const V x = which.load(t.x, at + i);
+        const V dz = preactivation_grad<T, A, Residual>(t, a, which, c, at + i, i, x);
+        first.add(dz);
+        second.add(dz * (x - c(a.mean, i)));
+      });
+      sums.first[channel] += total(first), sums.second[channel] += total(second);
+    });
+    return;
+  }
+  const Elementwise<V> coefficients;
+  for_each_group(w, begin, end, [&](int64_t at, auto rows) {
+    for_each_step<T>(w.channels, [&](auto which, int64_t c) {
+      Sum<V> first, second;
+#pragma GCC unroll 8
+      for (int64_t r = 0; r < rows.count; ++r) {
+        const int64_t i = at + r * w.channels + c;
+        const V x = which.load(t.x, i);
+        const V dz = preactivation_grad<T, A, Residual>(t, a, which, coefficients, i, c, x);
+        first.add(dz);
+        second.add(dz * (x - which.coefficient(coefficients, a.mean, c)));
+      }
+      if constexpr (std::is_same_v<decltype(which), Whole<T>>) {
+        spill(first, sums.first + c);
+        spill(second, sums.second + c);
+      } else {
+        double f[lanes] = {}, s[lanes] = {};
+        spill(first, f);
+        spill(second, s);
+        for (int64_t j = 0; j < which.n; ++j) sums.first[c + j] += f[j], sums.second[c + j] += s[j];
+      }
+    });
+  });
 }
-void plane_apply(const Walk& w, const Forward& t, const Affine& a, int64_t channel, int64_t begin, int64_t end) {
-  BN_DISPATCH(plane_apply_of, a.activation, t.residual, w, t, a, channel, begin, end)
+
+template <class T, Activation A, bool Residual>
+void apply(const Walk& w, const Forward& t, const Affine& a, int64_t begin, int64_t end) {
+  if (w.rows())
+    for (; begin < end; begin += w.channels) apply_run<T, A, Residual>(t, a, Elementwise<Vector<T>>{}, begin, w.channels);
+  else
+    for_each_run(w, begin, end, [&](int64_t channel, int64_t at, int64_t length) {
+      apply_run<T, A, Residual>(t, a, Broadcast<Vector<T>>{channel}, at, length);
+    });
 }
-void row_apply(const Walk& w, const Forward& t, const Affine& a, int64_t begin, int64_t end) {
-  BN_DISPATCH(row_apply_of, a.activation, t.residual, w, t, a, begin, end)
+
+template <class T, Activation A, bool Residual>
+void grad(const Walk& w, const Backward& t, const Affine& a, const Slopes& s, int64_t begin, int64_t end) {
+  if (w.rows())
+    for (; begin < end; begin += w.channels)
+      grad_run<T, A, Residual>(t, a, s, Elementwise<Vector<T>>{}, begin, w.channels);
+  else
+    for_each_run(w, begin, end, [&](int64_t channel, int64_t at, int64_t length) {
+      grad_run<T, A, Residual>(t, a, s, Broadcast<Vector<T>>{channel}, at, length);
+    });
 }
-void plane_grad(const Walk& w, const Backward& t, const Affine& a, const Slopes& s, int64_t channel, int64_t begin,
-                int64_t end) {
-  BN_DISPATCH(plane_grad_of, a.activation, t.residual, w, t, a, s, channel, begin, end)
+
+// --- tables: an instance for every activation, with and without a residual -------------------------------------------
+
+#define BN_INSTANCES(kernel, T)                                                                                   \
+  {{kernel<T, Activation::none, false>, kernel<T, Activation::none, true>},                                       \
+   {kernel<T, Activation::relu, false>, kernel<T, Activation::relu, true>},                                       \
+   {kernel<T, Activation::leaky_relu, false>, kernel<T, Activation::leaky_relu, true>},                           \
+   {kernel<T, Activation::silu, false>, kernel<T, Activation::silu, true>},                                       \
+   {kernel<T, Activation::gelu, false>, kernel<T, Activation::gelu, true>},                                       \
+   {kernel<T, Activation::hardswish, false>, kernel<T, Activation::hardswish, true>},                             \
+   {kernel<T, Activation::elu, false>, kernel<T, Activation::elu, true>}}
+
+template <class T>
+void any_sums(const Walk& w, const Backward& t, const Affine& a, int64_t begin, int64_t end, Sums s) {
+  static constexpr decltype(&any_sums<T>) table[][2] = BN_INSTANCES(sums, T);
+  table[static_cast<int>(a.activation)][t.residual != nullptr](w, t, a, begin, end, s);
 }
-void row_grad(const Walk& w, const Backward& t, const Affine& a, const Slopes& s, int64_t begin, int64_t end) {
-  BN_DISPATCH(row_grad_of, a.activation, t.residual, w, t, a, s, begin, end)
+template <class T>
+void any_apply(const Walk& w, const Forward& t, const Affine& a, int64_t begin, int64_t end) {
+  static constexpr decltype(&any_apply<T>) table[][2] = BN_INSTANCES(apply, T);
+  table[static_cast<int>(a.activation)][t.residual != nullptr](w, t, a, begin, end);
 }
+template <class T>
+void any_grad(const Walk& w, const Backward& t, const Affine& a, const Slopes& s, int64_t begin, int64_t end) {
+  static constexpr decltype(&any_grad<T>) table[][2] = BN_INSTANCES(grad, T);
+  table[static_cast<int>(a.activation)][t.residual != nullptr](w, t, a, s, begin, end);
+}
+
+template <class T>
+constexpr Kernels kernels_for = {moments<T>, any_sums<T>, any_apply<T>, any_grad<T>};
 
 }  // namespace
 
-#define BN_TEXT_OF(x) #x
-#define BN_TEXT(x) BN_TEXT_OF(x)
-
 namespace batchnorm::BN_LEVEL {
 
-extern const Kernels kernels;
-const Kernels kernels = {BN_TEXT(BN_LEVEL), plane_moments, row_moments, plane_sums, row_sums,
-                         plane_apply,       row_apply,     plane_grad,  row_grad};
+// In the order of Dtype.
+extern const Kernels kernels[4];
+const Kernels kernels[4] = {kernels_for<float>, kernels_for<double>, kernels_for<BFloat16>, kernels_for<Float16>};
 
 }  // namespace batchnorm::BN_LEVEL

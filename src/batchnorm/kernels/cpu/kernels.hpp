@@ -1,8 +1,9 @@
 // The kernels' interface: plain pointers, so that nothing of torch or of the standard library is compiled more than once.
 //
 // An input of any rank and memory order is outer x channels x inner: `outer` blocks of `channels` runs of `inner`
-// adjacent values. Contiguous (N, C, *S) is N x C x S; channels_last is (N S) x C x 1. With inner > 1 a channel is a
-// sequence of outer runs ("planes"); with inner == 1 it is a column of a matrix ("rows").
+// adjacent values. Contiguous (N, C, *S) is N x C x S; channels_last is (N S) x C x 1. With inner > 1 the input is a
+// sequence of runs of one channel each ("planes"); with inner == 1 it is a matrix with a column for each channel
+// ("rows"). Kernels work on a range [begin, end) of adjacent values: of planes any range, of rows whole rows.
 #pragma once
 
 #include <cstdint>
@@ -13,61 +14,61 @@ struct Walk {
   int64_t outer, channels, inner;
 
   int64_t count() const { return outer * inner; }  // values of each channel
+  int64_t size() const { return outer * channels * inner; }
+  bool rows() const { return inner == 1; }
 };
 
-enum class Activation { none, relu };
+enum class Activation { none, relu, leaky_relu, silu, gelu, hardswish, elu };
+enum class Dtype { float32, float64, bfloat16, float16 };
 
-// What the normalisation does to one channel, in float32:
+// One value for each channel: exact, and rounded to what float32 and half-precision inputs are computed in.
+struct PerChannel {
+  const double* exact;
+  const float* rounded;
+};
+
+// What the normalisation does to one channel:
 //   z = (x - mean) * scale + shift,  mean the float next to the true mean, shift = bias - (true mean - mean) * scale.
 // Subtracting the near mean is exact where it matters, so z keeps its precision at |mean| / std of 1e4 and more.
-// Arrays of one value for each channel.
 struct Affine {
-  const float *mean, *scale, *shift;
+  PerChannel mean, scale, shift;
   Activation activation;
 };
 
 // What the input's gradient is: dx = dz * scale + ((x - mean) * slope + offset), the affine's mean and scale.
 struct Slopes {
-  const float *slope, *offset;
+  PerChannel slope, offset;
 };
 
-// Inputs and outputs of the two directions; residual and dresidual may be null.
+// Inputs and outputs of the two directions, all of one dtype; residual and dresidual may be null.
 struct Forward {
-  const float *x, *residual;
-  float* y;
+  const void *x, *residual;
+  void* y;
 };
 
 struct Backward {
-  const float *dy, *x, *residual;
-  float *dx, *dresidual;
+  const void *dy, *x, *residual;
+  void *dx, *dresidual;
 };
 
-// One set of kernels for each instruction set. Ranges are half-open.
+// Two sums for each channel.
+struct Sums {
+  double *first, *second;
+};
+
+// One set of kernels for each instruction set and dtype.
 struct Kernels {
-  const char* name;
-
-  // sums[0] += sum (x - pivot), sums[1] += sum (x - pivot)^2 over the values [begin, end) of one channel.
-  void (*plane_moments)(const Walk&, const float* x, int64_t channel, int64_t begin, int64_t end, double pivot,
-                        double* sums);
-  // The same for the rows [begin, end) of all channels: sums is two arrays of `channels`.
-  void (*row_moments)(const Walk&, const float* x, int64_t begin, int64_t end, const float* pivots, double* sums);
-
-  // sums[0] += sum dz, sums[1] += sum dz (x - affine.mean).
-  void (*plane_sums)(const Walk&, const Backward&, const Affine&, int64_t channel, int64_t begin, int64_t end,
-                     double* sums);
-  void (*row_sums)(const Walk&, const Backward&, const Affine&, int64_t begin, int64_t end, double* sums);
-
+  // first += sum (x - pivot), second += sum (x - pivot)^2.
+  void (*moments)(const Walk&, const void* x, const double* pivots, int64_t begin, int64_t end, Sums);
+  // first += sum dz, second += sum dz (x - affine.mean).
+  void (*sums)(const Walk&, const Backward&, const Affine&, int64_t begin, int64_t end, Sums);
   // y = activation(z + residual).
-  void (*plane_apply)(const Walk&, const Forward&, const Affine&, int64_t channel, int64_t begin, int64_t end);
-  void (*row_apply)(const Walk&, const Forward&, const Affine&, int64_t begin, int64_t end);
-
+  void (*apply)(const Walk&, const Forward&, const Affine&, int64_t begin, int64_t end);
   // dx and dresidual.
-  void (*plane_grad)(const Walk&, const Backward&, const Affine&, const Slopes&, int64_t channel, int64_t begin,
-                     int64_t end);
-  void (*row_grad)(const Walk&, const Backward&, const Affine&, const Slopes&, int64_t begin, int64_t end);
+  void (*grad)(const Walk&, const Backward&, const Affine&, const Slopes&, int64_t begin, int64_t end);
 };
 
-// The kernels in use: the best that this machine has, unless a level was asked for (levels.cpp).
-const Kernels& kernels();
+// The kernels in use: of the best instruction set that this machine has, unless one was asked for (levels.cpp).
+const Kernels& kernels(Dtype dtype);
 
 }  // namespace batchnorm

@@ -7,9 +7,9 @@
 
 namespace batchnorm {
 
-#define BN_DECLARE(level) \
-  namespace level {       \
-  extern const Kernels kernels; \
+#define BN_DECLARE(level)          \
+  namespace level {                \
+  extern const Kernels kernels[4]; \
   }
 
 #if defined(__x86_64__)
@@ -22,27 +22,32 @@ BN_DECLARE(generic)
 
 namespace {
 
+struct Level {
+  const char* name;
+  const Kernels* kernels;  // in the order of Dtype
+};
+
 // The levels that run on this machine, the best last.
-std::vector<const Kernels*> available() {
+std::vector<Level> available() {
 #if defined(__x86_64__)
-  std::vector<const Kernels*> levels{&sse2::kernels};
+  std::vector<Level> levels{{"sse2", sse2::kernels}};
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    levels.push_back(&avx2::kernels);
+    levels.push_back({"avx2", avx2::kernels});
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
-      levels.push_back(&avx512::kernels);
+      levels.push_back({"avx512", avx512::kernels});
   }
   return levels;
 #else
-  return {&generic::kernels};
+  return {{"generic", generic::kernels}};
 #endif
 }
 
-const Kernels* current = available().back();
+Level current = available().back();
 
 }  // namespace
 
-const Kernels& kernels() { return *current; }
+const Kernels& kernels(Dtype dtype) { return current.kernels[static_cast<int>(dtype)]; }
 
 }  // namespace batchnorm
 
@@ -52,17 +57,17 @@ extern "C" {
 __attribute__((visibility("default"))) const char* batchnorm_levels() {
   static const std::string names = [] {
     std::string joined;
-    for (const auto* level : batchnorm::available()) joined.append(joined.empty() ? "" : " ").append(level->name);
+    for (const auto& level : batchnorm::available()) joined.append(joined.empty() ? "" : " ").append(level.name);
     return joined;
   }();
   return names.c_str();
 }
 
-__attribute__((visibility("default"))) const char* batchnorm_level() { return batchnorm::current->name; }
+__attribute__((visibility("default"))) const char* batchnorm_level() { return batchnorm::current.name; }
 
 __attribute__((visibility("default"))) bool batchnorm_use_level(const char* name) {
-  for (const auto* level : batchnorm::available())
-    if (std::strcmp(level->name, name) == 0) {
+  for (const auto& level : batchnorm::available())
+    if (std::strcmp(level.name, name) == 0) {
       batchnorm::current = level;
       return true;
     }

@@ -20,33 +20,55 @@ namespace {
 using OptionalString = std::optional<std::string>;
 
 Activation activation_of(const OptionalString& name) {
+  static constexpr std::pair<const char*, Activation> names[] = {
+      {"relu", Activation::relu}, {"leaky_relu", Activation::leaky_relu}, {"silu", Activation::silu},
+      {"gelu", Activation::gelu}, {"hardswish", Activation::hardswish},   {"elu", Activation::elu}};
   if (!name) return Activation::none;
-  STD_TORCH_CHECK(*name == "relu", "batchnorm: no native kernel for the activation ", *name);
-  return Activation::relu;
+  for (const auto& [known, activation] : names)
+    if (*name == known) return activation;
+  STD_TORCH_CHECK(false, "batchnorm: no native kernel for the activation ", *name);
 }
+
+// One value for each channel, as the kernels read it: repeated for joined rows, exact and rounded.
+class Coefficient {
+ public:
+  Coefficient(int64_t channels, int64_t repeat) : channels_(channels), exact_(channels * repeat), rounded_(exact_.size()) {}
+
+  void set(int64_t c, double value) {
+    for (size_t i = c; i < exact_.size(); i += channels_) exact_[i] = value, rounded_[i] = static_cast<float>(value);
+  }
+
+  PerChannel view() const { return {exact_.data(), rounded_.data()}; }
+
+ private:
+  int64_t channels_;
+  std::vector<double> exact_;
+  std::vector<float> rounded_;
+};
 
 // The normalisation of all channels, in the numbers that the kernels use.
 class Normalization {
  public:
-  Normalization(int64_t channels, const OptionalTensor& weight, const OptionalTensor& bias, double eps,
+  Normalization(const Input& input, int64_t repeat, const OptionalTensor& weight, const OptionalTensor& bias, double eps,
                 const OptionalString& activation)
-      : weight_(read(weight, channels, "weight", 1)),
-        bias_(read(bias, channels, "bias", 0)),
+      : wide_(input.dtype == Dtype::float64),
+        weight_(read(weight, input.walk.channels, "weight", 1)),
+        bias_(read(bias, input.walk.channels, "bias", 0)),
         eps_(eps),
         activation_(activation_of(activation)),
-        invstd_(channels),
-        low_(channels),
-        mean_(channels),
-        scale_(channels),
-        shift_(channels) {}
+        invstd_(input.walk.channels),
+        low_(input.walk.channels),
+        mean_(input.walk.channels, repeat),
+        scale_(input.walk.channels, repeat),
+        shift_(input.walk.channels, repeat) {}
 
   void set(int64_t c, double mean, double var) {
+    const double near = wide_ ? mean : static_cast<float>(mean);
     invstd_[c] = 1 / std::sqrt(var + eps_);
-    mean_[c] = static_cast<float>(mean);
-    low_[c] = mean - mean_[c];
-    const double scale = weight_[c] * invstd_[c];
-    scale_[c] = static_cast<float>(scale);
-    shift_[c] = static_cast<float>(bias_[c] - low_[c] * scale);
+    low_[c] = mean - near;
+    mean_.set(c, near);
+    scale_.set(c, weight_[c] * invstd_[c]);
+    shift_.set(c, bias_[c] - low_[c] * (weight_[c] * invstd_[c]));
   }
 
   void set_all(const Tensor& mean, const Tensor& var) {
@@ -54,56 +76,56 @@ class Normalization {
     for (size_t c = 0; c < means.size(); ++c) set(c, means[c], vars[c]);
   }
 
-  Affine affine() const { return {mean_.data(), scale_.data(), shift_.data(), activation_}; }
+  Affine affine() const { return {mean_.view(), scale_.view(), shift_.view(), activation_}; }
 
   // From sum dz (x - near mean) to sum dz x_hat.
   double normalized_sum(int64_t c, double sum_dz, double sum_dz_x) const {
     return (sum_dz_x - low_[c] * sum_dz) * invstd_[c];
   }
 
-  void slope(int64_t c, double mean_dz, double mean_dz_xhat, float& slope, float& offset) const {
+  // The coefficients of the input's gradient.
+  void set_slope(int64_t c, double mean_dz, double mean_dz_xhat, Coefficient& slope, Coefficient& offset) const {
     const double scale = weight_[c] * invstd_[c], exact = -scale * invstd_[c] * mean_dz_xhat;
-    slope = static_cast<float>(exact);
-    offset = static_cast<float>(-scale * mean_dz - low_[c] * exact);
+    slope.set(c, exact);
+    offset.set(c, -scale * mean_dz - low_[c] * exact);
   }
 
  private:
+  bool wide_;
   std::vector<double> weight_, bias_;
   double eps_;
   Activation activation_;
   std::vector<double> invstd_, low_;
-  std::vector<float> mean_, scale_, shift_;
+  Coefficient mean_, scale_, shift_;
 };
+
+void zero(const Tensor& t) { std::fill_n(t.mutable_data_ptr<double>(), t.numel(), 0.0); }
 
 // --- forward ---------------------------------------------------------------------------------------------------------
 
-// The moments of every channel, into mean and m2, then `use`.
+// The moments of every channel, into mean and m2; `each(channel)` follows.
 //
 // The pivot of a channel is its first value. Because it is one of the n values, |pivot - mean| <= std sqrt(n), and the
 // difference of the two float64 sums loses at most a relative n 2^-53 of the variance, whatever the data's offset.
-template <class Each, class Use, class UseRows>
-void moments_then(const Input& input, double* mean, double* m2, const Each& each, const Use& use,
-                  const UseRows& use_rows) {
-  const Walk& w = input.walk;
-  const float* x = input.data();
-  const Kernels& k = kernels();
-  const double n = static_cast<double>(w.count());
-  reduce_then(
-      w,
-      [&](int64_t c, int64_t begin, int64_t end, double* sums) {
-        k.plane_moments(w, x, c, begin, end, x[c * w.inner], sums);
+template <class Each>
+void reduce_moments(const Input& input, const Schedule& schedule, double* mean, double* m2, const Each& each) {
+  const int64_t channels = input.walk.channels;
+  const double n = static_cast<double>(input.walk.count());
+  const Kernels& k = kernels(input.dtype);
+  std::vector<double> pivots(channels * schedule.repeat());
+  input.pivots(pivots.data());
+  for (size_t i = channels; i < pivots.size(); ++i) pivots[i] = pivots[i - channels];
+  schedule.reduce(
+      [&](const Walk& w, int64_t begin, int64_t end, Sums sums) {
+        k.moments(w, input.data(), pivots.data(), begin, end, sums);
       },
-      [&](int64_t begin, int64_t end, double* sums) { k.row_moments(w, x, begin, end, x, sums); },
       [&](int64_t c, double first, double second) {
-        mean[c] = x[c * w.inner] + first / n;
+        mean[c] = pivots[c] + first / n;
         const double squares = second - first * (first / n);
         m2[c] = squares < 0 ? 0 : squares;  // NaN stays NaN
         each(c);
-      },
-      use, use_rows);
+      });
 }
-
-void zero(const Tensor& t) { std::fill_n(t.mutable_data_ptr<double>(), t.numel(), 0.0); }
 
 std::tuple<Tensor, Tensor> batch_moments(const Tensor& x, int64_t channel_dim) {
   const Input input(x, channel_dim);
@@ -111,51 +133,49 @@ std::tuple<Tensor, Tensor> batch_moments(const Tensor& x, int64_t channel_dim) {
   if (x.numel() == 0) {
     zero(mean), zero(m2);
   } else {
-    moments_then(
-        input, mean.mutable_data_ptr<double>(), m2.mutable_data_ptr<double>(), [](int64_t) {}, no_use, no_use_rows);
+    reduce_moments(input, Schedule(input.walk), mean.mutable_data_ptr<double>(), m2.mutable_data_ptr<double>(),
+                   [](int64_t) {});
   }
   return {mean, m2};
+}
+
+// y, once the normalisation is known.
+Tensor apply(const Input& input, const Schedule& schedule, const Normalization& norm, const OptionalTensor& residual) {
+  const OptionalTensor added = input.aligned(residual, "residual");
+  Tensor y = fresh_like(input.tensor);
+  const Forward t{input.data(), added ? added->const_data_ptr() : nullptr, y.mutable_data_ptr()};
+  const Affine affine = norm.affine();
+  const Kernels& k = kernels(input.dtype);
+  schedule.each_part(
+      true, [&](int64_t, const Walk& w, int64_t begin, int64_t end) { k.apply(w, t, affine, begin, end); });
+  return y;
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                                            const OptionalTensor& residual, double eps, int64_t channel_dim,
                                            const OptionalString& activation) {
   const Input input(x, channel_dim);
-  const Walk& w = input.walk;
-  Normalization norm(w.channels, weight, bias, eps, activation);
-  const OptionalTensor added = residual ? OptionalTensor(input.aligned(*residual, "residual")) : std::nullopt;
-  Tensor y = fresh_like(input.tensor), mean = input.statistic(), m2 = input.statistic();
+  const Schedule schedule(input.walk);
+  Normalization norm(input, schedule.repeat(), weight, bias, eps, activation);
+  Tensor mean = input.statistic(), m2 = input.statistic();
   if (x.numel() == 0) {
     zero(mean), zero(m2);
-    return {y, mean, m2};
+  } else {
+    double *means = mean.mutable_data_ptr<double>(), *m2s = m2.mutable_data_ptr<double>();
+    const double n = static_cast<double>(input.walk.count());
+    reduce_moments(input, schedule, means, m2s, [&](int64_t c) { norm.set(c, means[c], m2s[c] / n); });
   }
-  double *means = mean.mutable_data_ptr<double>(), *m2s = m2.mutable_data_ptr<double>();
-  const Forward t{input.data(), added ? added->const_data_ptr<float>() : nullptr, y.mutable_data_ptr<float>()};
-  const Affine affine = norm.affine();
-  const Kernels& k = kernels();
-  moments_then(
-      input, means, m2s, [&](int64_t c) { norm.set(c, means[c], m2s[c] / static_cast<double>(w.count())); },
-      [&](int64_t c, int64_t begin, int64_t end) { k.plane_apply(w, t, affine, c, begin, end); },
-      [&](int64_t begin, int64_t end) { k.row_apply(w, t, affine, begin, end); });
-  return {y, mean, m2};
+  return {apply(input, schedule, norm, residual), mean, m2};
 }
 
 Tensor normalize(const Tensor& x, const Tensor& mean, const Tensor& var, const OptionalTensor& weight,
                  const OptionalTensor& bias, const OptionalTensor& residual, double eps, int64_t channel_dim,
                  const OptionalString& activation) {
   const Input input(x, channel_dim);
-  const Walk& w = input.walk;
-  Normalization norm(w.channels, weight, bias, eps, activation);
+  const Schedule schedule(input.walk);
+  Normalization norm(input, schedule.repeat(), weight, bias, eps, activation);
   norm.set_all(mean, var);
-  const OptionalTensor added = residual ? OptionalTensor(input.aligned(*residual, "residual")) : std::nullopt;
-  Tensor y = fresh_like(input.tensor);
-  const Forward t{input.data(), added ? added->const_data_ptr<float>() : nullptr, y.mutable_data_ptr<float>()};
-  const Affine affine = norm.affine();
-  const Kernels& k = kernels();
-  for_each_part(
-      w, [&](int64_t c, int64_t begin, int64_t end) { k.plane_apply(w, t, affine, c, begin, end); },
-      [&](int64_t begin, int64_t end) { k.row_apply(w, t, affine, begin, end); });
-  return y;
+  return apply(input, schedule, norm, residual);
 }
 
 // --- backward --------------------------------------------------------------------------------------------------------
@@ -163,58 +183,67 @@ Tensor normalize(const Tensor& x, const Tensor& mean, const Tensor& var, const O
 // What the three backward operations share: their tensors in one memory order, and the normalisation.
 struct Gradient {
   Input input;
+  Schedule schedule;
   Tensor dy;
   OptionalTensor residual;
   Normalization norm;
   Affine affine;
-  Backward t;
-  std::vector<float> slope, offset;
+  Coefficient slope, offset;
 
   Gradient(const Tensor& dy_, const Tensor& x, const Tensor& mean, const Tensor& var, const OptionalTensor& weight,
            const OptionalTensor& bias, const OptionalTensor& residual_, double eps, int64_t channel_dim,
            const OptionalString& activation)
       : input(x, channel_dim),
+        schedule(input.walk),
         dy(input.aligned(dy_, "dy")),
-        residual(residual_ ? OptionalTensor(input.aligned(*residual_, "residual")) : std::nullopt),
-        norm(input.walk.channels, weight, bias, eps, activation),
+        residual(input.aligned(residual_, "residual")),
+        norm(input, schedule.repeat(), weight, bias, eps, activation),
         affine(norm.affine()),
-        t{dy.const_data_ptr<float>(), input.data(), residual ? residual->const_data_ptr<float>() : nullptr, nullptr,
-          nullptr},
-        slope(input.walk.channels),
-        offset(input.walk.channels) {
+        slope(input.walk.channels, schedule.repeat()),
+        offset(input.walk.channels, schedule.repeat()) {
     norm.set_all(mean, var);
   }
 
-  // The outputs of the input's shape; dresidual is empty where it is not wanted.
-  std::tuple<Tensor, Tensor> outputs() {
-    Tensor dx = fresh_like(input.tensor);
-    const bool wanted = residual && affine.activation != Activation::none;
-    Tensor dresidual = wanted ? fresh_like(input.tensor) : torch::stable::new_empty(input.tensor, {0});
-    t.dx = dx.mutable_data_ptr<float>();
-    t.dresidual = wanted ? dresidual.mutable_data_ptr<float>() : nullptr;
-    return {dx, dresidual};
+  Backward tensors() const {
+    return {dy.const_data_ptr(), input.data(), residual ? residual->const_data_ptr() : nullptr, nullptr, nullptr};
+  }
+
+  // sum dz and sum dz x_hat; `each(channel)` follows.
+  template <class Each>
+  void reduce(const Tensor& sum_dz, const Tensor& sum_dz_xhat, const Each& each) {
+    if (input.tensor.numel() == 0) {
+      zero(sum_dz), zero(sum_dz_xhat);
+      return;
+    }
+    double *sums = sum_dz.mutable_data_ptr<double>(), *products = sum_dz_xhat.mutable_data_ptr<double>();
+    const Kernels& k = kernels(input.dtype);
+    const Backward t = tensors();
+    schedule.reduce(
+        [&](const Walk& w, int64_t begin, int64_t end, Sums s) { k.sums(w, t, affine, begin, end, s); },
+        [&](int64_t c, double first, double second) {
+          sums[c] = first;
+          products[c] = norm.normalized_sum(c, first, second);
+          each(c, first, products[c]);
+        });
   }
 
   void set_slope(int64_t c, double mean_dz, double mean_dz_xhat) {
-    norm.slope(c, mean_dz, mean_dz_xhat, slope[c], offset[c]);
+    norm.set_slope(c, mean_dz, mean_dz_xhat, slope, offset);
   }
 
-  Slopes slopes() const { return {slope.data(), offset.data()}; }
-
-  template <class Each, class Use, class UseRows>
-  void sums_then(double* sum_dz, double* sum_dz_xhat, const Each& each, const Use& use, const UseRows& use_rows) {
-    const Walk& w = input.walk;
-    const Kernels& k = kernels();
-    reduce_then(
-        w,
-        [&](int64_t c, int64_t begin, int64_t end, double* sums) { k.plane_sums(w, t, affine, c, begin, end, sums); },
-        [&](int64_t begin, int64_t end, double* sums) { k.row_sums(w, t, affine, begin, end, sums); },
-        [&](int64_t c, double first, double second) {
-          sum_dz[c] = first;
-          sum_dz_xhat[c] = norm.normalized_sum(c, first, second);
-          each(c);
-        },
-        use, use_rows);
+  // dx and dresidual, which is empty where it is not wanted.
+  std::tuple<Tensor, Tensor> apply() const {
+    const bool wanted = residual && affine.activation != Activation::none;
+    Tensor dx = fresh_like(input.tensor);
+    Tensor dresidual = wanted ? fresh_like(input.tensor) : torch::stable::new_empty(input.tensor, {0});
+    Backward t = tensors();
+    t.dx = dx.mutable_data_ptr();
+    t.dresidual = wanted ? dresidual.mutable_data_ptr() : nullptr;
+    const Slopes slopes{slope.view(), offset.view()};
+    const Kernels& k = kernels(input.dtype);
+    schedule.each_part(
+        true, [&](int64_t, const Walk& w, int64_t begin, int64_t end) { k.grad(w, t, affine, slopes, begin, end); });
+    return {dx, dresidual};
   }
 };
 
@@ -224,12 +253,7 @@ std::tuple<Tensor, Tensor> backward_sums(const Tensor& dy, const Tensor& x, cons
                                          const OptionalString& activation) {
   Gradient g(dy, x, mean, var, weight, bias, residual, eps, channel_dim, activation);
   Tensor sum_dz = g.input.statistic(), sum_dz_xhat = g.input.statistic();
-  if (x.numel() == 0) {
-    zero(sum_dz), zero(sum_dz_xhat);
-  } else {
-    g.sums_then(
-        sum_dz.mutable_data_ptr<double>(), sum_dz_xhat.mutable_data_ptr<double>(), [](int64_t) {}, no_use, no_use_rows);
-  }
+  g.reduce(sum_dz, sum_dz_xhat, [](int64_t, double, double) {});
   return {sum_dz, sum_dz_xhat};
 }
 
@@ -239,16 +263,10 @@ std::tuple<Tensor, Tensor> backward_input(const Tensor& dy, const Tensor& x, con
                                           const OptionalString& activation, const OptionalTensor& mean_dz,
                                           const OptionalTensor& mean_dz_xhat) {
   Gradient g(dy, x, mean, var, weight, bias, residual, eps, channel_dim, activation);
-  const Walk& w = g.input.walk;
-  auto [dx, dresidual] = g.outputs();
-  const auto first = read(mean_dz, w.channels, "mean_dz", 0), second = read(mean_dz_xhat, w.channels, "mean_dz_xhat", 0);
-  for (int64_t c = 0; c < w.channels; ++c) g.set_slope(c, first[c], second[c]);
-  const Slopes slopes = g.slopes();
-  const Kernels& k = kernels();
-  for_each_part(
-      w, [&](int64_t c, int64_t begin, int64_t end) { k.plane_grad(w, g.t, g.affine, slopes, c, begin, end); },
-      [&](int64_t begin, int64_t end) { k.row_grad(w, g.t, g.affine, slopes, begin, end); });
-  return {dx, dresidual};
+  const int64_t channels = g.input.walk.channels;
+  const auto first = read(mean_dz, channels, "mean_dz", 0), second = read(mean_dz_xhat, channels, "mean_dz_xhat", 0);
+  for (int64_t c = 0; c < channels; ++c) g.set_slope(c, first[c], second[c]);
+  return g.apply();
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const Tensor& mean,
@@ -256,21 +274,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tens
                                                     const OptionalTensor& bias, const OptionalTensor& residual,
                                                     double eps, int64_t channel_dim, const OptionalString& activation) {
   Gradient g(dy, x, mean, var, weight, bias, residual, eps, channel_dim, activation);
-  const Walk& w = g.input.walk;
-  auto [dx, dresidual] = g.outputs();
   Tensor sum_dz = g.input.statistic(), sum_dz_xhat = g.input.statistic();
-  if (x.numel() == 0) {
-    zero(sum_dz), zero(sum_dz_xhat);
-    return {dx, dresidual, sum_dz, sum_dz_xhat};
-  }
-  double *first = sum_dz.mutable_data_ptr<double>(), *second = sum_dz_xhat.mutable_data_ptr<double>();
-  const double n = static_cast<double>(w.count());
-  const Slopes slopes = g.slopes();
-  const Kernels& k = kernels();
-  g.sums_then(
-      first, second, [&](int64_t c) { g.set_slope(c, first[c] / n, second[c] / n); },
-      [&](int64_t c, int64_t begin, int64_t end) { k.plane_grad(w, g.t, g.affine, slopes, c, begin, end); },
-      [&](int64_t begin, int64_t end) { k.row_grad(w, g.t, g.affine, slopes, begin, end); });
+  const double n = static_cast<double>(g.input.walk.count());
+  g.reduce(sum_dz, sum_dz_xhat,
+           [&](int64_t c, double first, double second) { g.set_slope(c, first / n, second / n); });
+  auto [dx, dresidual] = g.apply();
   return {dx, dresidual, sum_dz, sum_dz_xhat};
 }
 

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 #include <vector>
 
 #include "kernels.hpp"
@@ -12,98 +13,80 @@
 namespace batchnorm {
 namespace {
 
-constexpr int64_t kPart = 1 << 16;         // values of a part: 256 KiB of float32
-constexpr int64_t kMaxParts = 64;          // of a matrix of rows: each has sums of its own for every channel
-constexpr int64_t kGrain = 1 << 15;        // values that are worth a thread
-constexpr int64_t kChannelsPerThread = 8;  // from here on, whole channels divide well enough over threads
+constexpr int64_t kPart = 1 << 16;      // values of a part, at least
+constexpr int64_t kMaxParts = 64;       // each has sums of its own for every channel
+constexpr int64_t kGrain = 1 << 15;     // values that are worth a thread
+constexpr int64_t kAlign = 64;          // parts of planes begin at multiples of this many values
+constexpr int64_t kFewChannels = 256;   // rows of fewer are joined to wider ones where that fills whole vectors
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Parts of each channel's sequence of values (planes), or of the rows of all channels together. A sum over a channel
-// is the sum over its parts, in order, so it does not depend on how many threads share them.
-struct Parts {
-  bool rows;
-  int64_t length, count, total;
-
-  explicit Parts(const Walk& w) : rows(w.inner == 1), total(w.count()) {
-    const int64_t wanted = rows ? std::min(kMaxParts, ceil_div(total * w.channels, kPart)) : ceil_div(total, kPart);
-    length = std::max<int64_t>(1, ceil_div(total, std::max<int64_t>(1, wanted)));
-    count = ceil_div(total, length);
-  }
-
-  int64_t begin(int64_t part) const { return part * length; }
-  int64_t end(int64_t part) const { return std::min(total, (part + 1) * length); }
-};
-
-template <class F>
-void parallel(int64_t tasks, int64_t values_per_task, const F& task) {
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, values_per_task));
-  torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) task(i);
-  });
-}
-
-// Two sums for each channel. `plane(channel, begin, end, sums of that channel)` and `rows(begin, end, sums of all)`
-// add a range's; `finish(channel, first, second)` receives the totals; `use(channel, begin, end)` and
-// `use_rows(begin, end)`, where given, then work on the same values.
+// An input as parts of adjacent values. A sum over a channel is the sum over the parts, in order, so it does not
+// depend on how many threads share them.
 //
-// Planes are finished and used channel by channel, while the channel is still in the cache, when whole channels keep
-// all threads busy. Otherwise, and for rows, all sums come first.
-template <class Plane, class Rows, class Finish, class Use, class UseRows>
-void reduce_then(const Walk& w, const Plane& plane, const Rows& rows, const Finish& finish, const Use& use,
-                 const UseRows& use_rows) {
-  const Parts parts(w);
-  if (parts.rows) {
-    std::vector<double> sums(parts.count * 2 * w.channels);
-    parallel(parts.count, parts.length * w.channels,
-             [&](int64_t p) { rows(parts.begin(p), parts.end(p), sums.data() + p * 2 * w.channels); });
-    for (int64_t p = 1; p < parts.count; ++p)
-      for (int64_t i = 0; i < 2 * w.channels; ++i) sums[i] += sums[p * 2 * w.channels + i];
-    for (int64_t c = 0; c < w.channels; ++c) finish(c, sums[c], sums[w.channels + c]);
-    parallel(parts.count, parts.length * w.channels, [&](int64_t p) { use_rows(parts.begin(p), parts.end(p)); });
-    return;
+// Rows of few channels are taken `repeat` at a time, as one row with every channel `repeat` times: the kernels then
+// fill whole vectors. What is left over, less than `repeat` rows, belongs to the last part.
+class Schedule {
+ public:
+  explicit Schedule(const Walk& w) : walk_(w), rest_(w), repeat_(1), start_(0), length_(0), parts_(0) {
+    if (w.size() == 0) return;
+    if (w.rows() && w.channels < kFewChannels && w.channels % 16 != 0) {
+      repeat_ = 16 / std::gcd<int64_t>(w.channels, 16);
+      while (repeat_ * w.channels < 64) repeat_ *= 2;
+      if (w.outer < 2 * repeat_) repeat_ = 1;
+    }
+    walk_.outer = w.outer / repeat_;
+    walk_.channels = w.channels * repeat_;
+    start_ = walk_.size();
+    rest_.outer = repeat_ == 1 ? 0 : w.outer % repeat_;
+    const int64_t wanted = std::clamp<int64_t>(start_ / kPart, 1, kMaxParts);
+    const int64_t unit = w.rows() ? walk_.channels : kAlign;
+    length_ = ceil_div(ceil_div(start_, unit), wanted) * unit;
+    parts_ = ceil_div(start_, length_);
   }
-  const auto finish_channel = [&](int64_t c, const double* sums) {
-    double first = 0, second = 0;
-    for (int64_t p = 0; p < parts.count; ++p) first += sums[2 * p], second += sums[2 * p + 1];
-    finish(c, first, second);
-  };
-  if (w.channels >= kChannelsPerThread * static_cast<int64_t>(torch::stable::get_num_threads())) {
-    parallel(w.channels, w.count(), [&](int64_t c) {
-      std::vector<double> sums(2 * parts.count);
-      for (int64_t p = 0; p < parts.count; ++p) plane(c, parts.begin(p), parts.end(p), &sums[2 * p]);
-      finish_channel(c, sums.data());
-      use(c, 0, w.count());
+
+  int64_t repeat() const { return repeat_; }
+  int64_t parts() const { return parts_; }
+
+  // f(part, walk, begin, end) for every part, and again for the rest in the last: on all threads, each thread's parts
+  // in order, or in reverse, which finds in the cache what the pass before left there.
+  template <class F>
+  void each_part(bool reverse, const F& f) const {
+    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, length_));
+    torch::stable::parallel_for(0, parts_, grain, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t part = reverse ? first + last - 1 - i : i;
+        f(part, walk_, part * length_, std::min(start_, (part + 1) * length_));
+        if (part == parts_ - 1 && rest_.outer > 0) f(part, rest_, start_, start_ + rest_.size());
+      }
     });
-    return;
   }
-  std::vector<double> sums(w.channels * parts.count * 2);
-  const auto each_part = [&](const auto& task) {
-    parallel(w.channels * parts.count, parts.length, [&](int64_t i) {
-      const int64_t p = i % parts.count;
-      task(i, i / parts.count, parts.begin(p), parts.end(p));
-    });
-  };
-  each_part([&](int64_t i, int64_t c, int64_t begin, int64_t end) { plane(c, begin, end, &sums[2 * i]); });
-  for (int64_t c = 0; c < w.channels; ++c) finish_channel(c, &sums[2 * c * parts.count]);
-  each_part([&](int64_t, int64_t c, int64_t begin, int64_t end) { use(c, begin, end); });
-}
 
-constexpr auto no_use = [](int64_t, int64_t, int64_t) {};
-constexpr auto no_use_rows = [](int64_t, int64_t) {};
-
-// Work without sums before it.
-template <class Use, class UseRows>
-void for_each_part(const Walk& w, const Use& use, const UseRows& use_rows) {
-  const Parts parts(w);
-  if (parts.rows)
-    parallel(parts.count, parts.length * w.channels, [&](int64_t p) { use_rows(parts.begin(p), parts.end(p)); });
-  else
-    parallel(w.channels * parts.count, parts.length, [&](int64_t i) {
-      const int64_t p = i % parts.count;
-      use(i / parts.count, parts.begin(p), parts.end(p));
+  // Two sums for each channel: `add(walk, begin, end, sums)` adds a range's, `finish(channel, first, second)` receives
+  // the totals.
+  template <class Add, class Finish>
+  void reduce(const Add& add, const Finish& finish) const {
+    const int64_t channels = rest_.channels, width = walk_.channels;
+    std::vector<double> sums(2 * width * parts_);
+    each_part(false, [&](int64_t part, const Walk& w, int64_t begin, int64_t end) {
+      double* own = sums.data() + part * 2 * width;
+      add(w, begin, end, Sums{own, own + width});
     });
-}
+    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, 2 * repeat_ * parts_));
+    torch::stable::parallel_for(0, channels, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) {
+        double first = 0, second = 0;
+        for (const double* own = sums.data(); own != sums.data() + sums.size(); own += 2 * width)
+          for (int64_t i = c; i < width; i += channels) first += own[i], second += own[width + i];
+        finish(c, first, second);
+      }
+    });
+  }
+
+ private:
+  Walk walk_, rest_;
+  int64_t repeat_, start_, length_, parts_;
+};
 
 }  // namespace
 }  // namespace batchnorm

@@ -1,4 +1,5 @@
-// Vectors of the width that this file's compiler flags allow, in the vector extensions that GCC and Clang share.
+// Vectors of the width that this file's compiler flags allow, in the vector extensions that GCC and Clang share, and
+// the element types that are loaded into them.
 //
 // Everything is in an unnamed namespace: kernels.cpp is compiled once for each instruction set, and no function of one
 // may be merged with its twin of another by the linker.
@@ -20,61 +21,196 @@ constexpr int kBytes = 32;
 constexpr int kBytes = 16;
 #endif
 
-constexpr int64_t kLanes = kBytes / sizeof(float);
-
 typedef float Floats __attribute__((vector_size(kBytes)));
+typedef int32_t Ints __attribute__((vector_size(kBytes)));
+typedef uint32_t Bits __attribute__((vector_size(kBytes)));
+typedef uint16_t Halves __attribute__((vector_size(kBytes / 2)));
 typedef float HalfFloats __attribute__((vector_size(kBytes / 2)));
 typedef double Doubles __attribute__((vector_size(kBytes)));
 
-// The float lanes of one vector as doubles: two vectors.
-struct Wide {
-  Doubles low, high;
-};
+template <class V>
+constexpr int64_t kLanes = sizeof(V) / sizeof(V{}[0]);
 
 template <class V, class T>
-BN_INLINE V load(const T* p) {
+BN_INLINE V load_raw(const T* p) {
   V v;
   std::memcpy(&v, p, sizeof v);  // unaligned: the compiler makes it one load
   return v;
 }
 
 template <class V, class T>
-BN_INLINE void store(T* p, V v) {
+BN_INLINE void store_raw(T* p, V v) {
   std::memcpy(p, &v, sizeof v);
+}
+
+template <class V, class T>
+BN_INLINE V splat(T x) {
+  return static_cast<decltype(V{}[0] + 0)>(x) - V{};
+}
+
+BN_INLINE Floats as_floats(Bits b) { return reinterpret_cast<Floats>(b); }
+BN_INLINE Bits as_bits(Floats v) { return reinterpret_cast<Bits>(v); }
+
+// --- elements: how a value in memory becomes a value to compute with, and back, rounded to nearest even ---------------
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <class T>
+struct Element;
+
+template <>
+struct Element<float> {
+  using Vector = Floats;
+  static BN_INLINE Floats load(const float* p) { return load_raw<Floats>(p); }
+  static BN_INLINE void store(float* p, Floats v) { store_raw(p, v); }
+};
+
+template <>
+struct Element<double> {
+  using Vector = Doubles;
+  static BN_INLINE Doubles load(const double* p) { return load_raw<Doubles>(p); }
+  static BN_INLINE void store(double* p, Doubles v) { store_raw(p, v); }
+};
+
+template <>
+struct Element<BFloat16> {
+  using Vector = Floats;
+  static BN_INLINE Floats load(const BFloat16* p) {
+    return as_floats(__builtin_convertvector(load_raw<Halves>(p), Bits) << 16);
+  }
+  static BN_INLINE void store(BFloat16* p, Floats v) {
+    const Bits b = as_bits(v);
+    const Bits rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
+    const Bits quiet = (b >> 16) | 0x40;  // rounding could carry a NaN into infinity
+    store_raw(p, __builtin_convertvector(v == v ? rounded : quiet, Halves));
+  }
+};
+
+// IEEE half precision by arithmetic on the bits: exact, and the same on every machine.
+template <>
+struct Element<Float16> {
+  using Vector = Floats;
+  static BN_INLINE Floats load(const Float16* p) {
+    const Bits h = __builtin_convertvector(load_raw<Halves>(p), Bits);
+    const Bits magnitude = (h & 0x7fff) << 13;
+    // The exponent's bias goes from 15 to 127; as a multiplication this is right for subnormal numbers too.
+    const Bits finite = as_bits(as_floats(magnitude) * 0x1p112f);
+    const Bits special = magnitude | 0x7f800000;
+    return as_floats(((h & 0x8000) << 16) | (magnitude >= (0x7c00u << 13) ? special : finite));
+  }
+  static BN_INLINE void store(Float16* p, Floats v) {
+    const Bits b = as_bits(v), sign = (b >> 16) & 0x8000, a = b & 0x7fffffff;
+    // Below 2^-14 the result is subnormal: adding 0.5 lets the addition round at the right bit.
+    const Bits subnormal = as_bits(as_floats(a) + 0.5f) - 0x3f000000;
+    const Bits normal = (a - (112u << 23) + 0xfff + ((a >> 13) & 1)) >> 13;
+    const Bits large = a > 0x7f800000 ? Bits{} + 0x7e00 : Bits{} + 0x7c00;  // NaN, or what rounds to infinity
+    const Bits magnitude = a >= 0x477ff000 ? large : (a < (113u << 23) ? subnormal : normal);
+    store_raw(p, __builtin_convertvector(sign | magnitude, Halves));
+  }
+};
+
+template <class T>
+using Vector = typename Element<T>::Vector;
+
+// The first n < kLanes values, and zeros; and back.
+template <class T>
+BN_INLINE Vector<T> load_part(const T* p, int64_t n) {
+  T values[kLanes<Vector<T>>] = {};
+  std::memcpy(values, p, n * sizeof(T));
+  return Element<T>::load(values);
+}
+
+template <class T>
+BN_INLINE void store_part(T* p, Vector<T> v, int64_t n) {
+  T values[kLanes<Vector<T>>];
+  Element<T>::store(values, v);
+  std::memcpy(p, values, n * sizeof(T));
 }
 
 // The same value, loaded in full. Without this GCC turns a load and a comparison into a masked load, which AVX-512
 // machines start only when the mask is known: measured, 2.7 times slower on data that come from memory.
-BN_INLINE Floats loaded(Floats v) {
+template <class V>
+BN_INLINE V loaded(V v) {
 #if defined(__AVX512F__)
   asm("" : "+v"(v));
 #endif
   return v;
 }
 
-BN_INLINE Floats splat(float x) { return x - Floats{}; }
-BN_INLINE Doubles splat_double(double x) { return x - Doubles{}; }
+// --- float64 sums ----------------------------------------------------------------------------------------------------
 
 template <int First, int... I>
 BN_INLINE HalfFloats half_of(Floats v, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(v, v, (First + I)...);
 }
 
-BN_INLINE Wide widen(Floats v) {
-  using Half = std::make_integer_sequence<int, kLanes / 2>;
-  return {__builtin_convertvector(half_of<0>(v, Half{}), Doubles),
-          __builtin_convertvector(half_of<kLanes / 2>(v, Half{}), Doubles)};
+BN_INLINE Doubles low(Floats v) {
+  return __builtin_convertvector(half_of<0>(v, std::make_integer_sequence<int, kLanes<Doubles>>{}), Doubles);
+}
+BN_INLINE Doubles high(Floats v) {
+  return __builtin_convertvector(half_of<kLanes<Doubles>>(v, std::make_integer_sequence<int, kLanes<Doubles>>{}),
+                                 Doubles);
 }
 
-BN_INLINE Wide load_wide(const float* p) {
-  return {__builtin_convertvector(load<HalfFloats>(p), Doubles),
-          __builtin_convertvector(load<HalfFloats>(p + kLanes / 2), Doubles)};
+// Adds up vectors lane by lane in float64.
+template <class V>
+struct Sum;
+
+template <>
+struct Sum<Doubles> {
+  static constexpr int parts = 1;
+  Doubles part[1] = {};
+  BN_INLINE void add(Doubles v) { part[0] += v; }
+};
+
+template <>
+struct Sum<Floats> {
+  static constexpr int parts = 2;
+  Doubles part[2] = {};
+  BN_INLINE void add(Floats v) { part[0] += low(v), part[1] += high(v); }
+};
+
+template <class V>
+BN_INLINE double total(const Sum<V>& sum) {
+  Doubles v = sum.part[0];
+  if constexpr (Sum<V>::parts == 2) v += sum.part[1];
+  double all = 0;
+  for (int i = 0; i < kLanes<Doubles>; ++i) all += v[i];
+  return all;
 }
 
-BN_INLINE double sum(Doubles v) {
-  double total = 0;
-  for (int i = 0; i < static_cast<int>(kBytes / sizeof(double)); ++i) total += v[i];
-  return total;
+// Adds each lane to its place in memory.
+template <class V>
+BN_INLINE void spill(const Sum<V>& sum, double* p) {
+  for (int i = 0; i < Sum<V>::parts; ++i) {
+    double* at = p + i * kLanes<Doubles>;
+    store_raw(at, load_raw<Doubles>(at) + sum.part[i]);
+  }
 }
+
+// First and second moments about a pivot, lane by lane. The difference is taken in float64: in float32 it would round
+// relative to the pivot's distance, and a pivot may be an outlier.
+template <class V>
+struct MomentSums {
+  Sum<Doubles> first[Sum<V>::parts], second[Sum<V>::parts];
+
+  BN_INLINE void add(V x, const Doubles (&pivot)[Sum<V>::parts]) {
+    Doubles wide[Sum<V>::parts];
+    if constexpr (Sum<V>::parts == 2)
+      wide[0] = low(x), wide[1] = high(x);
+    else
+      wide[0] = x;
+    for (int i = 0; i < Sum<V>::parts; ++i) {
+      const Doubles d = wide[i] - pivot[i];
+      first[i].part[0] += d;
+      second[i].part[0] += d * d;
+    }
+  }
+};
 
 }  // namespace

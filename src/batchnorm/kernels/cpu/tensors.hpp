@@ -10,6 +10,7 @@
 #endif
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <vector>
@@ -27,21 +28,26 @@ using OptionalTensor = std::optional<Tensor>;
 
 // How the values of a tensor lie in memory, or nothing where they leave gaps or overlap.
 std::optional<Walk> walk_of(const Tensor& x, int64_t axis) {
+  constexpr int64_t most = 16;
+  const int64_t rank = x.dim();
   const auto sizes = x.sizes(), strides = x.strides();
-  std::vector<int64_t> order;
-  for (int64_t d = 0; d < x.dim(); ++d)
-    if (sizes[d] != 1) order.push_back(d);
-  std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return strides[a] < strides[b]; });
+  std::array<int64_t, most> order;
+  STD_TORCH_CHECK(rank <= most, "batchnorm: x must have at most 16 dimensions");
+  int64_t used = 0;
+  for (int64_t d = 0; d < rank; ++d)
+    if (sizes[d] != 1) order[used++] = d;
+  std::sort(order.begin(), order.begin() + used, [&](int64_t a, int64_t b) { return strides[a] < strides[b]; });
   Walk walk{1, sizes[axis], 1};
-  bool inside = sizes[axis] != 1;  // a single channel is one plane
+  bool inside = true;  // a single channel is one plane: its dimension is never met
   int64_t expected = 1;
-  for (int64_t d : order) {
+  for (int64_t i = 0; i < used; ++i) {
+    const int64_t d = order[i];
     if (strides[d] != expected) return std::nullopt;
     expected *= sizes[d];
     if (d == axis)
       inside = false;
     else
-      (inside || sizes[axis] == 1 ? walk.inner : walk.outer) *= sizes[d];
+      (inside ? walk.inner : walk.outer) *= sizes[d];
   }
   return walk;
 }
@@ -53,32 +59,60 @@ bool same_order(const Tensor& a, const Tensor& b) {
   return true;
 }
 
+std::optional<Dtype> dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return Dtype::float32;
+    case ScalarType::Double: return Dtype::float64;
+    case ScalarType::BFloat16: return Dtype::bfloat16;
+    case ScalarType::Half: return Dtype::float16;
+    default: return std::nullopt;
+  }
+}
+
+// Calls f with a null pointer to the type that `t`'s elements have.
+template <class F>
+void with_element(const Tensor& t, const char* name, const F& f) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return f(static_cast<const float*>(nullptr));
+    case ScalarType::Double: return f(static_cast<const double*>(nullptr));
+    case ScalarType::BFloat16: return f(static_cast<const torch::headeronly::BFloat16*>(nullptr));
+    case ScalarType::Half: return f(static_cast<const torch::headeronly::Half*>(nullptr));
+    default: STD_TORCH_CHECK(false, "batchnorm: ", name, " must be floating");
+  }
+}
+
 // The input in a memory order that the kernels can walk: itself, or one copy.
 struct Input {
   Tensor tensor;
   Walk walk;
+  Dtype dtype;
 
-  Input(const Tensor& x, int64_t channel_dim) : tensor(x), walk{} {
-    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_cpu(), "batchnorm: x must be float32 on the CPU");
+  Input(const Tensor& x, int64_t channel_dim) : tensor(x), walk{}, dtype{} {
+    const auto type = dtype_of(x);
+    STD_TORCH_CHECK(type && x.is_cpu(), "batchnorm: x must be floating and on the CPU");
     STD_TORCH_CHECK(x.dim() >= 2 && channel_dim >= -x.dim() && channel_dim < x.dim(),
                     "batchnorm: x must have at least 2 dimensions, and channel_dim be one of them");
+    dtype = *type;
     const int64_t axis = channel_dim < 0 ? channel_dim + x.dim() : channel_dim;
+    if (x.numel() == 0) {
+      walk = Walk{0, x.sizes()[axis], 1};
+      return;
+    }
     auto found = walk_of(x, axis);
     if (!found) {
       tensor = torch::stable::clone(x);
       found = walk_of(tensor, axis);
-      STD_TORCH_CHECK(x.numel() == 0 || found, "batchnorm: a copy of x is not dense");
+      STD_TORCH_CHECK(found, "batchnorm: a copy of x is not dense");
     }
-    walk = found.value_or(Walk{0, x.sizes()[axis], 1});
-    if (x.numel() == 0) walk.outer = 0;
+    walk = *found;
   }
 
-  const float* data() const { return tensor.const_data_ptr<float>(); }
+  const void* data() const { return tensor.const_data_ptr(); }
 
-  // Another tensor of the input's shape, in the input's memory order: itself, or one copy.
+  // Another tensor of the input's shape and dtype, in the input's memory order: itself, or one copy.
   Tensor aligned(const Tensor& other, const char* name) const {
-    STD_TORCH_CHECK(other.scalar_type() == ScalarType::Float && other.is_cpu(), "batchnorm: ", name,
-                    " must be float32 on the CPU");
+    STD_TORCH_CHECK(other.scalar_type() == tensor.scalar_type() && other.is_cpu(), "batchnorm: ", name,
+                    " must have x's dtype and be on the CPU");
     bool same_shape = other.dim() == tensor.dim();
     for (int64_t d = 0; same_shape && d < other.dim(); ++d) same_shape = other.sizes()[d] == tensor.sizes()[d];
     STD_TORCH_CHECK(same_shape, "batchnorm: ", name, " must have x's shape");
@@ -87,7 +121,19 @@ struct Input {
     return torch::stable::copy_(copy, other);
   }
 
+  OptionalTensor aligned(const OptionalTensor& other, const char* name) const {
+    return other ? OptionalTensor(aligned(*other, name)) : std::nullopt;
+  }
+
   Tensor statistic() const { return torch::stable::new_empty(tensor, {walk.channels}, ScalarType::Double); }
+
+  // The first value of every channel.
+  void pivots(double* out) const {
+    with_element(tensor, "x", [&](auto* type) {
+      const auto* p = static_cast<decltype(type)>(data());
+      for (int64_t c = 0; c < walk.channels; ++c) out[c] = static_cast<double>(p[c * walk.inner]);
+    });
+  }
 };
 
 // A new tensor of another's shape and memory order, to be written in full.
@@ -107,24 +153,15 @@ Tensor fresh_like(const Tensor& x) {
 
 // --- vectors of one value for each channel ---------------------------------------------------------------------------
 
-template <class T>
-void read_as(const Tensor& t, std::vector<double>& out) {
-  const T* p = static_cast<const T*>(t.const_data_ptr());
-  const int64_t stride = t.stride(0);
-  for (size_t c = 0; c < out.size(); ++c) out[c] = static_cast<double>(p[c * stride]);
-}
-
 std::vector<double> read(const Tensor& t, int64_t channels, const char* name) {
   STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == channels && t.is_cpu(), "batchnorm: ", name,
                   " must have one value for each channel, on the CPU");
   std::vector<double> out(channels);
-  switch (t.scalar_type()) {
-    case ScalarType::Double: read_as<double>(t, out); break;
-    case ScalarType::Float: read_as<float>(t, out); break;
-    case ScalarType::Half: read_as<torch::headeronly::Half>(t, out); break;
-    case ScalarType::BFloat16: read_as<torch::headeronly::BFloat16>(t, out); break;
-    default: STD_TORCH_CHECK(false, "batchnorm: ", name, " must be floating");
-  }
+  with_element(t, name, [&](auto* type) {
+    const auto* p = static_cast<decltype(type)>(t.const_data_ptr());
+    const int64_t stride = t.stride(0);
+    for (int64_t c = 0; c < channels; ++c) out[c] = static_cast<double>(p[c * stride]);
+  });
   return out;
 }
 
