@@ -1,0 +1,54 @@
+"""Reports in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import rich.box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from batchnorm.report.document import Section, Table
+
+
+def table(content: Table) -> RichTable:
+    """`content` as a table that rich can print. Cells are taken literally, brackets included."""
+    drawn = RichTable(title=Text(content.caption), title_justify="left", box=rich.box.SIMPLE_HEAD)
+    drawn.show_edge, drawn.padding = False, (0, 1, 0, 0)
+    for i, column in enumerate(content.columns):
+        # As narrow as may be, for a terminal of 80 columns: headings break between words, cells do not.
+        width = max(map(len, [*column.split(), *(row[i] for row in content.rows)]))
+        drawn.add_column(Text(column), justify="left" if i == 0 else "right", width=width)
+    for row in content.rows:
+        drawn.add_row(*map(Text, row))
+    return drawn
+
+
+def show(section: Section, console: Console) -> None:
+    """Print the section's title, table and summary."""
+    console.print(Text(section.title, style="bold"))
+    console.print(table(section.table))
+    for sentence in section.summary:
+        console.print(Text(sentence))
+        console.print()
+
+
+@contextmanager
+def progress(console: Console, label: str, work: int) -> Iterator[Callable[[int], None]]:
+    """A bar with the time left, gone at the end; nothing at all where `console` is no terminal.
+
+    Args:
+        console: where the bar is drawn.
+        label: the words before it.
+        work: how many units there are to do.
+
+    Returns:
+        A context whose value is a function to call with the number of units just done.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(label, total=work)
+        yield lambda done: bar.advance(task, done)

@@ -1,0 +1,1 @@
+"""The claims about batch normalization as experiments: one file an experiment, one row in `experiments.EXPERIMENTS`."""

@@ -1,0 +1,122 @@
+"""The page, read as a browser reads it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from html.parser import HTMLParser
+
+import pytest
+
+from batchnorm.report.document import Chart, Curve, Document, Section, Table
+from batchnorm.report.page import page
+
+HOSTILE = """<script>alert("x")</script> & '{{ 7 * 7 }}' https://example.org"""
+VOID = {"meta", "link", "br", "img", "hr", "input"}
+
+
+class Reader(HTMLParser):
+    """Collects what is in a page, and insists that every element is closed in its place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.count: Counter[str] = Counter()
+        self.attributes: list[tuple[str, str]] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.count[tag] += 1
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def read(html: str) -> Reader:
+    reader = Reader()
+    reader.feed(html)
+    reader.close()
+    assert reader.open == []
+    return reader
+
+
+def document(words: str = "words", sections: int = 2) -> Document:
+    curve = Curve(words, [1, 2], [0.5, 1.5], [0.25, 1.0], [1.0, 2.0])
+    chart = Chart(f"title {words}", f"description {words}", words, words, [curve])
+    table = Table(f"caption {words}", ("network", f"column {words}"), [("batch norm", f"cell {words}"), ("plain", "7")])
+    section = Section(f"question {words}", [f"answer {words}"], table, [chart, chart], [f"note {words}"])
+    return Document(f"heading {words}", [section] * sections, f"command {words}", [("name", f"fact {words}")])
+
+
+@pytest.mark.parametrize("sections", [0, 1, 2])
+def test_the_page_is_well_formed(sections: int) -> None:
+    reader = read(page(document(sections=sections)))
+    assert reader.count["html"] == reader.count["h1"] == reader.count["main"] == 1
+    assert reader.count["svg"] == reader.count["figure"] == reader.count["figcaption"] == 2 * sections
+    assert reader.count["table"] == sections
+
+
+def test_everything_said_is_in_it() -> None:
+    text = "".join(read(page(document())).text)
+    for part in ("heading", "question", "answer", "caption", "column", "cell", "title", "note", "command", "fact"):
+        assert f"{part} words" in text
+
+
+def test_hostile_text_stays_text() -> None:
+    html = page(document(HOSTILE))
+    reader = read(html)
+    assert reader.count["script"] == 0
+    text = "".join(reader.text)
+    for part in ("heading", "question", "answer", "caption", "column", "cell", "title", "note", "command", "fact"):
+        assert f"{part} {HOSTILE}" in text
+    assert ("aria-label", f"description {HOSTILE}") in reader.attributes
+
+
+def test_nothing_is_loaded_from_anywhere() -> None:
+    html = page(document())
+    reader = read(html)
+    assert not reader.count.keys() & {"script", "link", "img", "iframe", "object", "embed", "base", "form"}
+    for name, value in reader.attributes:
+        assert not name.startswith("on")
+        if name in ("src", "srcset", "href", "xlink:href", "action", "data", "poster"):
+            assert value.startswith("#"), f"{name}={value}"
+    assert re.findall(r"url\(\s*['\"]?(?!#)", html) == []
+    assert "@import" not in html
+    assert any(name == "content" and value.startswith("default-src 'none'") for name, value in reader.attributes)
+
+
+def test_ids_are_unique_and_labels_exist() -> None:
+    reader = read(page(document()))
+    ids = Counter(value for name, value in reader.attributes if name == "id")
+    assert max(ids.values()) == 1
+    named = {value for name, value in reader.attributes if name == "aria-labelledby"}
+    assert named
+    assert named <= ids.keys()
+
+
+def test_light_dark_print_and_phones_are_thought_of() -> None:
+    html = page(document())
+    assert "@media screen and (prefers-color-scheme: dark)" in html
+    assert "@media print" in html
+    assert ("name", "viewport") in read(html).attributes
+    used = set(re.findall(r"var\((--[\w-]+)\)", html))
+    light, dark = html.split("@media screen", 1)
+    for variable in used:
+        assert f"{variable}:" in light
+        assert f"{variable}:" in dark
+
+
+def test_the_same_document_is_the_same_page() -> None:
+    assert page(document()) == page(document())

@@ -1,0 +1,65 @@
+"""Reports in a terminal."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from batchnorm.report.document import Section, Table
+from batchnorm.report.text import progress, show, table
+
+CONTENT = Table(
+    "ten of each [bold]",
+    ("network", "a rather long heading", "steps"),
+    [("batch norm", "97.2 (96.9-97.5)", "120"), ("[red]plain[/red]", "never", "310")],
+)
+
+
+def printed(width: int, encoding: str = "utf-8") -> str:
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding=encoding)
+    Console(file=stream, width=width, legacy_windows=False).print(table(CONTENT))
+    stream.flush()
+    return raw.getvalue().decode(encoding)
+
+
+def test_every_cell_is_printed_whole_and_literally() -> None:
+    lines = printed(80).splitlines()
+    assert lines[0].startswith("ten of each [bold]")
+    assert any("batch norm" in line and "97.2 (96.9-97.5)" in line and "120" in line for line in lines)
+    assert any("[red]plain[/red]" in line and "never" in line and "310" in line for line in lines)
+
+
+def test_headings_break_so_that_the_table_is_as_narrow_as_its_cells() -> None:
+    lines = [line.rstrip() for line in printed(200).splitlines()]
+    assert max(map(len, lines)) <= len("[red]plain[/red]") + len("97.2 (96.9-97.5)") + len("steps") + 2 * 2 + 2
+    assert "a rather long heading" not in "\n".join(lines)
+
+
+def test_a_terminal_without_unicode_can_show_it() -> None:
+    assert "97.2 (96.9-97.5)" in printed(80, "ascii")
+
+
+def test_a_section_is_its_title_its_table_and_its_summary() -> None:
+    stream = io.StringIO()
+    section = Section("Why?", ["Because [it] is.", "And so on."], CONTENT, [], ["not shown"])
+    show(section, Console(file=stream, width=80))
+    text = stream.getvalue()
+    parts = ("Why?", "batch norm", "Because [it] is.", "And so on.")
+    positions = [text.index(part) for part in parts]
+    assert positions == sorted(positions)
+    assert "not shown" not in text
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_for_terminals_only(terminal: bool) -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, width=80, force_terminal=terminal)
+    with progress(console, "speed", 10) as advance:
+        advance(4)
+        advance(6)
+    assert ("100%" in stream.getvalue()) is terminal
+    assert ("speed" in stream.getvalue()) is terminal
+    assert (stream.getvalue() == "") is not terminal
