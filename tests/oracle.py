@@ -124,3 +124,9 @@ def backward(
     else:
         dx = (d_xhat - d_xhat.mean(dims, keepdims=True) - x_hat * (d_xhat * x_hat).mean(dims, keepdims=True)) / std
     return dx, dz, (dz * x_hat).sum(dims), dz.sum(dims)
+
+
+def commit(running: tuple[Array, Array], n: float, mean: Array, m2: Array, momentum: float) -> tuple[Array, Array]:
+    """Running mean and variance after one update by moments of n values."""
+    old_mean, old_var = running
+    return (1 - momentum) * old_mean + momentum * mean, (1 - momentum) * old_var + momentum * m2 / (n - 1)

@@ -137,20 +137,6 @@ def test_of_is_differentiable() -> None:
     assert torch.autograd.gradcheck(lambda v: (Moments.of(v).mean, Moments.of(v).m2), (x,))
 
 
-@pytest.mark.parametrize("momentum", [0.1, 1.0, torch.tensor(0.25, dtype=torch.float64)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_blend_into(momentum: float, dtype: torch.dtype) -> None:
-    x = torch.randn(7, 3, dtype=torch.float64) * 2 + 5
-    mean, var = torch.randn(3).to(dtype), torch.rand(3).to(dtype)
-    expected = [
-        old.double() * (1 - momentum) + momentum * new
-        for old, new in ((mean, x.mean(0)), (var, x.var(0, correction=1)))
-    ]
-    Moments.of(x).blend_into(mean, var, momentum)
-    assert torch.equal(mean, expected[0].to(dtype))
-    assert torch.equal(var, expected[1].to(dtype))
-
-
 def test_bad_masks_and_partners() -> None:
     x = torch.zeros(2, 3, 4)
     with pytest.raises(ShapeError, match=r"got a mask of shape \(3,\) for an input of shape \(2, 3, 4\)"):

@@ -24,6 +24,12 @@ def test_opcheck(sample: Sample, name: str) -> None:
     var = m2 / (t["x"].numel() / sample.layout.channels)
     values = t | {
         "mean": mean,
+        "m2": m2,
+        "count": torch.tensor(9),
+        "running_mean": torch.zeros_like(mean),
+        "running_var": torch.ones_like(mean),
+        "num_batches_tracked": torch.tensor(3),
+        "momentum": None,
         "var": var,
         "mean_dz": mean,
         "mean_dz_xhat": var,

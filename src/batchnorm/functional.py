@@ -69,7 +69,7 @@ def batch_norm(
                 layout.check_vector(buffer, name, input.shape[layout.channel_axis(input.dim(), channel_dim)])
         output, moments = normalize_by_batch(input, recipe)
         if moments is not None and running_mean is not None and running_var is not None:
-            moments.blend_into(running_mean, running_var, momentum)
+            commit(moments, running_mean, running_var, None, momentum)
         return output
     if running_mean is None or running_var is None:
         raise ShapeError(
@@ -112,9 +112,10 @@ def normalize_by_batch(x: Tensor, recipe: Recipe) -> tuple[Tensor, Moments | Non
         )
     if _transformed():
         y, mean, m2 = reference.forward(x, *recipe)
+        mean, m2 = mean.detach(), m2.detach()
     else:
         y, mean, m2 = _BatchNorm.apply(x, None, None, *recipe)  # type: ignore[no-untyped-call]  # torch's
-    moments = Moments(torch.full((), n, device=x.device), mean.detach(), m2.detach())
+    moments = Moments(torch.full((), n, device=x.device), mean, m2)
     return y, moments
 
 
@@ -138,6 +139,21 @@ def normalize_by(x: Tensor, mean: Tensor, var: Tensor, recipe: Recipe) -> Tensor
     return y
 
 
+def commit(
+    moments: Moments,
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+) -> None:
+    """Blend moments into running statistics, in place: `kernels.reference.commit`."""
+    implementation = reference if _transformed() else ops.implementation(running_mean)
+    with torch.no_grad():
+        implementation.commit(
+            running_mean, running_var, num_batches_tracked, moments.mean, moments.m2, moments.count, momentum
+        )
+
+
 class _BatchNorm(torch.autograd.Function):
     """Both modes. Without given statistics they are the batch's, and come back as mean and m2."""
 
@@ -158,27 +174,26 @@ class _BatchNorm(torch.autograd.Function):
         if mean is None or var is None:
             y, mean, m2 = implementation.forward(x, *recipe)
             ctx.mark_non_differentiable(mean, m2)
-            var = m2 / layout.count(x.shape, recipe.channel_dim % x.dim())
         else:
             y = implementation.normalize(x, mean, var, *recipe)
         # Without an activation the residual's value has no part in any gradient.
         residual = None if recipe.activation is None else recipe.residual
-        ctx.save_for_backward(x, mean, var, recipe.weight, recipe.bias, residual)
+        ctx.save_for_backward(x, mean, m2 if ctx.by_batch else var, recipe.weight, recipe.bias, residual)
         return (y, mean, m2) if ctx.by_batch else (y, None, None)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:  # noqa: ANN401 - as above
         if dy is None:
             return (None,) * 9
-        x, mean, var, weight, bias, residual = ctx.saved_tensors
+        x, mean, spread, weight, bias, residual = ctx.saved_tensors
         recipe = Recipe(weight, bias, residual, *ctx.options)
         needs = Needs(ctx.needs_input_grad[0], *ctx.needs_input_grad[3:6])
         if torch.is_grad_enabled():
             dx, dweight, dbias, dresidual = _differentiable_gradients(
-                dy, x, None if ctx.by_batch else (mean, var), recipe, needs
+                dy, x, None if ctx.by_batch else (mean, spread), recipe, needs
             )
         else:
-            dx, dweight, dbias, dresidual = _gradients(dy, x, mean, var, recipe, needs, ctx.by_batch)
+            dx, dweight, dbias, dresidual = _gradients(dy, x, mean, spread, recipe, needs, ctx.by_batch)
         if needs.residual and residual is None:
             dresidual = dy
         return dx, None, None, dweight, dbias, dresidual, None, None, None
@@ -197,15 +212,16 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 def _gradients(
-    dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, recipe: Recipe, needs: Needs, by_batch: bool
+    dy: Tensor, x: Tensor, mean: Tensor, spread: Tensor, recipe: Recipe, needs: Needs, by_batch: bool
 ) -> Gradients:
-    """The gradients of x, weight, bias and residual by the kernels."""
+    """The gradients of x, weight, bias and residual by the kernels; `spread` is the batch's m2, or the given var."""
     implementation = ops.implementation(x)
     dx = dresidual = sum_dz = sum_dz_xhat = None
     needs_input = needs.x or (needs.residual and recipe.residual is not None)
     if by_batch and needs_input:
-        dx, dresidual, sum_dz, sum_dz_xhat = implementation.backward(dy, x, mean, var, *recipe)
+        dx, dresidual, sum_dz, sum_dz_xhat = implementation.backward(dy, x, mean, spread, *recipe)
     else:
+        var = spread / layout.count(x.shape, recipe.channel_dim % x.dim()) if by_batch else spread
         if needs.weight or needs.bias:
             sum_dz, sum_dz_xhat = implementation.backward_sums(dy, x, mean, var, *recipe)
         if needs_input:

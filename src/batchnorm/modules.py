@@ -87,14 +87,8 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
 
     def _commit(self, proposal: Moments) -> None:
         """Blend proposed moments into the running statistics, and count one batch."""
-        momentum: float | Tensor | None = self.momentum
-        if self.num_batches_tracked is not None:
-            with torch.no_grad():
-                self.num_batches_tracked.add_(1)
-            if momentum is None:
-                momentum = self.num_batches_tracked.to(torch.float64).reciprocal()
-        if self.running_mean is not None and self.running_var is not None and momentum is not None:
-            proposal.blend_into(self.running_mean, self.running_var, momentum)
+        if self.running_mean is not None and self.running_var is not None:
+            functional.commit(proposal, self.running_mean, self.running_var, self.num_batches_tracked, self.momentum)
 
     def _check_input_dim(self, input: Tensor) -> None:
         if self.ranks and input.dim() not in self.ranks:

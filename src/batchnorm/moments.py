@@ -130,24 +130,6 @@ class Moments:
         """The square root of `var`, (C,). Raises as `var` does."""
         return self.var(correction=correction).sqrt()
 
-    def blend_into(self, running_mean: Tensor, running_var: Tensor, momentum: float | Tensor) -> None:
-        """Commit these moments to running statistics, in place.
-
-            running = (1 - momentum) * running + momentum * new
-
-        where the new variance is the unbiased one, as in torch. Computed in float64 and rounded once.
-
-        Args:
-            running_mean: (C,), any floating dtype.
-            running_var: (C,), any floating dtype.
-            momentum: the weight of the new value, a number or a () tensor.
-        """
-        with torch.no_grad():
-            unbiased = self.m2 / (self.count - 1)
-            for running, new in ((running_mean, self.mean), (running_var, unbiased)):
-                wide = running.to(new.dtype)
-                running.copy_(wide + (new - wide) * momentum)
-
 
 def _weights(mask: Tensor, x: Tensor, axis: int) -> Tensor:
     """`mask` with x's rank and shape, one value a position, the channel dimension of size 1."""

@@ -29,8 +29,10 @@ SCHEMAS = {
     "backward_sums": f"(Tensor dy, Tensor x, {_STATISTICS}, {_AFFINE}) -> (Tensor sum_dz, Tensor sum_dz_xhat)",
     "backward_input": f"(Tensor dy, Tensor x, {_STATISTICS}, {_AFFINE}, Tensor? mean_dz, Tensor? mean_dz_xhat)"
     " -> (Tensor dx, Tensor dresidual)",
-    "backward": f"(Tensor dy, Tensor x, {_STATISTICS}, {_AFFINE})"
+    "backward": f"(Tensor dy, Tensor x, Tensor mean, Tensor m2, {_AFFINE})"
     " -> (Tensor dx, Tensor dresidual, Tensor sum_dz, Tensor sum_dz_xhat)",
+    "commit": "(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches_tracked, "
+    "Tensor mean, Tensor m2, Tensor count, float? momentum) -> ()",
 }
 
 
@@ -95,6 +97,10 @@ def _fake_backward(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, T
     return (*_fake_backward_input(dy, x, *rest), *_fake_backward_sums(dy, x, *rest))
 
 
+def _fake_commit(*_: Any) -> None:  # noqa: ANN401 - nothing comes back
+    return None
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "batch_moments": _fake_batch_moments,
     "normalize": _fake_normalize,
@@ -102,6 +108,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "backward_sums": _fake_backward_sums,
     "backward_input": _fake_backward_input,
     "backward": _fake_backward,
+    "commit": _fake_commit,
 }
 
 _library = torch.library.Library("batchnorm", "DEF")
@@ -132,7 +139,7 @@ _NATIVE_DTYPES = frozenset(_DTYPES if _native is not None else ())
 
 
 def implementation(x: Tensor) -> Any:  # noqa: ANN401 - a namespace of operators, or a module with the same names
-    """Where the six operations for `x` are: an object with a function for each name in `SCHEMAS`."""
+    """Where the operations for `x` are: an object with a function for each name in `SCHEMAS`."""
     if x.dtype in _NATIVE_DTYPES and x.device.type == "cpu":
         return torch.ops.batchnorm
     return reference

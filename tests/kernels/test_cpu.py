@@ -74,7 +74,7 @@ def test_operations_are_the_oracles(sample: Sample, level: str) -> None:
         means = (None, None) if constants else (sums[0] / n, sums[1] / n)
         results = [(*native.backward_input(t["dy"], t["x"], *statistics, *affine, *means), *sums)]
         if not constants:
-            results.append(native.backward(t["dy"], t["x"], *statistics, *affine))
+            results.append(native.backward(t["dy"], t["x"], torch.from_numpy(mean), torch.from_numpy(m2), *affine))
         for actual_dx, actual_dresidual, actual_dbias, actual_dweight in results:
             close_rounded(actual_dx, dx, sample.dtype)
             close(actual_dbias, dbias, tolerances.SUM_PER_ROOT, n**0.5)
@@ -199,3 +199,21 @@ def test_nothing_in_nothing_out(shape: tuple[int, ...]) -> None:
     assert native.backward_input(x, x, mean, m2, None, None, None, EPS, 1, None, None, None)[0].shape == shape
     for actual in (*sums, *native.backward_sums(x, x, mean, m2, None, None, None, EPS, 1, "relu")):
         assert torch.equal(actual, zeros)
+
+
+@pytest.mark.parametrize("dtype", tolerances.ONE_ROUNDING)
+@pytest.mark.parametrize("momentum", [0.1, 1.0, 0.0, None])
+@pytest.mark.parametrize("count", [torch.tensor(7), torch.tensor(7.5, dtype=torch.float64)], ids=["int", "weights"])
+@pytest.mark.parametrize("batches", [None, 0, 4])
+def test_commit_is_the_oracles(dtype: torch.dtype, momentum: float | None, count: Tensor, batches: int | None) -> None:
+    mean, m2 = torch.randn(5, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
+    running = torch.randn(5).to(dtype), torch.rand(5).to(dtype)
+    tracked = None if batches is None else torch.tensor(batches)
+    factor = momentum if momentum is not None else (0.0 if batches is None else 1 / (batches + 1))
+    before = [t.double().numpy() for t in running]
+    expected = oracle.commit((before[0], before[1]), count.item(), mean.numpy(), m2.numpy(), factor)
+    native.commit(*running, tracked, mean, m2, count, momentum)
+    for actual, e in zip(running, expected, strict=True):
+        relative, absolute = tolerances.ONE_ROUNDING[dtype]
+        np.testing.assert_allclose(actual.double().numpy(), e, rtol=relative, atol=max(absolute, 1e-15))
+    assert tracked is None or tracked == batches + 1

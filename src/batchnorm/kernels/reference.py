@@ -138,7 +138,7 @@ def backward(
     dy: Tensor,
     x: Tensor,
     mean: Tensor,
-    var: Tensor,
+    m2: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
@@ -146,12 +146,46 @@ def backward(
     channel_dim: int,
     activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dresidual, and the two sums of `forward`'s gradient: `backward_sums`, then `backward_input`."""
-    common = (dy, x, mean, var, weight, bias, residual, eps, channel_dim, activation)
-    sum_dz, sum_dz_xhat = backward_sums(*common)
+    """`forward`'s gradient from the mean and m2 that it returned: `backward_sums`, then `backward_input`.
+
+    Returns:
+        dx, dresidual (as `backward_input`), and the two sums.
+    """
     n = max(1, layout.count(x.shape, channel_dim % x.dim()))
+    common = (dy, x, mean, m2 / n, weight, bias, residual, eps, channel_dim, activation)
+    sum_dz, sum_dz_xhat = backward_sums(*common)
     dx, dresidual = backward_input(*common, sum_dz / n, sum_dz_xhat / n)
     return dx, dresidual, sum_dz, sum_dz_xhat
+
+
+def commit(
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor | None,
+    mean: Tensor,
+    m2: Tensor,
+    count: Tensor,
+    momentum: float | None,
+) -> None:
+    """Blend moments into running statistics and count one batch, in place.
+
+        running = (1 - momentum) * running + momentum * new
+
+    The new variance is the unbiased one, m2 / (count - 1), as in torch. Computed in float64 and rounded once.
+
+    running_mean and running_var are (C,) of any floating dtype, num_batches_tracked is () int64 or None. A momentum of
+    None is 1 / num_batches_tracked, after counting: the equal-weight average of all batches.
+    """
+    factor: float | Tensor | None = momentum
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+        if momentum is None:
+            factor = num_batches_tracked.to(m2.dtype).reciprocal()
+    if factor is None:
+        return
+    for running, new in ((running_mean, mean), (running_var, m2 / (count - 1))):
+        wide = running.to(new.dtype)
+        running.copy_(wide + (new - wide) * factor)
 
 
 def _preactivation(

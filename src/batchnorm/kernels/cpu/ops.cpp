@@ -1,4 +1,4 @@
-// The six operations on torch's tensors. What each means is written in kernels/reference.py, the schemas are in ops.py,
+// The operations on torch's tensors. What each means is written in kernels/reference.py, the schemas are in ops.py,
 // the loops in kernels.cpp.
 #include <torch/csrc/stable/library.h>
 
@@ -71,9 +71,10 @@ class Normalization {
     shift_.set(c, bias_[c] - low_[c] * (weight_[c] * invstd_[c]));
   }
 
-  void set_all(const Tensor& mean, const Tensor& var) {
-    const auto means = read(mean, invstd_.size(), "mean"), vars = read(var, invstd_.size(), "var");
-    for (size_t c = 0; c < means.size(); ++c) set(c, means[c], vars[c]);
+  // The variance is spread / divisor.
+  void set_all(const Tensor& mean, const Tensor& spread, double divisor = 1) {
+    const auto means = read(mean, invstd_.size(), "mean"), spreads = read(spread, invstd_.size(), "variance");
+    for (size_t c = 0; c < means.size(); ++c) set(c, means[c], spreads[c] / divisor);
   }
 
   Affine affine() const { return {mean_.view(), scale_.view(), shift_.view(), activation_}; }
@@ -190,9 +191,10 @@ struct Gradient {
   Affine affine;
   Coefficient slope, offset;
 
-  Gradient(const Tensor& dy_, const Tensor& x, const Tensor& mean, const Tensor& var, const OptionalTensor& weight,
+  // `spread` is the variance, or the sum of squared deviations, which is the variance times the count.
+  Gradient(const Tensor& dy_, const Tensor& x, const Tensor& mean, const Tensor& spread, const OptionalTensor& weight,
            const OptionalTensor& bias, const OptionalTensor& residual_, double eps, int64_t channel_dim,
-           const OptionalString& activation)
+           const OptionalString& activation, bool squares = false)
       : input(x, channel_dim),
         schedule(input.walk),
         dy(input.aligned(dy_, "dy")),
@@ -201,7 +203,7 @@ struct Gradient {
         affine(norm.affine()),
         slope(input.walk.channels, schedule.repeat()),
         offset(input.walk.channels, schedule.repeat()) {
-    norm.set_all(mean, var);
+    norm.set_all(mean, spread, squares ? static_cast<double>(std::max<int64_t>(1, input.walk.count())) : 1);
   }
 
   Backward tensors() const {
@@ -270,16 +272,53 @@ std::tuple<Tensor, Tensor> backward_input(const Tensor& dy, const Tensor& x, con
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const Tensor& mean,
-                                                    const Tensor& var, const OptionalTensor& weight,
+                                                    const Tensor& m2, const OptionalTensor& weight,
                                                     const OptionalTensor& bias, const OptionalTensor& residual,
                                                     double eps, int64_t channel_dim, const OptionalString& activation) {
-  Gradient g(dy, x, mean, var, weight, bias, residual, eps, channel_dim, activation);
+  Gradient g(dy, x, mean, m2, weight, bias, residual, eps, channel_dim, activation, true);
   Tensor sum_dz = g.input.statistic(), sum_dz_xhat = g.input.statistic();
   const double n = static_cast<double>(g.input.walk.count());
   g.reduce(sum_dz, sum_dz_xhat,
            [&](int64_t c, double first, double second) { g.set_slope(c, first / n, second / n); });
   auto [dx, dresidual] = g.apply();
   return {dx, dresidual, sum_dz, sum_dz_xhat};
+}
+
+// --- running statistics ----------------------------------------------------------------------------------------------
+
+void blend(const Tensor& running, const std::vector<double>& added, double factor, const char* name) {
+  STD_TORCH_CHECK(running.dim() == 1 && running.size(0) == static_cast<int64_t>(added.size()) && running.is_cpu(),
+                  "batchnorm: ", name, " must have one value for each channel, on the CPU");
+  with_element(running, name, [&](auto* type) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+    T* p = static_cast<T*>(running.mutable_data_ptr());
+    const int64_t stride = running.stride(0);
+    for (size_t c = 0; c < added.size(); ++c) {
+      const double old = static_cast<double>(p[c * stride]);
+      p[c * stride] = static_cast<T>(old + (added[c] - old) * factor);
+    }
+  });
+}
+
+void commit(const Tensor& running_mean, const Tensor& running_var, const OptionalTensor& num_batches_tracked,
+            const Tensor& mean, const Tensor& m2, const Tensor& count, std::optional<double> momentum) {
+  const int64_t channels = mean.numel();
+  const auto means = read(mean, channels, "mean");
+  auto variances = read(m2, channels, "m2");
+  STD_TORCH_CHECK(count.numel() == 1 && count.is_cpu(), "batchnorm: count must be one number on the CPU");
+  const double n = count.scalar_type() == ScalarType::Long ? static_cast<double>(*count.const_data_ptr<int64_t>())
+                                                           : *count.const_data_ptr<double>();
+  for (double& v : variances) v /= n - 1;
+  double factor = momentum.value_or(0);
+  if (num_batches_tracked) {
+    int64_t* batches = num_batches_tracked->mutable_data_ptr<int64_t>();
+    *batches += 1;
+    if (!momentum) factor = 1 / static_cast<double>(*batches);
+  } else if (!momentum) {
+    return;
+  }
+  blend(running_mean, means, factor, "running_mean");
+  blend(running_var, variances, factor, "running_var");
 }
 
 }  // namespace
@@ -292,4 +331,5 @@ STABLE_TORCH_LIBRARY_IMPL(batchnorm, CPU, m) {
   m.impl("backward_sums", TORCH_BOX(&batchnorm::backward_sums));
   m.impl("backward_input", TORCH_BOX(&batchnorm::backward_input));
   m.impl("backward", TORCH_BOX(&batchnorm::backward));
+  m.impl("commit", TORCH_BOX(&batchnorm::commit));
 }
