@@ -126,7 +126,9 @@ BN_INLINE void for_each_run(const Walk& w, int64_t begin, int64_t end, Run run) 
   }
 }
 
-// Rows are taken in groups, so that the sums of a channel are read and written once for the whole group.
+// So many rows, or vectors of a run, are taken together: the sums of a channel are read and written once for the whole
+// group, and a gradient's few terms are added up in their own type before they join the float64 sum. (Moments are not:
+// their differences from the pivot must not round.)
 constexpr int64_t kGroup = 8;
 
 template <int64_t N>
@@ -209,12 +211,17 @@ void sums(const Walk& w, const Backward& t, const Affine& a, int64_t begin, int6
     for_each_run(w, begin, end, [&](int64_t channel, int64_t at, int64_t length) {
       const Broadcast<V> c{channel};
       Sum<V> first, second;
-      for_each_step<T>(length, [&](auto which, int64_t i) {
-        const V x = which.load(t.x, at + i);
-        const V dz = preactivation_grad<T, A, Residual>(t, a, which, c, at + i, i, x);
-        first.add(dz);
-        second.add(dz * (x - c(a.mean, i)));
-      });
+      for (int64_t i = 0; i < length; i += kGroup * lanes) {
+        V f{}, s{};
+        for_each_step<T>(length - i < kGroup * lanes ? length - i : kGroup * lanes, [&](auto which, int64_t j) {
+          const V x = which.load(t.x, at + i + j);
+          const V dz = preactivation_grad<T, A, Residual>(t, a, which, c, at + i + j, i + j, x);
+          f += dz;
+          s += dz * (x - c(a.mean, 0));
+        });
+        first.add(f);
+        second.add(s);
+      }
       sums.first[channel] += total(first), sums.second[channel] += total(second);
     });
     return;
@@ -222,15 +229,18 @@ void sums(const Walk& w, const Backward& t, const Affine& a, int64_t begin, int6
   const Elementwise<V> coefficients;
   for_each_group(w, begin, end, [&](int64_t at, auto rows) {
     for_each_step<T>(w.channels, [&](auto which, int64_t c) {
-      Sum<V> first, second;
+      V f{}, s{};
 #pragma GCC unroll 8
       for (int64_t r = 0; r < rows.count; ++r) {
         const int64_t i = at + r * w.channels + c;
         const V x = which.load(t.x, i);
         const V dz = preactivation_grad<T, A, Residual>(t, a, which, coefficients, i, c, x);
-        first.add(dz);
-        second.add(dz * (x - which.coefficient(coefficients, a.mean, c)));
+        f += dz;
+        s += dz * (x - which.coefficient(coefficients, a.mean, c));
       }
+      Sum<V> first, second;
+      first.add(f);
+      second.add(s);
       if constexpr (std::is_same_v<decltype(which), Whole<T>>) {
         spill(first, sums.first + c);
         spill(second, sums.second + c);

@@ -14,7 +14,7 @@ namespace batchnorm {
 namespace {
 
 constexpr int64_t kPart = 1 << 16;      // values of a part, at least
-constexpr int64_t kMaxParts = 64;       // each has sums of its own for every channel
+constexpr int64_t kMaxParts = 32;       // each has sums of its own for every channel
 constexpr int64_t kGrain = 1 << 15;     // values that are worth a thread
 constexpr int64_t kAlign = 64;          // parts of planes begin at multiples of this many values
 constexpr int64_t kFewChannels = 256;   // rows of fewer are joined to wider ones where that fills whole vectors
@@ -67,17 +67,20 @@ class Schedule {
   template <class Add, class Finish>
   void reduce(const Add& add, const Finish& finish) const {
     const int64_t channels = rest_.channels, width = walk_.channels;
-    std::vector<double> sums(2 * width * parts_);
+    // Kept for the next call: up to a megabyte that would otherwise be mapped and unmapped every time.
+    static thread_local std::vector<double> sums;
+    sums.assign(2 * width * parts_, 0);
+    // By value: inside a task, `sums` would be the vector of the thread that runs it.
+    const auto own = [own = sums.data(), width](int64_t part) { return own + part * 2 * width; };
     each_part(false, [&](int64_t part, const Walk& w, int64_t begin, int64_t end) {
-      double* own = sums.data() + part * 2 * width;
-      add(w, begin, end, Sums{own, own + width});
+      add(w, begin, end, Sums{own(part), own(part) + width});
     });
     const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, 2 * repeat_ * parts_));
     torch::stable::parallel_for(0, channels, grain, [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c) {
         double first = 0, second = 0;
-        for (const double* own = sums.data(); own != sums.data() + sums.size(); own += 2 * width)
-          for (int64_t i = c; i < width; i += channels) first += own[i], second += own[width + i];
+        for (int64_t part = 0; part < parts_; ++part)
+          for (int64_t i = c; i < width; i += channels) first += own(part)[i], second += own(part)[width + i];
         finish(c, first, second);
       }
     });

@@ -9,6 +9,10 @@
 #include <cstring>
 #include <utility>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>  // where GCC's code for the portable form is poor: half vectors and masks
+#endif
+
 #define BN_INLINE inline __attribute__((always_inline))
 
 namespace {
@@ -120,6 +124,10 @@ using Vector = typename Element<T>::Vector;
 // The first n < kLanes values, and zeros; and back.
 template <class T>
 BN_INLINE Vector<T> load_part(const T* p, int64_t n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_maskz_loadu_ps((1u << n) - 1, p);
+  if constexpr (sizeof(T) == 8) return _mm512_maskz_loadu_pd((1u << n) - 1, p);
+#endif
   T values[kLanes<Vector<T>>] = {};
   std::memcpy(values, p, n * sizeof(T));
   return Element<T>::load(values);
@@ -127,6 +135,10 @@ BN_INLINE Vector<T> load_part(const T* p, int64_t n) {
 
 template <class T>
 BN_INLINE void store_part(T* p, Vector<T> v, int64_t n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(p, (1u << n) - 1, v);
+  if constexpr (sizeof(T) == 8) return _mm512_mask_storeu_pd(p, (1u << n) - 1, v);
+#endif
   T values[kLanes<Vector<T>>];
   Element<T>::store(values, v);
   std::memcpy(p, values, n * sizeof(T));
@@ -144,6 +156,10 @@ BN_INLINE V loaded(V v) {
 
 // --- float64 sums ----------------------------------------------------------------------------------------------------
 
+#if defined(__AVX512F__)
+BN_INLINE Doubles low(Floats v) { return _mm512_cvtps_pd(_mm512_castps512_ps256(v)); }
+BN_INLINE Doubles high(Floats v) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1)); }
+#else
 template <int First, int... I>
 BN_INLINE HalfFloats half_of(Floats v, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(v, v, (First + I)...);
@@ -156,6 +172,7 @@ BN_INLINE Doubles high(Floats v) {
   return __builtin_convertvector(half_of<kLanes<Doubles>>(v, std::make_integer_sequence<int, kLanes<Doubles>>{}),
                                  Doubles);
 }
+#endif
 
 // Adds up vectors lane by lane in float64.
 template <class V>
@@ -175,13 +192,21 @@ struct Sum<Floats> {
   BN_INLINE void add(Floats v) { part[0] += low(v), part[1] += high(v); }
 };
 
+// The sum of all lanes, by halves.
+template <int... I>
+BN_INLINE double across(Doubles v, std::integer_sequence<int, I...>) {
+  constexpr int lanes = sizeof...(I);
+  if constexpr (lanes >= 8) v += __builtin_shufflevector(v, v, (I + 4) % lanes...);
+  if constexpr (lanes >= 4) v += __builtin_shufflevector(v, v, (I + 2) % lanes...);
+  v += __builtin_shufflevector(v, v, (I + 1) % lanes...);
+  return v[0];
+}
+
 template <class V>
 BN_INLINE double total(const Sum<V>& sum) {
   Doubles v = sum.part[0];
   if constexpr (Sum<V>::parts == 2) v += sum.part[1];
-  double all = 0;
-  for (int i = 0; i < kLanes<Doubles>; ++i) all += v[i];
-  return all;
+  return across(v, std::make_integer_sequence<int, kLanes<Doubles>>{});
 }
 
 // Adds each lane to its place in memory.

@@ -1,0 +1,188 @@
+"""Those that are measured: each does the same work on the same case, and tells how long it took.
+
+The work is batch normalization with ReLU: "forward" and "inference" give y; "backward" gives the gradients of x,
+weight and bias from a forward pass done before; "both" is a forward and a backward pass.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import batchnorm
+from batchnorm.bench.suites import AXIS, LAST, Case
+from batchnorm.errors import UsageError
+
+PHASES = ("forward", "backward", "both", "inference")
+WORKER = Path(__file__).with_name("worker.py")
+
+
+class Rival(Protocol):
+    """One library, holding one case at a time."""
+
+    name: str
+
+    def load(self, case: Case) -> bool:
+        """Prepare a case; False where this library does not do it."""
+
+    def run(self, phase: str) -> float | None:
+        """Do the work once; seconds, or None where it cannot be told from the rest."""
+
+    def answer(self) -> list[Tensor]:
+        """Y, dx, dweight and dbias, as float32 in the layout of the case."""
+
+    def close(self) -> None:
+        """Let go of everything."""
+
+
+class Torch:
+    """A torch module on the case's tensors: ours, torch.nn's, or torch.nn's compiled."""
+
+    def __init__(self, name: str, make: Callable[[Case], nn.Module]) -> None:
+        self.name = name
+        self._make = make
+
+    def load(self, case: Case) -> bool:
+        """Any case."""
+        x, self._dy, weight, bias = case.tensors()
+        self._x = x.requires_grad_()
+        self._layers = [self._make(case), self._make(case).eval()]
+        for layer in self._layers:
+            with torch.no_grad():
+                named = dict(layer.named_parameters())
+                for key, value in named.items():
+                    value.copy_(weight if key.endswith("weight") else bias)
+        self._inputs = [self._x, *self._layers[0].parameters()]
+        self._graph: Tensor | None = None
+        return True
+
+    def run(self, phase: str) -> float:
+        """Do the work once."""
+        if phase == "backward" and self._graph is None:
+            self._graph = self._layers[0](self._x)
+        start = time.perf_counter()
+        result = self._work(phase)
+        seconds = time.perf_counter() - start
+        del result
+        if phase != "backward":
+            self._graph = None
+        return seconds
+
+    def _work(self, phase: str) -> Any:  # noqa: ANN401 - kept only until the clock has stopped
+        if phase == "forward":
+            return self._layers[0](self._x)
+        if phase == "backward":
+            assert self._graph is not None
+            return torch.autograd.grad(self._graph, self._inputs, self._dy, retain_graph=True)
+        if phase == "both":
+            y = self._layers[0](self._x)
+            return y, torch.autograd.grad(y, self._inputs, self._dy)
+        with torch.no_grad():
+            return self._layers[1](self._x)
+
+    def answer(self) -> list[Tensor]:
+        """Y and the gradients."""
+        y, gradients = self._work("both")
+        return [t.detach().float() for t in (y, *gradients)]
+
+    def close(self) -> None:
+        """Let the tensors and compiled code go."""
+        self.__dict__ = {"name": self.name, "_make": self._make}
+        torch.compiler.reset()
+
+
+def ours(case: Case) -> nn.Module:
+    """Our layer, ReLU inside."""
+    return batchnorm.BatchNorm(case.channels, activation="relu", channel_dim=case.channel_dim)
+
+
+class _Transposed(nn.Module):
+    """What torch needs for (N, L, C)."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x.transpose(1, 2)).transpose(1, 2)
+        return y
+
+
+def theirs(case: Case) -> nn.Module:
+    """torch.nn's layer, then ReLU."""
+    layer = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[len(case.shape)](case.channels)
+    return nn.Sequential(_Transposed(layer) if case.layout == AXIS else layer, nn.ReLU())
+
+
+def compiled(case: Case) -> nn.Module:
+    """The same, compiled."""
+    module: Any = torch.compile(theirs(case), dynamic=False)
+    return module  # type: ignore[no-any-return]  # torch.compile's result is typed as a callable
+
+
+class Peer:
+    """TensorFlow or JAX in a process and an environment of its own, spoken to in lines of JSON."""
+
+    def __init__(self, name: str, environments: Path) -> None:
+        python = environments / name / "bin" / "python"
+        if not python.exists():
+            raise UsageError(f"got --peers, but there is no {python}. Make the peers' environments with: make peers")
+        self.name = name
+        self._folder = tempfile.TemporaryDirectory()
+        threads = str(torch.get_num_threads())
+        self._process = subprocess.Popen(
+            [python, WORKER, name, threads], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def _ask(self, **request: Any) -> Any:  # noqa: ANN401 - JSON
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise UsageError(f"{self.name} stopped with exit code {self._process.wait()}")
+        return json.loads(line)
+
+    def load(self, case: Case) -> bool:
+        """A case whose memory order this library has."""
+        x, dy, weight, bias = case.tensors()
+        # As it lies in memory: with the channels last where they are, and the same shape otherwise.
+        self._last = case.layout == LAST
+        arrays = [t.movedim(1, -1) if self._last else t for t in (x.float(), dy.float())]
+        for name, t in zip(("x", "dy", "weight", "bias"), (*arrays, weight, bias), strict=True):
+            np.save(Path(self._folder.name) / f"{name}.npy", t.contiguous().numpy())
+        axis = -1 if case.layout in (LAST, AXIS) else 1
+        loaded: bool = self._ask(do="load", folder=self._folder.name, axis=axis, dtype=case.dtype)
+        return loaded
+
+    def run(self, phase: str) -> float | None:
+        """Do the work once, timed over there."""
+        seconds: float | None = self._ask(do="run", phase=phase)
+        return seconds
+
+    def answer(self) -> list[Tensor]:
+        """Y and the gradients, through files."""
+        self._ask(do="answer", folder=self._folder.name)
+        names = ("y", "dx", "dweight", "dbias")
+        results = [torch.from_numpy(np.load(Path(self._folder.name) / f"{name}.npy")) for name in names]
+        return [t.movedim(-1, 1) if self._last and t.dim() > 1 else t for t in results]
+
+    def close(self) -> None:
+        """Let the case go; the process stays for the next."""
+
+    def stop(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+        self._folder.cleanup()
