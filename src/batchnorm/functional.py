@@ -148,10 +148,9 @@ def commit(
 ) -> None:
     """Blend moments into running statistics, in place: `kernels.reference.commit`."""
     implementation = reference if _transformed() else ops.implementation(running_mean)
-    with torch.no_grad():
-        implementation.commit(
-            running_mean, running_var, num_batches_tracked, moments.mean, moments.m2, moments.count, momentum
-        )
+    implementation.commit(
+        running_mean, running_var, num_batches_tracked, moments.mean, moments.m2, moments.count, momentum
+    )
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -187,59 +186,52 @@ class _BatchNorm(torch.autograd.Function):
             return (None,) * 9
         x, mean, spread, weight, bias, residual = ctx.saved_tensors
         recipe = Recipe(weight, bias, residual, *ctx.options)
-        needs = Needs(ctx.needs_input_grad[0], *ctx.needs_input_grad[3:6])
+        needs_x, _, _, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled():
-            dx, dweight, dbias, dresidual = _differentiable_gradients(
-                dy, x, None if ctx.by_batch else (mean, spread), recipe, needs
-            )
+            statistics = None if ctx.by_batch else (mean, spread)
+            wanted = (needs_x, needs_weight, needs_bias, needs_residual)
+            dx, dweight, dbias, dresidual = _differentiable_gradients(dy, x, statistics, recipe, wanted)
+        elif ctx.by_batch and (needs_x or needs_residual):
+            dx, dweight, dbias, dresidual = ops.implementation(x).backward(dy, x, mean, spread, *recipe)
         else:
-            dx, dweight, dbias, dresidual = _gradients(dy, x, mean, spread, recipe, needs, ctx.by_batch)
-        if needs.residual and residual is None:
+            var = spread / layout.count(x.shape, recipe.channel_dim % x.dim()) if ctx.by_batch else spread
+            needs = (needs_x or needs_residual, needs_weight or needs_bias)
+            dx, dweight, dbias, dresidual = _separate_gradients(dy, x, mean, var, recipe, *needs)
+        if residual is None:
             dresidual = dy
-        return dx, None, None, dweight, dbias, dresidual, None, None, None
-
-
-class Needs(NamedTuple):
-    """Which gradients are asked for."""
-
-    x: bool
-    weight: bool
-    bias: bool
-    residual: bool
+        return (
+            dx if needs_x else None,
+            None,
+            None,
+            dweight if needs_weight else None,
+            dbias if needs_bias else None,
+            dresidual if needs_residual else None,
+            None,
+            None,
+            None,
+        )
 
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-def _gradients(
-    dy: Tensor, x: Tensor, mean: Tensor, spread: Tensor, recipe: Recipe, needs: Needs, by_batch: bool
+def _separate_gradients(
+    dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, recipe: Recipe, needs_inputs: bool, needs_parameters: bool
 ) -> Gradients:
-    """The gradients of x, weight, bias and residual by the kernels; `spread` is the batch's m2, or the given var."""
+    """The gradients of x, weight, bias and residual where the statistics are constants, or x's is not asked for."""
     implementation = ops.implementation(x)
-    dx = dresidual = sum_dz = sum_dz_xhat = None
-    needs_input = needs.x or (needs.residual and recipe.residual is not None)
-    if by_batch and needs_input:
-        dx, dresidual, sum_dz, sum_dz_xhat = implementation.backward(dy, x, mean, spread, *recipe)
-    else:
-        var = spread / layout.count(x.shape, recipe.channel_dim % x.dim()) if by_batch else spread
-        if needs.weight or needs.bias:
-            sum_dz, sum_dz_xhat = implementation.backward_sums(dy, x, mean, var, *recipe)
-        if needs_input:
-            dx, dresidual = implementation.backward_input(dy, x, mean, var, *recipe, None, None)
-
-    def like(parameter: Tensor | None, total: Tensor | None) -> Tensor | None:
-        return None if parameter is None or total is None else total.to(parameter.dtype)
-
-    return (
-        dx if needs.x else None,
-        like(recipe.weight, sum_dz_xhat) if needs.weight else None,
-        like(recipe.bias, sum_dz) if needs.bias else None,
-        dresidual if needs.residual else None,
-    )
+    dx = dweight = dbias = dresidual = None
+    if needs_inputs:
+        dx, dresidual = implementation.backward_input(dy, x, mean, var, *recipe, None, None)
+    if needs_parameters:
+        dbias, dweight = implementation.backward_sums(dy, x, mean, var, *recipe)
+        dweight = None if recipe.weight is None else dweight.to(recipe.weight.dtype)
+        dbias = None if recipe.bias is None else dbias.to(recipe.bias.dtype)
+    return dx, dweight, dbias, dresidual
 
 
 def _differentiable_gradients(
-    dy: Tensor, x: Tensor, statistics: tuple[Tensor, Tensor] | None, recipe: Recipe, needs: Needs
+    dy: Tensor, x: Tensor, statistics: tuple[Tensor, Tensor] | None, recipe: Recipe, needs: tuple[bool, ...]
 ) -> Gradients:
     """The gradients as a differentiable function of everything, for derivatives of any higher order.
 

@@ -76,8 +76,10 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         recipe = functional.Recipe(self.weight, self.bias, residual, self.eps, self.channel_dim, self.activation)
         try:
             self._check_input_dim(input)
-            if not self.training and self.running_mean is not None and self.running_var is not None:
-                return functional.normalize_by(input, self.running_mean, self.running_var, recipe)
+            if not self.training:
+                mean, var = self.running_mean, self.running_var
+                if mean is not None and var is not None:
+                    return functional.normalize_by(input, mean, var, recipe)
             output, proposal = functional.normalize_by_batch(input, recipe)
         except BatchNormError as error:
             raise error.within(f"{type(self).__name__}({self.num_features})") from None
@@ -87,8 +89,9 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
 
     def _commit(self, proposal: Moments) -> None:
         """Blend proposed moments into the running statistics, and count one batch."""
-        if self.running_mean is not None and self.running_var is not None:
-            functional.commit(proposal, self.running_mean, self.running_var, self.num_batches_tracked, self.momentum)
+        mean, var = self.running_mean, self.running_var
+        if mean is not None and var is not None:
+            functional.commit(proposal, mean, var, self.num_batches_tracked, self.momentum)
 
     def _check_input_dim(self, input: Tensor) -> None:
         if self.ranks and input.dim() not in self.ranks:

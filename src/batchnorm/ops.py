@@ -30,7 +30,7 @@ SCHEMAS = {
     "backward_input": f"(Tensor dy, Tensor x, {_STATISTICS}, {_AFFINE}, Tensor? mean_dz, Tensor? mean_dz_xhat)"
     " -> (Tensor dx, Tensor dresidual)",
     "backward": f"(Tensor dy, Tensor x, Tensor mean, Tensor m2, {_AFFINE})"
-    " -> (Tensor dx, Tensor dresidual, Tensor sum_dz, Tensor sum_dz_xhat)",
+    " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
     "commit": "(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches_tracked, "
     "Tensor mean, Tensor m2, Tensor count, float? momentum) -> ()",
 }
@@ -93,8 +93,18 @@ def _fake_backward_input(
     return dx, (dx.new_empty(0) if residual is None or activation is None else torch.empty_like(x))
 
 
-def _fake_backward(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # noqa: ANN401 - as above
-    return (*_fake_backward_input(dy, x, *rest), *_fake_backward_sums(dy, x, *rest))
+def _fake_backward(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    m2: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *rest: Any,  # noqa: ANN401 - as above
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx, dresidual = _fake_backward_input(dy, x, mean, m2, weight, bias, *rest)
+    dweight, dbias = (torch.empty_like(mean if t is None else t) for t in (weight, bias))
+    return dx, dweight, dbias, dresidual
 
 
 def _fake_commit(*_: Any) -> None:  # noqa: ANN401 - nothing comes back
@@ -115,6 +125,8 @@ _library = torch.library.Library("batchnorm", "DEF")
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+    # Gradients are `functional`'s concern; the dispatcher need not stop here to find that out.
+    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"batchnorm::{_name}", _FAKES[_name], lib=_library)
 
 

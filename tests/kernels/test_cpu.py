@@ -74,7 +74,12 @@ def test_operations_are_the_oracles(sample: Sample, level: str) -> None:
         means = (None, None) if constants else (sums[0] / n, sums[1] / n)
         results = [(*native.backward_input(t["dy"], t["x"], *statistics, *affine, *means), *sums)]
         if not constants:
-            results.append(native.backward(t["dy"], t["x"], torch.from_numpy(mean), torch.from_numpy(m2), *affine))
+            fused = native.backward(t["dy"], t["x"], torch.from_numpy(mean), torch.from_numpy(m2), *affine)
+            results.append((fused[0], fused[3], fused[2], fused[1]))
+            assert all(
+                g.dtype == (torch.float64 if t is None else t.dtype)
+                for g, t in zip(fused[1:3], affine[:2], strict=True)
+            )
         for actual_dx, actual_dresidual, actual_dbias, actual_dweight in results:
             close_rounded(actual_dx, dx, sample.dtype)
             close(actual_dbias, dbias, tolerances.SUM_PER_ROOT, n**0.5)
@@ -193,7 +198,7 @@ def test_nothing_in_nothing_out(shape: tuple[int, ...]) -> None:
     assert y.shape == shape
     for actual in (mean, m2, *native.batch_moments(x, 1)):
         assert torch.equal(actual, zeros)
-    dx, _, *sums = native.backward(x, x, mean, m2, None, None, None, EPS, 1, "relu")
+    dx, *sums, _ = native.backward(x, x, mean, m2, None, None, None, EPS, 1, "relu")
     assert dx.shape == shape
     assert native.normalize(x, mean, m2, None, None, None, EPS, 1, None).shape == shape
     assert native.backward_input(x, x, mean, m2, None, None, None, EPS, 1, None, None, None)[0].shape == shape

@@ -146,16 +146,19 @@ def backward(
     channel_dim: int,
     activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`forward`'s gradient from the mean and m2 that it returned: `backward_sums`, then `backward_input`.
+    """`forward`'s gradients from the mean and m2 that it returned: `backward_sums`, then `backward_input`.
 
     Returns:
-        dx, dresidual (as `backward_input`), and the two sums.
+        dx, dweight, dbias and dresidual, each of the dtype of what it is the gradient of; dweight and dbias float64
+        where there is no weight or bias, dresidual as `backward_input`'s.
     """
     n = max(1, layout.count(x.shape, channel_dim % x.dim()))
     common = (dy, x, mean, m2 / n, weight, bias, residual, eps, channel_dim, activation)
     sum_dz, sum_dz_xhat = backward_sums(*common)
     dx, dresidual = backward_input(*common, sum_dz / n, sum_dz_xhat / n)
-    return dx, dresidual, sum_dz, sum_dz_xhat
+    dweight = sum_dz_xhat if weight is None else sum_dz_xhat.to(weight.dtype)
+    dbias = sum_dz if bias is None else sum_dz.to(bias.dtype)
+    return dx, dweight, dbias, dresidual
 
 
 def commit(

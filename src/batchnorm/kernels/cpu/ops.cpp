@@ -237,7 +237,7 @@ struct Gradient {
   std::tuple<Tensor, Tensor> apply() const {
     const bool wanted = residual && affine.activation != Activation::none;
     Tensor dx = fresh_like(input.tensor);
-    Tensor dresidual = wanted ? fresh_like(input.tensor) : torch::stable::new_empty(input.tensor, {0});
+    Tensor dresidual = wanted ? fresh_like(input.tensor) : allocate_vector(0, dtype_code(input.tensor));
     Backward t = tensors();
     t.dx = dx.mutable_data_ptr();
     t.dresidual = wanted ? dresidual.mutable_data_ptr() : nullptr;
@@ -281,7 +281,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tens
   g.reduce(sum_dz, sum_dz_xhat,
            [&](int64_t c, double first, double second) { g.set_slope(c, first / n, second / n); });
   auto [dx, dresidual] = g.apply();
-  return {dx, dresidual, sum_dz, sum_dz_xhat};
+  return {dx, weight ? rounded(sum_dz_xhat, *weight) : sum_dz_xhat, bias ? rounded(sum_dz, *bias) : sum_dz, dresidual};
 }
 
 // --- running statistics ----------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@
 #include <array>
 #include <cstdint>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "kernels.hpp"
@@ -25,6 +26,26 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 // --- memory order ----------------------------------------------------------------------------------------------------
+
+// A new tensor on the CPU. (By the shim's own function: the operators behind empty_like and new_empty go through the
+// dispatcher, at three times the cost, which small inputs feel.)
+Tensor allocate(int64_t rank, const int64_t* sizes, const int64_t* strides, int32_t dtype) {
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(rank, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+Tensor allocate_vector(int64_t size, int32_t dtype) {
+  const int64_t stride = 1;
+  return allocate(1, &size, &stride, dtype);
+}
+
+int32_t dtype_code(const Tensor& t) {
+  int32_t code;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &code));
+  return code;
+}
 
 // How the values of a tensor lie in memory, or nothing where they leave gaps or overlap.
 std::optional<Walk> walk_of(const Tensor& x, int64_t axis) {
@@ -125,7 +146,7 @@ struct Input {
     return other ? OptionalTensor(aligned(*other, name)) : std::nullopt;
   }
 
-  Tensor statistic() const { return torch::stable::new_empty(tensor, {walk.channels}, ScalarType::Double); }
+  Tensor statistic() const { return allocate_vector(walk.channels, aoti_torch_dtype_float64()); }
 
   // The first value of every channel.
   void pivots(double* out) const {
@@ -136,12 +157,12 @@ struct Input {
   }
 };
 
-// A new tensor of another's shape and memory order, to be written in full.
+// A new tensor of a dense one's shape and memory order, to be written in full.
 //
 // The first touch of fresh memory costs more than writing it: the system maps and clears it page by page. For a large
 // tensor it is asked for 2 MiB pages, where it gives them on request.
 Tensor fresh_like(const Tensor& x) {
-  Tensor t = torch::stable::empty_like(x);
+  Tensor t = allocate(x.dim(), x.sizes().data(), x.strides().data(), dtype_code(x));
 #if defined(__linux__)
   constexpr uintptr_t page = 1 << 21;
   const auto begin = (reinterpret_cast<uintptr_t>(t.data_ptr()) + page - 1) & ~(page - 1);
@@ -161,6 +182,18 @@ std::vector<double> read(const Tensor& t, int64_t channels, const char* name) {
     const auto* p = static_cast<decltype(type)>(t.const_data_ptr());
     const int64_t stride = t.stride(0);
     for (int64_t c = 0; c < channels; ++c) out[c] = static_cast<double>(p[c * stride]);
+  });
+  return out;
+}
+
+// The same values in another's dtype.
+Tensor rounded(const Tensor& t, const Tensor& like) {
+  Tensor out = allocate_vector(t.numel(), dtype_code(like));
+  const double* from = t.const_data_ptr<double>();
+  with_element(like, "a parameter", [&](auto* type) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+    T* to = static_cast<T*>(out.mutable_data_ptr());
+    for (int64_t c = 0; c < t.numel(); ++c) to[c] = static_cast<T>(from[c]);
   });
   return out;
 }
