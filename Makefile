@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard src/batchnorm/kernels/cpu/*)
 
-.PHONY: demo test test-long check bench clean
+.PHONY: demo test test-long check bench peers clean
 
 demo: $(VENV)/installed ## the study's quick form, on real data
 	$(BIN)/batchnorm study --quick
@@ -21,7 +21,12 @@ check: $(VENV)/installed ## format, lint and types
 	$(BIN)/mypy
 
 bench: $(VENV)/installed ## ours beside torch, in one run
-	$(BIN)/python benchmarks/layers.py
+	$(BIN)/batchnorm bench
+
+peers: ## environments for `batchnorm bench --peers`
+	for peer in jax tensorflow; do test -d .peers/$$peer || $(PYTHON) -m venv .peers/$$peer; done
+	.peers/jax/bin/python -m pip install --quiet --disable-pip-version-check jax numpy
+	.peers/tensorflow/bin/python -m pip install --quiet --disable-pip-version-check tensorflow-cpu numpy
 
 clean: ## everything that the targets made
 	rm -rf $(VENV) build study-report

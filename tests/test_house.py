@@ -24,12 +24,13 @@ FLOORS = {
     "ops": 3,
     "functional": 5,
     "modules": 6,
+    "bench": 8,
     "report": 8,
     "study": 8,
     "cli": 9,
 }
-# The law of shapes raises errors; study's numbers become report's pages, and report knows nothing of study.
-SAME_FLOOR = {("layout", "errors"), ("study", "report")}
+# The law of shapes raises errors; study's and bench's numbers become report's pages, and report knows nothing of them.
+SAME_FLOOR = {("layout", "errors"), ("study", "report"), ("bench", "report")}
 
 
 def room(path: Path) -> str:

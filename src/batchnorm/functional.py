@@ -131,10 +131,13 @@ def normalize_by(x: Tensor, mean: Tensor, var: Tensor, recipe: Recipe) -> Tensor
         return _empty_output(x, recipe)
     for name, statistic in (("running_mean", mean), ("running_var", var)):
         layout.check_vector(statistic, name, x.shape[recipe.channel_dim])
+    y: Tensor
+    if not torch.is_grad_enabled() and not _transformed():
+        y = ops.implementation(x).normalize(x, mean, var, *recipe)  # no function of autograd's around a small input
+        return y
     mean, var = mean.detach(), var.detach()
     if _transformed():
         return reference.normalize(x, mean, var, *recipe)
-    y: Tensor
     y, _, _ = _BatchNorm.apply(x, mean, var, *recipe)  # type: ignore[no-untyped-call]  # torch's
     return y
 

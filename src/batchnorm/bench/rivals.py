@@ -62,37 +62,26 @@ class Torch:
                 for key, value in named.items():
                     value.copy_(weight if key.endswith("weight") else bias)
         self._inputs = [self._x, *self._layers[0].parameters()]
-        self._graph: Tensor | None = None
         return True
 
     def run(self, phase: str) -> float:
-        """Do the work once."""
-        if phase == "backward" and self._graph is None:
-            self._graph = self._layers[0](self._x)
+        """Do the work once; a forward pass that a backward pass needs is not timed with it."""
+        y: Any = self._layers[0](self._x) if phase == "backward" else None
         start = time.perf_counter()
-        result = self._work(phase)
-        seconds = time.perf_counter() - start
-        del result
-        if phase != "backward":
-            self._graph = None
-        return seconds
-
-    def _work(self, phase: str) -> Any:  # noqa: ANN401 - kept only until the clock has stopped
-        if phase == "forward":
-            return self._layers[0](self._x)
-        if phase == "backward":
-            assert self._graph is not None
-            return torch.autograd.grad(self._graph, self._inputs, self._dy, retain_graph=True)
-        if phase == "both":
+        if phase == "inference":
+            with torch.no_grad():
+                y = self._layers[1](self._x)
+        elif phase != "backward":
             y = self._layers[0](self._x)
-            return y, torch.autograd.grad(y, self._inputs, self._dy)
-        with torch.no_grad():
-            return self._layers[1](self._x)
+        gradients = torch.autograd.grad(y, self._inputs, self._dy) if phase in ("backward", "both") else ()
+        seconds = time.perf_counter() - start
+        del y, gradients  # what it takes to free them is not part of the work
+        return seconds
 
     def answer(self) -> list[Tensor]:
         """Y and the gradients."""
-        y, gradients = self._work("both")
-        return [t.detach().float() for t in (y, *gradients)]
+        y = self._layers[0](self._x)
+        return [t.detach().float() for t in (y, *torch.autograd.grad(y, self._inputs, self._dy))]
 
     def close(self) -> None:
         """Let the tensors and compiled code go."""
