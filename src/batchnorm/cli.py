@@ -83,7 +83,8 @@ def bench(suite: str, json_file: Path | None, peers: bool, compile: bool, warm: 
             warm=warm,
             advance=lambda _: advance(1),
         )
-    text.show(summary.section(rows, warm=warm), Console())
+    # A file has no width: the table is then as wide as it needs to be.
+    text.show(summary.section(rows, warm=warm), Console(width=None if sys.stdout.isatty() else 140))
     if json_file is not None:
         measure.write_json(json_file, rows, warm=warm)
 

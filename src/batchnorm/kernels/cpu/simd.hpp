@@ -84,14 +84,14 @@ struct Element<double> {
 template <>
 struct Element<BFloat16> {
   using Vector = Floats;
-  static BN_INLINE Floats load(const BFloat16* p) {
-    return as_floats(__builtin_convertvector(load_raw<Halves>(p), Bits) << 16);
-  }
-  static BN_INLINE void store(BFloat16* p, Floats v) {
+  static BN_INLINE Floats load(const BFloat16* p) { return widened(load_raw<Halves>(p)); }
+  static BN_INLINE void store(BFloat16* p, Floats v) { store_raw(p, rounded(v)); }
+  static BN_INLINE Floats widened(Halves h) { return as_floats(__builtin_convertvector(h, Bits) << 16); }
+  static BN_INLINE Halves rounded(Floats v) {
     const Bits b = as_bits(v);
-    const Bits rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
+    const Bits nearest = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
     const Bits quiet = (b >> 16) | 0x40;  // rounding could carry a NaN into infinity
-    store_raw(p, __builtin_convertvector(v == v ? rounded : quiet, Halves));
+    return __builtin_convertvector(v == v ? nearest : quiet, Halves);
   }
 };
 
@@ -99,22 +99,24 @@ struct Element<BFloat16> {
 template <>
 struct Element<Float16> {
   using Vector = Floats;
-  static BN_INLINE Floats load(const Float16* p) {
-    const Bits h = __builtin_convertvector(load_raw<Halves>(p), Bits);
+  static BN_INLINE Floats load(const Float16* p) { return widened(load_raw<Halves>(p)); }
+  static BN_INLINE void store(Float16* p, Floats v) { store_raw(p, rounded(v)); }
+  static BN_INLINE Floats widened(Halves halves) {
+    const Bits h = __builtin_convertvector(halves, Bits);
     const Bits magnitude = (h & 0x7fff) << 13;
     // The exponent's bias goes from 15 to 127; as a multiplication this is right for subnormal numbers too.
     const Bits finite = as_bits(as_floats(magnitude) * 0x1p112f);
     const Bits special = magnitude | 0x7f800000;
     return as_floats(((h & 0x8000) << 16) | (magnitude >= (0x7c00u << 13) ? special : finite));
   }
-  static BN_INLINE void store(Float16* p, Floats v) {
+  static BN_INLINE Halves rounded(Floats v) {
     const Bits b = as_bits(v), sign = (b >> 16) & 0x8000, a = b & 0x7fffffff;
     // Below 2^-14 the result is subnormal: adding 0.5 lets the addition round at the right bit.
     const Bits subnormal = as_bits(as_floats(a) + 0.5f) - 0x3f000000;
     const Bits normal = (a - (112u << 23) + 0xfff + ((a >> 13) & 1)) >> 13;
     const Bits large = a > 0x7f800000 ? Bits{} + 0x7e00 : Bits{} + 0x7c00;  // NaN, or what rounds to infinity
     const Bits magnitude = a >= 0x477ff000 ? large : (a < (113u << 23) ? subnormal : normal);
-    store_raw(p, __builtin_convertvector(sign | magnitude, Halves));
+    return __builtin_convertvector(sign | magnitude, Halves);
   }
 };
 
@@ -127,6 +129,8 @@ BN_INLINE Vector<T> load_part(const T* p, int64_t n) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) return _mm512_maskz_loadu_ps((1u << n) - 1, p);
   if constexpr (sizeof(T) == 8) return _mm512_maskz_loadu_pd((1u << n) - 1, p);
+  if constexpr (sizeof(T) == 2)
+    return Element<T>::widened(reinterpret_cast<Halves>(_mm256_maskz_loadu_epi16((1u << n) - 1, p)));
 #endif
   T values[kLanes<Vector<T>>] = {};
   std::memcpy(values, p, n * sizeof(T));
@@ -138,6 +142,8 @@ BN_INLINE void store_part(T* p, Vector<T> v, int64_t n) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(p, (1u << n) - 1, v);
   if constexpr (sizeof(T) == 8) return _mm512_mask_storeu_pd(p, (1u << n) - 1, v);
+  if constexpr (sizeof(T) == 2)
+    return _mm256_mask_storeu_epi16(p, (1u << n) - 1, reinterpret_cast<__m256i>(Element<T>::rounded(v)));
 #endif
   T values[kLanes<Vector<T>>];
   Element<T>::store(values, v);
