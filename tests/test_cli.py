@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import batchnorm
+from batchnorm.bench import measure, suites
 from batchnorm.cli import main
 from batchnorm.errors import ShapeError
 from batchnorm.study import experiments
@@ -55,7 +56,7 @@ def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
-    for command in ("study", "kernels"):
+    for command in ("study", "kernels", "bench"):
         assert f"\n  {command} " in captured.out
 
 
@@ -189,6 +190,27 @@ def test_a_study(tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str])
             line.split() for line in lines if line.startswith(cell["network"]) and f" {cell['learning_rate']} " in line
         )
         assert f"{100 * cell['accuracy_mean']:.1f}" in row
+
+
+def test_a_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    case = suites.Case("small", (8, 3), suites.FIRST, "float32")
+    monkeypatch.setattr(suites, "cases", lambda suite: [case])
+    monkeypatch.setattr(measure, "SECONDS", 0.01)
+    path = tmp_path / "bench.json"
+    assert main(["bench", "--suite", "small", "--no-compile", "--json", str(path)]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    for row in json.loads(path.read_text())["rows"]:
+        assert f"{1e3 * row['seconds']['ours']:.3f}" in captured.out  # whole numbers, whatever the width
+    assert "geometric mean" in captured.out
+
+
+def test_a_bench_without_what_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "make peers" in fails(capsys, "bench", "--peers", "--no-compile")
+    assert "'nothing' is not one of" in fails(capsys, "bench", "--suite", "nothing")
 
 
 def test_the_default_place(tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

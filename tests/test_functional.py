@@ -31,7 +31,7 @@ def close(actual: Tensor | None, expected: Tensor | None, dtype: torch.dtype) ->
     torch.testing.assert_close(actual, expected, rtol=relative, atol=absolute)
 
 
-def results(function: Callable[..., Tensor], x: Tensor, args: Any, kwargs: Any) -> list[Tensor | None]:  # noqa: ANN401
+def results(function: Callable[..., Tensor], x: Tensor, args: Any, kwargs: Any) -> list[Tensor | None]:
     """Output, running statistics after, and all gradients, from copies of the arguments."""
     inputs = [None if t is None else t.detach().clone().requires_grad_(t.requires_grad) for t in (x, *args)]
     y = function(*inputs, **kwargs)
@@ -55,7 +55,7 @@ def test_torch_still_has_the_entries() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("info", OPINFOS, ids=lambda i: i.formatted_name)
-def test_every_opinfo_sample(info: Any, dtype: torch.dtype) -> None:  # noqa: ANN401 - torch's test classes are untyped
+def test_every_opinfo_sample(info: Any, dtype: torch.dtype) -> None:
     samples = list(info.sample_inputs("cpu", dtype, requires_grad=True))
     assert len(samples) >= 10
     for sample in samples:
@@ -69,7 +69,7 @@ def test_every_opinfo_sample(info: Any, dtype: torch.dtype) -> None:  # noqa: AN
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("info", NATIVE_OPINFOS, ids=lambda i: i.formatted_name)
-def test_every_native_opinfo_sample(info: Any, dtype: torch.dtype) -> None:  # noqa: ANN401 - as above
+def test_every_native_opinfo_sample(info: Any, dtype: torch.dtype) -> None:
     """The lower-level entries: other orders of arguments, the same samples of values."""
     samples = list(info.sample_inputs("cpu", dtype))
     assert len(samples) >= 8
@@ -131,7 +131,7 @@ def test_gradients_are_the_oracles(sample: Sample, training: bool) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_output_lies_in_memory_as_the_input_does(layout: Any, dtype: torch.dtype) -> None:  # noqa: ANN401
+def test_the_output_lies_in_memory_as_the_input_does(layout: Any, dtype: torch.dtype) -> None:
     x = layout.arrange(torch.randn(layout.shape, dtype=dtype)).detach().requires_grad_()
     y = batch_norm(x, None, None, training=True, channel_dim=layout.channel_dim, activation="relu")
     assert y.stride() == torch.empty_like(x).stride()

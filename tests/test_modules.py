@@ -48,7 +48,7 @@ def outputs_and_gradients(layer: nn.Module, x: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("info", INFOS, ids=lambda i: i.name)
-def test_every_module_info_sample(info: Any, training: bool, dtype: torch.dtype) -> None:  # noqa: ANN401 - untyped in torch
+def test_every_module_info_sample(info: Any, training: bool, dtype: torch.dtype) -> None:
     cases = info.module_inputs_func(info, "cpu", dtype, requires_grad=True, training=training)
     assert len(cases) >= 7
     for case in cases:
@@ -67,7 +67,7 @@ def test_every_module_info_sample(info: Any, training: bool, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("info", INFOS, ids=lambda i: i.name)
-def test_every_module_info_error(info: Any) -> None:  # noqa: ANN401 - as above
+def test_every_module_info_error(info: Any) -> None:
     cases = info.module_error_inputs_func(info, "cpu", torch.float32, requires_grad=False, training=True)
     assert len(cases) >= 2
     for case in cases:
@@ -98,7 +98,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize(("ours_class", "theirs_class"), PAIRS)
-def test_a_few_steps_beside_torch(ours_class: Any, theirs_class: Any, options: dict[str, Any]) -> None:  # noqa: ANN401
+def test_a_few_steps_beside_torch(ours_class: Any, theirs_class: Any, options: dict[str, Any]) -> None:
     dtype = options.get("dtype", torch.float32)
     ours, theirs = ours_class(4, **options), theirs_class(4, **options)
     assert isinstance(ours, theirs_class)
@@ -115,7 +115,7 @@ def test_a_few_steps_beside_torch(ours_class: Any, theirs_class: Any, options: d
 
 
 @pytest.mark.parametrize(("ours_class", "theirs_class"), PAIRS)
-def test_state_goes_both_ways_and_from_before_the_counter(ours_class: Any, theirs_class: Any) -> None:  # noqa: ANN401
+def test_state_goes_both_ways_and_from_before_the_counter(ours_class: Any, theirs_class: Any) -> None:
     ours, theirs = ours_class(4), theirs_class(4)
     theirs(torch.randn(SHAPES[ours_class]))
     ours.load_state_dict(theirs.state_dict())
@@ -128,7 +128,7 @@ def test_state_goes_both_ways_and_from_before_the_counter(ours_class: Any, their
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer)), lambda layer: through_a_file(layer)]
 )
-def test_copies(copied: Any) -> None:  # noqa: ANN401
+def test_copies(copied: Any) -> None:
     layer = bn.BatchNorm2d(4, momentum=None, activation="silu", channel_dim=-1)
     layer(torch.randn(3, 5, 5, 4))
     other = copied(layer)
@@ -139,7 +139,7 @@ def test_copies(copied: Any) -> None:  # noqa: ANN401
     assert other.running_mean is not layer.running_mean
 
 
-def through_a_file(layer: nn.Module) -> Any:  # noqa: ANN401
+def through_a_file(layer: nn.Module) -> Any:
     buffer = io.BytesIO()
     torch.save(layer, buffer)
     return torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)

@@ -5,11 +5,16 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 import batchnorm
+import oracle
+import tolerances
 from batchnorm import ops
 from batchnorm.kernels import reference
 from samples import NATIVE, Sample
@@ -109,3 +114,24 @@ def importlib_spec(path: str) -> object:
     from importlib.machinery import ModuleSpec
 
     return ModuleSpec("batchnorm._native", None, origin=path)
+
+
+@pytest.mark.parametrize("implementation", [reference, torch.ops.batchnorm], ids=["reference", "native"])
+@pytest.mark.parametrize("dtype", tolerances.ONE_ROUNDING)
+@pytest.mark.parametrize("momentum", [0.1, 1.0, 0.0, None])
+@pytest.mark.parametrize("count", [torch.tensor(7), torch.tensor(7.5, dtype=torch.float64)], ids=["int", "weights"])
+@pytest.mark.parametrize("batches", [None, 0, 4])
+def test_commit_is_the_oracles(
+    implementation: Any, dtype: torch.dtype, momentum: float | None, count: Tensor, batches: int | None
+) -> None:
+    mean, m2 = torch.randn(5, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
+    running = torch.randn(5).to(dtype), torch.rand(5).to(dtype)
+    tracked = None if batches is None else torch.tensor(batches)
+    factor = momentum if momentum is not None else (0.0 if batches is None else 1 / (batches + 1))
+    before = [t.double().numpy() for t in running]
+    expected = oracle.commit((before[0], before[1]), count.item(), mean.numpy(), m2.numpy(), factor)
+    implementation.commit(*running, tracked, mean, m2, count, momentum)
+    for actual, e in zip(running, expected, strict=True):
+        relative, absolute = tolerances.ONE_ROUNDING[dtype]
+        np.testing.assert_allclose(actual.double().numpy(), e, rtol=relative, atol=max(absolute, 1e-15))
+    assert tracked is None or tracked == batches + 1

@@ -84,7 +84,7 @@ def bench(suite: str, json_file: Path | None, peers: bool, compile: bool, warm: 
             advance=lambda _: advance(1),
         )
     # A file has no width: the table is then as wide as it needs to be.
-    text.show(summary.section(rows, warm=warm), Console(width=None if sys.stdout.isatty() else 140))
+    text.show(summary.section(rows, warm=warm), Console(width=None if sys.stdout.isatty() else 160))
     if json_file is not None:
         measure.write_json(json_file, rows, warm=warm)
 

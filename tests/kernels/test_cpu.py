@@ -204,21 +204,3 @@ def test_nothing_in_nothing_out(shape: tuple[int, ...]) -> None:
     assert native.backward_input(x, x, mean, m2, None, None, None, EPS, 1, None, None, None)[0].shape == shape
     for actual in (*sums, *native.backward_sums(x, x, mean, m2, None, None, None, EPS, 1, "relu")):
         assert torch.equal(actual, zeros)
-
-
-@pytest.mark.parametrize("dtype", tolerances.ONE_ROUNDING)
-@pytest.mark.parametrize("momentum", [0.1, 1.0, 0.0, None])
-@pytest.mark.parametrize("count", [torch.tensor(7), torch.tensor(7.5, dtype=torch.float64)], ids=["int", "weights"])
-@pytest.mark.parametrize("batches", [None, 0, 4])
-def test_commit_is_the_oracles(dtype: torch.dtype, momentum: float | None, count: Tensor, batches: int | None) -> None:
-    mean, m2 = torch.randn(5, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
-    running = torch.randn(5).to(dtype), torch.rand(5).to(dtype)
-    tracked = None if batches is None else torch.tensor(batches)
-    factor = momentum if momentum is not None else (0.0 if batches is None else 1 / (batches + 1))
-    before = [t.double().numpy() for t in running]
-    expected = oracle.commit((before[0], before[1]), count.item(), mean.numpy(), m2.numpy(), factor)
-    native.commit(*running, tracked, mean, m2, count, momentum)
-    for actual, e in zip(running, expected, strict=True):
-        relative, absolute = tolerances.ONE_ROUNDING[dtype]
-        np.testing.assert_allclose(actual.double().numpy(), e, rtol=relative, atol=max(absolute, 1e-15))
-    assert tracked is None or tracked == batches + 1
