@@ -170,7 +170,8 @@ void moments(const Walk& w, const void* data, const double* pivots, int64_t begi
       int64_t i = 0;
       for (; i + lanes <= length; i += lanes) m.add(Element<T>::load(x + at + i), pivot);
       if (i < length) {  // the lanes that are not there would count as 0 - pivot: one by one
-        const V rest = load_part(x + at + i, length - i);
+        Scalar<V> rest[lanes];
+        store_raw(rest, load_part(x + at + i, length - i));
         for (int64_t j = 0; j < length - i; ++j) {
           const double d = rest[j] - pivots[channel];
           first += d, second += d * d;
@@ -193,9 +194,10 @@ void moments(const Walk& w, const void* data, const double* pivots, int64_t begi
     }
     if (const int64_t n = w.channels - c; n > 0) {
       for (int64_t r = 0; r < rows.count; ++r) {
-        const V v = load_part(x + at + r * w.channels + c, n);
+        Scalar<V> rest[lanes];
+        store_raw(rest, load_part(x + at + r * w.channels + c, n));
         for (int64_t j = 0; j < n; ++j) {
-          const double d = v[j] - pivots[c + j];
+          const double d = rest[j] - pivots[c + j];
           sums.first[c + j] += d, sums.second[c + j] += d * d;
         }
       }
