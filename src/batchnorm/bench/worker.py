@@ -24,7 +24,7 @@ EPS = 1e-5
 Functions = dict[str, Callable[[], Any]]
 
 
-def jax_functions(x: Any, dy: Any, weight: Any, bias: Any, axis: int, dtype: str) -> Functions:  # noqa: ANN401
+def jax_functions(x: Any, dy: Any, weight: Any, bias: Any, axis: int, dtype: str) -> Functions:
     """Batch normalization and ReLU as jax.numpy says it, jitted."""
     import jax
     import jax.numpy as jnp
@@ -35,16 +35,16 @@ def jax_functions(x: Any, dy: Any, weight: Any, bias: Any, axis: int, dtype: str
     x, dy = (jnp.asarray(a, dtype=dtype) for a in (x, dy))
     weight, bias = jnp.asarray(weight), jnp.asarray(bias)
 
-    def normalize(x: Any, mean: Any, var: Any, weight: Any, bias: Any) -> Any:  # noqa: ANN401
+    def normalize(x: Any, mean: Any, var: Any, weight: Any, bias: Any) -> Any:
         scale = (weight / jnp.sqrt(var + EPS)).reshape(shape)
         return jax.nn.relu((x - mean.reshape(shape)) * scale + bias.reshape(shape)).astype(dtype)
 
-    def train(x: Any, weight: Any, bias: Any) -> Any:  # noqa: ANN401
+    def train(x: Any, weight: Any, bias: Any) -> Any:
         wide = x.astype(jnp.float32)
         mean = wide.mean(dims)
         return normalize(wide, mean, jnp.square(wide - mean.reshape(shape)).mean(dims), weight, bias)
 
-    def both(x: Any, weight: Any, bias: Any, dy: Any) -> Any:  # noqa: ANN401
+    def both(x: Any, weight: Any, bias: Any, dy: Any) -> Any:
         y, pullback = jax.vjp(train, x, weight, bias)
         return y, *pullback(dy)
 
@@ -57,7 +57,7 @@ def jax_functions(x: Any, dy: Any, weight: Any, bias: Any, axis: int, dtype: str
     }
 
 
-def tensorflow_functions(x: Any, dy: Any, weight: Any, bias: Any, axis: int, dtype: str) -> Functions | None:  # noqa: ANN401
+def tensorflow_functions(x: Any, dy: Any, weight: Any, bias: Any, axis: int, dtype: str) -> Functions | None:
     """FusedBatchNorm and ReLU in a tf.function. On the CPU it knows the channels last alone."""
     import tensorflow as tf
 
@@ -69,24 +69,24 @@ def tensorflow_functions(x: Any, dy: Any, weight: Any, bias: Any, axis: int, dty
     weight, bias = tf.constant(weight), tf.constant(bias)
     zeros, ones = tf.zeros_like(bias), tf.ones_like(bias)
 
-    def normalize(x: Any, training: bool) -> Any:  # noqa: ANN401
+    def normalize(x: Any, training: bool) -> Any:
         given = {} if training else {"mean": zeros, "variance": ones}
         y, *_ = tf.compat.v1.nn.fused_batch_norm(x, weight, bias, epsilon=EPS, is_training=training, **given)
         return tf.nn.relu(y)
 
     @tf.function
-    def forward() -> Any:  # noqa: ANN401
+    def forward() -> Any:
         return normalize(x, True)
 
     @tf.function
-    def both() -> Any:  # noqa: ANN401
+    def both() -> Any:
         with tf.GradientTape() as tape:
             tape.watch((x, weight, bias))
             y = normalize(x, True)
         return y, *tape.gradient(y, (x, weight, bias), output_gradients=dy)
 
     @tf.function
-    def inference() -> Any:  # noqa: ANN401
+    def inference() -> Any:
         return normalize(x, False)
 
     return {"forward": forward, "both": both, "inference": inference}
