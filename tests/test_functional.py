@@ -125,7 +125,7 @@ def test_gradients_are_the_oracles(sample: Sample, training: bool) -> None:
     for key, gradient in gradients.items():
         scale = 1 + abs(expected[key]) if key in ("x", "residual") else n**0.5
         error = abs(gradient.double().numpy() - expected[key])
-        rounding = tolerances.ONE_ROUNDING[gradient.dtype][0] * abs(expected[key]) + 1e-7
+        rounding = tolerances.ONE_ROUNDING[gradient.dtype][0] * abs(expected[key]) + tolerances.GRADIENT_ZERO
         assert (error <= tolerances.GRADIENT * scale + rounding).all(), key
 
 
@@ -210,9 +210,8 @@ def test_the_third_derivative(dtype: torch.dtype, training: bool, activation: st
     function, inputs = function_of(training, activation, dtype)
     exact = [t.detach().double().requires_grad_() for t in inputs]
     expected = third(plain, exact)
-    # Three derivatives of a cube of order 10 multiply roundings up: float32 keeps about three digits.
     torch.testing.assert_close(
-        third(function, inputs).double(), expected, rtol=1e-9 if dtype == torch.float64 else 5e-3, atol=0
+        third(function, inputs).double(), expected, rtol=tolerances.THIRD_DERIVATIVE[dtype], atol=0
     )
 
 

@@ -287,6 +287,15 @@ def test_two_forwards_before_one_backward() -> None:
     same_state(ours, theirs, torch.float32)
 
 
+def test_a_training_pass_between_inference_and_its_backward() -> None:
+    """The gradient belongs to the statistics that the forward pass used, though the layer has new ones by then."""
+    layer, x = bn.BatchNorm1d(3, affine=False).eval(), torch.randn(5, 3, requires_grad=True)
+    y = layer(x)
+    layer.train()(torch.randn(9, 3) * 100)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(gradient, torch.full((5, 3), (1 + layer.eps) ** -0.5))
+
+
 def test_statistics_do_not_move_in_inference() -> None:
     layer = bn.BatchNorm1d(3).eval()
     before = copy.deepcopy(layer.state_dict())

@@ -133,5 +133,5 @@ def test_commit_is_the_oracles(
     implementation.commit(*running, tracked, mean, m2, count, momentum)
     for actual, e in zip(running, expected, strict=True):
         relative, absolute = tolerances.ONE_ROUNDING[dtype]
-        np.testing.assert_allclose(actual.double().numpy(), e, rtol=relative, atol=max(absolute, 1e-15))
+        np.testing.assert_allclose(actual.double().numpy(), e, rtol=relative, atol=max(absolute, tolerances.BLEND))
     assert tracked is None or tracked == batches + 1

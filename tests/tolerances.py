@@ -23,6 +23,23 @@ SUM_PER_ROOT = 1e-6
 # Moments joined in another order, in float64, per unit of the offset: a few hundred additions of rounding 1.1e-16.
 ASSOCIATIVITY = 1e-12
 
+# m2 after a scaling by hand, relative: two more roundings of a value that may be a difference of large ones.
+SCALED_SQUARES = 1e-9
+
+# Running statistics of order 1 in float64, absolute: one blend is four roundings of 1.1e-16.
+BLEND = 1e-15
+
+# What a gradient that is 0 up to rounding may be, absolute, beside the other bounds: float32's 6e-8.
+GRADIENT_ZERO = 1e-7
+
+# A third derivative of a cube of order 10, relative: every derivative multiplies the roundings up, and float32 keeps
+# about three digits.
+THIRD_DERIVATIVE = {torch.float64: 1e-9, torch.float32: 5e-3}
+
+# A benchmark's answer against float64, relative, and ten times that absolute for sums: it need only tell right from
+# wrong.
+BENCH_ANSWER = {"float32": 1e-4, "bfloat16": 5e-2}
+
 # Ours against torch.nn in the same dtype, (relative, absolute): both round, so the bounds are the field's usual ones
 # for one dtype (torch.testing.assert_close). Where intermediate results in half precision differ, a gradient that
 # should be 0 is not, hence the larger absolute bounds.

@@ -135,7 +135,8 @@ def normalize_by(x: Tensor, mean: Tensor, var: Tensor, recipe: Recipe) -> Tensor
     if not torch.is_grad_enabled() and not _transformed():
         y = ops.implementation(x).normalize(x, mean, var, *recipe)  # no function of autograd's around a small input
         return y
-    mean, var = mean.detach(), var.detach()
+    # Copies: a training pass before the backward pass would change what the gradient is computed from.
+    mean, var = mean.detach().clone(), var.detach().clone()
     if _transformed():
         return reference.normalize(x, mean, var, *recipe)
     y, _, _ = _BatchNorm.apply(x, mean, var, *recipe)  # type: ignore[no-untyped-call]  # torch's

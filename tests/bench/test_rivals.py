@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import tolerances
 from batchnorm.bench import rivals, suites
 from batchnorm.errors import UsageError
 
@@ -27,7 +28,7 @@ def test_the_answer_is_that_of_the_formula(make: rivals.Callable, case: suites.C
     swapped = x.movedim(case.channel_dim, 1)
     y = F.relu(F.batch_norm(swapped, None, None, weight, bias, training=True)).movedim(1, case.channel_dim)
     expected = [y.detach(), *torch.autograd.grad(y, inputs, dy)]
-    tolerance = 1e-4 if case.dtype == "float32" else 5e-2
+    tolerance = tolerances.BENCH_ANSWER[case.dtype]
     for actual, e in zip(rival.answer(), expected, strict=True):
         torch.testing.assert_close(actual, e.float(), rtol=tolerance, atol=tolerance * 10)
 

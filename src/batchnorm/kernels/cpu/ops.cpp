@@ -8,6 +8,8 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "kernels.hpp"
@@ -310,15 +312,14 @@ void commit(const Tensor& running_mean, const Tensor& running_var, const Optiona
                                                            : *count.const_data_ptr<double>();
   for (double& v : variances) v /= n - 1;
   double factor = momentum.value_or(0);
-  if (num_batches_tracked) {
-    int64_t* batches = num_batches_tracked->mutable_data_ptr<int64_t>();
-    *batches += 1;
-    if (!momentum) factor = 1 / static_cast<double>(*batches);
-  } else if (!momentum) {
-    return;
+  int64_t* batches = num_batches_tracked ? num_batches_tracked->mutable_data_ptr<int64_t>() : nullptr;
+  if (!momentum) {
+    if (!batches) return;
+    factor = 1 / static_cast<double>(*batches + 1);
   }
   blend(running_mean, means, factor, "running_mean");
   blend(running_var, variances, factor, "running_var");
+  if (batches) *batches += 1;  // last: a refused update is not counted
 }
 
 }  // namespace

@@ -46,7 +46,6 @@ class Schedule {
   }
 
   int64_t repeat() const { return repeat_; }
-  int64_t parts() const { return parts_; }
 
   // f(part, walk, begin, end) for every part, and again for the rest in the last: on all threads, each thread's parts
   // in order, or in reverse, which finds in the cache what the pass before left there.
