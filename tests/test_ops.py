@@ -25,7 +25,7 @@ from samples import NATIVE, Sample
 @pytest.mark.filterwarnings("ignore::UserWarning:torch")  # opcheck's own tracing machinery
 def test_opcheck(sample: Sample, name: str) -> None:
     t = sample.tensors()
-    mean, m2 = reference.batch_moments(t["x"], sample.layout.channel_dim)
+    count, mean, m2 = reference.batch_moments(t["x"], sample.layout.channel_dim)
     var = m2 / (t["x"].numel() / sample.layout.channels)
     values = t | {
         "mean": mean,
@@ -87,7 +87,7 @@ layer = bn.BatchNorm1d(3, activation="relu")
 layer(x).sum().backward()
 expected = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.ReLU())
 torch.testing.assert_close(layer(x), expected(x))
-y, mean, m2 = torch.ops.batchnorm.forward(x.detach(), None, None, None, 1e-5, 1, "relu")
+y, count, mean, m2 = torch.ops.batchnorm.forward(x.detach(), None, None, None, 1e-5, 1, "relu")
 torch.testing.assert_close(y, expected(x).detach())
 """
 
@@ -130,7 +130,7 @@ def test_commit_is_the_oracles(
     factor = momentum if momentum is not None else (0.0 if batches is None else 1 / (batches + 1))
     before = [t.double().numpy() for t in running]
     expected = oracle.commit((before[0], before[1]), count.item(), mean.numpy(), m2.numpy(), factor)
-    implementation.commit(*running, tracked, mean, m2, count, momentum)
+    implementation.commit(*running, tracked, count, mean, m2, momentum)
     for actual, e in zip(running, expected, strict=True):
         relative, absolute = tolerances.ONE_ROUNDING[dtype]
         np.testing.assert_allclose(actual.double().numpy(), e, rtol=relative, atol=max(absolute, tolerances.BLEND))

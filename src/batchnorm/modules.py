@@ -89,9 +89,10 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
 
     def _commit(self, proposal: Moments) -> None:
         """Blend proposed moments into the running statistics, and count one batch."""
-        mean, var = self.running_mean, self.running_var
+        buffers = self._buffers  # a third of the time of three attributes, which small inputs feel
+        mean, var = buffers["running_mean"], buffers["running_var"]
         if mean is not None and var is not None:
-            functional.commit(proposal, mean, var, self.num_batches_tracked, self.momentum)
+            functional.commit(proposal, mean, var, buffers["num_batches_tracked"], self.momentum)
 
     def _check_input_dim(self, input: Tensor) -> None:
         if self.ranks and input.dim() not in self.ranks:

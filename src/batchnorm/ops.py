@@ -23,16 +23,16 @@ from batchnorm.moments import statistics_dtype
 _STATISTICS = "Tensor mean, Tensor var"
 _AFFINE = "Tensor? weight, Tensor? bias, Tensor? residual, float eps, int channel_dim, str? activation"
 SCHEMAS = {
-    "batch_moments": "(Tensor x, int channel_dim) -> (Tensor mean, Tensor m2)",
+    "batch_moments": "(Tensor x, int channel_dim) -> (Tensor count, Tensor mean, Tensor m2)",
     "normalize": f"(Tensor x, {_STATISTICS}, {_AFFINE}) -> Tensor",
-    "forward": f"(Tensor x, {_AFFINE}) -> (Tensor y, Tensor mean, Tensor m2)",
+    "forward": f"(Tensor x, {_AFFINE}) -> (Tensor y, Tensor count, Tensor mean, Tensor m2)",
     "backward_sums": f"(Tensor dy, Tensor x, {_STATISTICS}, {_AFFINE}) -> (Tensor sum_dz, Tensor sum_dz_xhat)",
     "backward_input": f"(Tensor dy, Tensor x, {_STATISTICS}, {_AFFINE}, Tensor? mean_dz, Tensor? mean_dz_xhat)"
     " -> (Tensor dx, Tensor dresidual)",
-    "backward": f"(Tensor dy, Tensor x, Tensor mean, Tensor m2, {_AFFINE})"
+    "backward": f"(Tensor dy, Tensor x, Tensor count, Tensor mean, Tensor m2, {_AFFINE})"
     " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
     "commit": "(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches_tracked, "
-    "Tensor mean, Tensor m2, Tensor count, float? momentum) -> ()",
+    "Tensor count, Tensor mean, Tensor m2, float? momentum) -> ()",
 }
 
 
@@ -40,8 +40,8 @@ def _statistic(x: Tensor, channel_dim: int) -> Tensor:
     return x.new_empty(x.shape[layout.channel_axis(x.dim(), channel_dim)], dtype=statistics_dtype(x.device))
 
 
-def _fake_batch_moments(x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
-    return _statistic(x, channel_dim), _statistic(x, channel_dim)
+def _fake_batch_moments(x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty((), dtype=torch.int64), _statistic(x, channel_dim), _statistic(x, channel_dim)
 
 
 def _fake_normalize(x: Tensor, *_: Any) -> Tensor:  # noqa: ANN401 - the rest of the schema does not matter here
@@ -56,8 +56,8 @@ def _fake_forward(
     eps: float,
     channel_dim: int,
     activation: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), _statistic(x, channel_dim), _statistic(x, channel_dim)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), *_fake_batch_moments(x, channel_dim)
 
 
 def _fake_backward_sums(
@@ -96,6 +96,7 @@ def _fake_backward_input(
 def _fake_backward(
     dy: Tensor,
     x: Tensor,
+    count: Tensor,
     mean: Tensor,
     m2: Tensor,
     weight: Tensor | None,
@@ -150,11 +151,12 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _NATIVE_DTYPES = frozenset(_DTYPES if _native is not None else ())
 
 
+_operators = torch.ops.batchnorm
+
+
 def implementation(x: Tensor) -> Any:  # noqa: ANN401 - a namespace of operators, or a module with the same names
     """Where the operations for `x` are: an object with a function for each name in `SCHEMAS`."""
-    if x.dtype in _NATIVE_DTYPES and x.device.type == "cpu":
-        return torch.ops.batchnorm
-    return reference
+    return _operators if x.is_cpu and x.dtype in _NATIVE_DTYPES else reference
 
 
 def cpu_levels() -> tuple[str, ...]:

@@ -57,11 +57,12 @@ def test_operations_are_the_oracles(sample: Sample, level: str) -> None:
     std = np.sqrt(var)
     statistics = (torch.from_numpy(mean), torch.from_numpy(var))
 
-    for actual_y, actual_mean, actual_m2 in [
+    for actual_y, actual_count, actual_mean, actual_m2 in [
         native.forward(t["x"], *affine),
         (native.normalize(t["x"], *statistics, *affine), *native.batch_moments(t["x"], channel_dim)),
     ]:
         close_rounded(actual_y, y, sample.dtype)
+        assert torch.equal(actual_count, torch.tensor(int(n)))
         close(actual_mean, mean, tolerances.STATISTIC, std + 1e-300)
         close(actual_m2, m2, tolerances.STATISTIC, m2 + 1e-300)
 
@@ -74,7 +75,8 @@ def test_operations_are_the_oracles(sample: Sample, level: str) -> None:
         means = (None, None) if constants else (sums[0] / n, sums[1] / n)
         results = [(*native.backward_input(t["dy"], t["x"], *statistics, *affine, *means), *sums)]
         if not constants:
-            fused = native.backward(t["dy"], t["x"], torch.from_numpy(mean), torch.from_numpy(m2), *affine)
+            moments = (torch.tensor(int(n)), torch.from_numpy(mean), torch.from_numpy(m2))
+            fused = native.backward(t["dy"], t["x"], *moments, *affine)
             results.append((fused[0], fused[3], fused[2], fused[1]))
             assert all(
                 g.dtype == (torch.float64 if t is None else t.dtype)
@@ -106,7 +108,8 @@ def test_precision_far_from_zero(layout: Layout, ratio: float, sign: int, level:
     x = layout.arrange(torch.randn(layout.shape, dtype=torch.float64).add_(sign * ratio).float())
     weight, bias = np.linspace(0.5, 2, layout.channels), np.linspace(-1, 1, layout.channels)
     expected, mean, m2 = oracle.forward(x.double().numpy(), weight, bias)
-    y, actual_mean, actual_m2 = native.forward(x, torch.from_numpy(weight), torch.from_numpy(bias), None, EPS, 1, None)
+    affine = (torch.from_numpy(weight), torch.from_numpy(bias), None, EPS, 1, None)
+    y, _, actual_mean, actual_m2 = native.forward(x, *affine)
     std = np.sqrt(m2 / (x.numel() / layout.channels))
     close(actual_mean, mean, tolerances.STATISTIC, std)
     close(actual_m2, m2, tolerances.STATISTIC, m2)
@@ -118,7 +121,7 @@ def test_precision_far_from_zero(layout: Layout, ratio: float, sign: int, level:
 def test_a_constant_channel_is_exactly_beta(layout: Layout, value: float, level: str) -> None:
     x = layout.arrange(torch.full(layout.shape, value))
     bias = torch.linspace(-1, 1, layout.channels)
-    y, mean, m2 = native.forward(x, None, bias, None, EPS, layout.channel_dim, None)
+    y, _, mean, m2 = native.forward(x, None, bias, None, EPS, layout.channel_dim, None)
     assert torch.equal(y.movedim(layout.channel_dim, -1), bias.expand_as(y.movedim(layout.channel_dim, -1)))
     assert torch.equal(mean, torch.full_like(mean, x.flatten()[0].item()))
     assert torch.equal(m2, torch.zeros_like(m2))
@@ -128,7 +131,7 @@ def test_an_outlier_first_does_not_cost_precision(level: str) -> None:
     x = torch.randn(100_000, 3)
     x[0] = 1e8  # the pivot of every channel
     _, mean, m2 = oracle.moments(x.double().numpy())
-    actual_mean, actual_m2 = native.batch_moments(x, 1)
+    _, actual_mean, actual_m2 = native.batch_moments(x, 1)
     close(actual_mean, mean, tolerances.STATISTIC, np.sqrt(m2 / len(x)))
     close(actual_m2, m2, tolerances.STATISTIC, m2)
 
@@ -145,8 +148,8 @@ def test_the_same_bits_with_any_number_of_threads(layout: Layout, level: str, th
     results = []
     for number in (1, 2, 3):
         torch.set_num_threads(number)
-        y, mean, m2 = native.forward(t["x"], *affine)
-        gradients = native.backward(t["dy"], t["x"], mean, m2, *affine)
+        y, count, mean, m2 = native.forward(t["x"], *affine)
+        gradients = native.backward(t["dy"], t["x"], count, mean, m2, *affine)
         results.append((y, mean, m2, *native.backward_sums(t["dy"], t["x"], mean, m2, *affine), *gradients))
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
@@ -159,7 +162,7 @@ def test_what_is_not_finite_shows_and_stays_in_its_channel(layout: Layout, bad: 
     x = layout.arrange(torch.randn(layout.shape))
     clean, *_ = native.forward(x, None, None, None, EPS, 1, "relu")
     x[-1, 2] = bad
-    y, mean, m2 = native.forward(x, None, None, None, EPS, 1, "relu")
+    y, _, mean, m2 = native.forward(x, None, None, None, EPS, 1, "relu")
     assert not mean[2].isfinite()
     assert m2[2].isnan()
     assert y[:, 2].isnan().all()
@@ -194,11 +197,12 @@ def test_wrong_calls_are_refused_not_read() -> None:
 def test_nothing_in_nothing_out(shape: tuple[int, ...]) -> None:
     x = torch.zeros(shape)
     zeros = torch.zeros(shape[1], dtype=torch.float64)
-    y, mean, m2 = native.forward(x, None, None, None, EPS, 1, "relu")
+    y, count, mean, m2 = native.forward(x, None, None, None, EPS, 1, "relu")
     assert y.shape == shape
-    for actual in (mean, m2, *native.batch_moments(x, 1)):
+    assert count == 0
+    for actual in (mean, m2, *native.batch_moments(x, 1)[1:]):
         assert torch.equal(actual, zeros)
-    dx, *sums, _ = native.backward(x, x, mean, m2, None, None, None, EPS, 1, "relu")
+    dx, *sums, _ = native.backward(x, x, count, mean, m2, None, None, None, EPS, 1, "relu")
     assert dx.shape == shape
     assert native.normalize(x, mean, m2, None, None, None, EPS, 1, None).shape == shape
     assert native.backward_input(x, x, mean, m2, None, None, None, EPS, 1, None, None, None)[0].shape == shape

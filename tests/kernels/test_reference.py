@@ -44,11 +44,12 @@ def test_operations_are_the_oracles(sample: Sample) -> None:
     n = o["x"].size / sample.layout.channels
     var = m2 / n
 
-    for actual_y, actual_mean, actual_m2 in [
+    for actual_y, actual_count, actual_mean, actual_m2 in [
         reference.forward(x, *affine),
         (reference.normalize(x, *map(torch.from_numpy, (mean, var)), *affine), *reference.batch_moments(x, options[1])),
     ]:
         close(actual_y, y, sample.dtype)
+        assert torch.equal(actual_count, torch.tensor(int(n)))
         close(actual_mean, mean)
         close(actual_m2, m2)
 
@@ -59,7 +60,8 @@ def test_operations_are_the_oracles(sample: Sample) -> None:
         means = (None, None) if constants else (sums[0] / n, sums[1] / n)
         results = [(*reference.backward_input(dy, x, *statistics, *affine, *means), *sums)]
         if not constants:
-            fused = reference.backward(dy, x, torch.from_numpy(mean), torch.from_numpy(m2), *affine)
+            moments = (torch.tensor(int(n)), torch.from_numpy(mean), torch.from_numpy(m2))
+            fused = reference.backward(dy, x, *moments, *affine)
             close(fused[0], dx, sample.dtype)
             for actual, expected, parameter in ((fused[1], dweight, weight), (fused[2], dbias, bias)):
                 close(actual, expected, torch.float64 if parameter is None else parameter.dtype)
@@ -74,5 +76,6 @@ def test_operations_are_the_oracles(sample: Sample) -> None:
 
 
 def test_no_values_no_statistics() -> None:
-    mean, m2 = reference.batch_moments(torch.zeros(0, 3, 2), 1)
+    count, mean, m2 = reference.batch_moments(torch.zeros(0, 3, 2), 1)
+    assert count == 0
     assert mean.tolist() == m2.tolist() == [0, 0, 0]

@@ -32,10 +32,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def batch_moments(x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
-    """Mean and m2 of each channel, (C,) each; zeros when x has no values."""
+def batch_moments(x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, mean and m2 as `Moments` has them; zeros when x has no values."""
     moments = Moments.of(x, channel_dim=channel_dim)
-    return moments.mean, moments.m2
+    return moments.count, moments.mean, moments.m2
 
 
 def normalize(
@@ -63,11 +63,11 @@ def forward(
     eps: float,
     channel_dim: int,
     activation: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Y with the statistics of x itself, and its mean and m2: `batch_moments`, then `normalize`."""
-    mean, m2 = batch_moments(x, channel_dim)
-    var = m2 / max(1, layout.count(x.shape, channel_dim % x.dim()))
-    return normalize(x, mean, var, weight, bias, residual, eps, channel_dim, activation), mean, m2
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Y with the statistics of x itself, and its moments: `batch_moments`, then `normalize`."""
+    count, mean, m2 = batch_moments(x, channel_dim)
+    y = normalize(x, mean, _variance(count, m2), weight, bias, residual, eps, channel_dim, activation)
+    return y, count, mean, m2
 
 
 def backward_sums(
@@ -137,6 +137,7 @@ def backward_input(
 def backward(
     dy: Tensor,
     x: Tensor,
+    count: Tensor,
     mean: Tensor,
     m2: Tensor,
     weight: Tensor | None,
@@ -146,15 +147,15 @@ def backward(
     channel_dim: int,
     activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`forward`'s gradients from the mean and m2 that it returned: `backward_sums`, then `backward_input`.
+    """`forward`'s gradients from the moments that it returned: `backward_sums`, then `backward_input`.
 
     Returns:
         dx, dweight, dbias and dresidual, each of the dtype of what it is the gradient of; dweight and dbias float64
         where there is no weight or bias, dresidual as `backward_input`'s.
     """
-    n = max(1, layout.count(x.shape, channel_dim % x.dim()))
-    common = (dy, x, mean, m2 / n, weight, bias, residual, eps, channel_dim, activation)
+    common = (dy, x, mean, _variance(count, m2), weight, bias, residual, eps, channel_dim, activation)
     sum_dz, sum_dz_xhat = backward_sums(*common)
+    n = count.clamp(min=1).to(m2.dtype)
     dx, dresidual = backward_input(*common, sum_dz / n, sum_dz_xhat / n)
     dweight = sum_dz_xhat if weight is None else sum_dz_xhat.to(weight.dtype)
     dbias = sum_dz if bias is None else sum_dz.to(bias.dtype)
@@ -165,9 +166,9 @@ def commit(
     running_mean: Tensor,
     running_var: Tensor,
     num_batches_tracked: Tensor | None,
+    count: Tensor,
     mean: Tensor,
     m2: Tensor,
-    count: Tensor,
     momentum: float | None,
 ) -> None:
     """Blend moments into running statistics and count one batch, in place.
@@ -189,6 +190,11 @@ def commit(
     for running, new in ((running_mean, mean), (running_var, m2 / (count - 1))):
         wide = running.to(new.dtype)
         running.copy_(wide + (new - wide) * factor)
+
+
+def _variance(count: Tensor, m2: Tensor) -> Tensor:
+    """The biased variance; 0 of nothing."""
+    return m2 / count.clamp(min=1).to(m2.dtype)
 
 
 def _preactivation(

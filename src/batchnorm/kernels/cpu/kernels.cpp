@@ -45,14 +45,20 @@ BN_INLINE V affine(V x, V mean, V scale, V shift) {
   return (x - mean) * scale + shift;
 }
 
-// --- a step: kLanes adjacent values, or the last n < kLanes of a run -------------------------------------------------
+// --- a step: kLanes adjacent values, or n < kLanes at an end of a run -----------------------------------------------
 
 template <class T>
 struct Whole {
   static BN_INLINE Vector<T> load(const void* p, int64_t i) {
     return Element<T>::load(static_cast<const T*>(p) + i);
   }
-  static BN_INLINE void store(void* p, int64_t i, Vector<T> v) { Element<T>::store(static_cast<T*>(p) + i, v); }
+  static BN_INLINE void store(void* p, int64_t i, Vector<T> v, bool stream) {
+    const auto value = Element<T>::rounded(v);
+    if (stream)
+      stream_raw(static_cast<T*>(p) + i, value);
+    else
+      store_raw(static_cast<T*>(p) + i, value);
+  }
   template <class C>
   static BN_INLINE Vector<T> coefficient(const C& c, const PerChannel& v, int64_t k) {
     return c(v, k);
@@ -63,17 +69,29 @@ template <class T>
 struct Part {
   int64_t n;
   BN_INLINE Vector<T> load(const void* p, int64_t i) const { return load_part(static_cast<const T*>(p) + i, n); }
-  BN_INLINE void store(void* p, int64_t i, Vector<T> v) const { store_part(static_cast<T*>(p) + i, v, n); }
+  BN_INLINE void store(void* p, int64_t i, Vector<T> v, bool) const { store_part(static_cast<T*>(p) + i, v, n); }
   template <class C>
   BN_INLINE Vector<T> coefficient(const C& c, const PerChannel& v, int64_t k) const {
     return c.part(v, k, n);
   }
 };
 
-// step(which, i) for every step of a run.
+// So many values of a run come before the first whole vector of an output that is streamed, whose address must be a
+// multiple of the vector's size.
+template <class T>
+BN_INLINE int64_t ahead(const void* output, int64_t at, int64_t length, bool stream) {
+  if (!stream) return 0;
+  constexpr uintptr_t size = kLanes<Vector<T>> * sizeof(T);
+  const auto address = reinterpret_cast<uintptr_t>(static_cast<const T*>(output) + at);
+  const int64_t n = (size - address % size) % size / sizeof(T);
+  return n < length ? n : length;
+}
+
+// step(which, i) for every step of a run; the first is of `head` values.
 template <class T, class Step>
-BN_INLINE void for_each_step(int64_t length, Step step) {
-  int64_t i = 0;
+BN_INLINE void for_each_step(int64_t length, int64_t head, Step step) {
+  int64_t i = head;
+  if (head > 0) step(Part<T>{head}, 0);
   for (; i + kLanes<Vector<T>> <= length; i += kLanes<Vector<T>>) step(Whole<T>{}, i);
   if (i < length) step(Part<T>{length - i}, i);
 }
@@ -92,23 +110,23 @@ BN_INLINE Vector<T> preactivation_grad(const Backward& t, const Affine& a, Which
 
 template <class T, Activation A, bool Residual, class C>
 BN_INLINE void apply_run(const Forward& t, const Affine& a, C c, int64_t at, int64_t length) {
-  for_each_step<T>(length, [&](auto which, int64_t k) {
+  for_each_step<T>(length, ahead<T>(t.y, at, length, t.stream), [&](auto which, int64_t k) {
     Vector<T> z = affine(which.load(t.x, at + k), which.coefficient(c, a.mean, k), which.coefficient(c, a.scale, k),
                          which.coefficient(c, a.shift, k));
     if constexpr (Residual) z += which.load(t.residual, at + k);
-    which.store(t.y, at + k, activate<A>(z));
+    which.store(t.y, at + k, activate<A>(z), t.stream);
   });
 }
 
 template <class T, Activation A, bool Residual, class C>
 BN_INLINE void grad_run(const Backward& t, const Affine& a, const Slopes& s, C c, int64_t at, int64_t length) {
-  for_each_step<T>(length, [&](auto which, int64_t k) {
+  for_each_step<T>(length, ahead<T>(t.dx, at, length, t.stream), [&](auto which, int64_t k) {
     const Vector<T> x = which.load(t.x, at + k);
     const Vector<T> dz = preactivation_grad<T, A, Residual>(t, a, which, c, at + k, k, x);
-    if constexpr (Residual && A != Activation::none) which.store(t.dresidual, at + k, dz);
+    if constexpr (Residual && A != Activation::none) which.store(t.dresidual, at + k, dz, t.stream);
     const Vector<T> rest = affine(x, which.coefficient(c, a.mean, k), which.coefficient(c, s.slope, k),
                                   which.coefficient(c, s.offset, k));
-    which.store(t.dx, at + k, dz * which.coefficient(c, a.scale, k) + rest);
+    which.store(t.dx, at + k, dz * which.coefficient(c, a.scale, k) + rest, t.stream);
   });
 }
 
@@ -126,82 +144,78 @@ BN_INLINE void for_each_run(const Walk& w, int64_t begin, int64_t end, Run run) 
   }
 }
 
+template <int64_t N>
+using Fixed = std::integral_constant<int64_t, N>;
+
 // So many rows, or vectors of a run, are taken together: the sums of a channel are read and written once for the whole
 // group, and a gradient's few terms are added up in their own type before they join the float64 sum. (Moments are not:
 // their differences from the pivot must not round.)
 constexpr int64_t kGroup = 8;
 
-template <int64_t N>
-struct Rows {
-  static constexpr int64_t count = N;
-};
-
-// group(offset of the first row, Rows<how many>) for the range.
+// group(offset of the first row, Fixed<how many rows>) for the range.
 template <class Group>
 BN_INLINE void for_each_group(const Walk& w, int64_t begin, int64_t end, Group group) {
-  for (; begin + kGroup * w.channels <= end; begin += kGroup * w.channels) group(begin, Rows<kGroup>{});
-  for (; begin < end; begin += w.channels) group(begin, Rows<1>{});
+  for (; begin + kGroup * w.channels <= end; begin += kGroup * w.channels) group(begin, Fixed<kGroup>{});
+  for (; begin < end; begin += w.channels) group(begin, Fixed<1>{});
 }
 
-template <class V>
-BN_INLINE void load_pivots(const double* p, Doubles (&pivot)[Sum<V>::parts]) {
-  for (int i = 0; i < Sum<V>::parts; ++i) pivot[i] = load_raw<Doubles>(p + i * kLanes<Doubles>);
+// Adds each lane to its place in memory; of a part, those that are there.
+template <class T, class S>
+BN_INLINE void spill(Whole<T>, const S& sum, double* p) {
+  spill(sum, p);
 }
 
-template <class V>
-BN_INLINE void spill(const MomentSums<V>& m, double* first, double* second) {
-  for (int i = 0; i < Sum<V>::parts; ++i) {
-    spill(m.first[i], first + i * kLanes<Doubles>);
-    spill(m.second[i], second + i * kLanes<Doubles>);
-  }
+template <class T, class S>
+BN_INLINE void spill(Part<T> part, const S& sum, double* p) {
+  double values[kLanes<Vector<T>>] = {};
+  spill(sum, values);
+  for (int64_t i = 0; i < part.n; ++i) p[i] += values[i];
 }
 
 template <class T>
-void moments(const Walk& w, const void* data, const double* pivots, int64_t begin, int64_t end, Sums sums) {
+BN_INLINE void load_pivots(Whole<T>, const double* p, Doubles (&pivot)[Sum<Vector<T>>::parts]) {
+  for (int i = 0; i < Sum<Vector<T>>::parts; ++i) pivot[i] = load_raw<Doubles>(p + i * kLanes<Doubles>);
+}
+
+template <class T>
+BN_INLINE void load_pivots(Part<T> part, const double* p, Doubles (&pivot)[Sum<Vector<T>>::parts]) {
+  double values[kLanes<Vector<T>>] = {};
+  std::memcpy(values, p, part.n * sizeof(double));
+  load_pivots(Whole<T>{}, values, pivot);
+}
+
+template <class T>
+void moments(const Walk& w, const void* x, const double* pivots, int64_t begin, int64_t end, Sums sums) {
   using V = Vector<T>;
   constexpr int64_t lanes = kLanes<V>;
-  const T* x = static_cast<const T*>(data);
   if (!w.rows()) {
     for_each_run(w, begin, end, [&](int64_t channel, int64_t at, int64_t length) {
-      MomentSums<V> m;
+      MomentSums<V> even, odd;  // two, because an addition waits for the one before it
       Doubles pivot[Sum<V>::parts];
       for (auto& p : pivot) p = splat<Doubles>(pivots[channel]);
-      double first = 0, second = 0;
       int64_t i = 0;
-      for (; i + lanes <= length; i += lanes) m.add(Element<T>::load(x + at + i), pivot);
-      if (i < length) {  // the lanes that are not there would count as 0 - pivot: one by one
-        Scalar<V> rest[lanes];
-        store_raw(rest, load_part(x + at + i, length - i));
-        for (int64_t j = 0; j < length - i; ++j) {
-          const double d = rest[j] - pivots[channel];
-          first += d, second += d * d;
-        }
+      for (; i + 2 * lanes <= length; i += 2 * lanes) {
+        even.add(Whole<T>::load(x, at + i), pivot);
+        odd.add(Whole<T>::load(x, at + i + lanes), pivot);
       }
-      for (int p = 0; p < Sum<V>::parts; ++p) first += total(m.first[p]), second += total(m.second[p]);
-      sums.first[channel] += first, sums.second[channel] += second;
+      if (i + lanes <= length) even.add(Whole<T>::load(x, at + i), pivot), i += lanes;
+      if (const int64_t n = length - i; n > 0)  // the lanes that are not there are the pivot: they add nothing
+        odd.add(first_lanes(Part<T>{n}.load(x, at + i), n, splat<V>(pivots[channel])), pivot);
+      even.add(odd);
+      sums.first[channel] += total(even.first), sums.second[channel] += total(even.second);
     });
     return;
   }
   for_each_group(w, begin, end, [&](int64_t at, auto rows) {
-    int64_t c = 0;
-    for (; c + lanes <= w.channels; c += lanes) {
+    for_each_step<T>(w.channels, 0, [&](auto which, int64_t c) {
       MomentSums<V> m;
       Doubles pivot[Sum<V>::parts];
-      load_pivots<V>(pivots + c, pivot);
+      load_pivots(which, pivots + c, pivot);
 #pragma GCC unroll 8
-      for (int64_t r = 0; r < rows.count; ++r) m.add(Element<T>::load(x + at + r * w.channels + c), pivot);
-      spill(m, sums.first + c, sums.second + c);
-    }
-    if (const int64_t n = w.channels - c; n > 0) {
-      for (int64_t r = 0; r < rows.count; ++r) {
-        Scalar<V> rest[lanes];
-        store_raw(rest, load_part(x + at + r * w.channels + c, n));
-        for (int64_t j = 0; j < n; ++j) {
-          const double d = rest[j] - pivots[c + j];
-          sums.first[c + j] += d, sums.second[c + j] += d * d;
-        }
-      }
-    }
+      for (int64_t r = 0; r < rows.value; ++r) m.add(which.load(x, at + r * w.channels + c), pivot);
+      spill(which, m.first, sums.first + c);
+      spill(which, m.second, sums.second + c);
+    });
   });
 }
 
@@ -215,7 +229,7 @@ void sums(const Walk& w, const Backward& t, const Affine& a, int64_t begin, int6
       Sum<V> first, second;
       for (int64_t i = 0; i < length; i += kGroup * lanes) {
         V f{}, s{};
-        for_each_step<T>(length - i < kGroup * lanes ? length - i : kGroup * lanes, [&](auto which, int64_t j) {
+        for_each_step<T>(length - i < kGroup * lanes ? length - i : kGroup * lanes, 0, [&](auto which, int64_t j) {
           const V x = which.load(t.x, at + i + j);
           const V dz = preactivation_grad<T, A, Residual>(t, a, which, c, at + i + j, i + j, x);
           f += dz;
@@ -230,10 +244,10 @@ void sums(const Walk& w, const Backward& t, const Affine& a, int64_t begin, int6
   }
   const Elementwise<V> coefficients;
   for_each_group(w, begin, end, [&](int64_t at, auto rows) {
-    for_each_step<T>(w.channels, [&](auto which, int64_t c) {
+    for_each_step<T>(w.channels, 0, [&](auto which, int64_t c) {
       V f{}, s{};
 #pragma GCC unroll 8
-      for (int64_t r = 0; r < rows.count; ++r) {
+      for (int64_t r = 0; r < rows.value; ++r) {
         const int64_t i = at + r * w.channels + c;
         const V x = which.load(t.x, i);
         const V dz = preactivation_grad<T, A, Residual>(t, a, which, coefficients, i, c, x);
@@ -243,15 +257,8 @@ void sums(const Walk& w, const Backward& t, const Affine& a, int64_t begin, int6
       Sum<V> first, second;
       first.add(f);
       second.add(s);
-      if constexpr (std::is_same_v<decltype(which), Whole<T>>) {
-        spill(first, sums.first + c);
-        spill(second, sums.second + c);
-      } else {
-        double f[lanes] = {}, s[lanes] = {};
-        spill(first, f);
-        spill(second, s);
-        for (int64_t j = 0; j < which.n; ++j) sums.first[c + j] += f[j], sums.second[c + j] += s[j];
-      }
+      spill(which, first, sums.first + c);
+      spill(which, second, sums.second + c);
     });
   });
 }

@@ -40,15 +40,18 @@ struct Slopes {
   PerChannel slope, offset;
 };
 
-// Inputs and outputs of the two directions, all of one dtype; residual and dresidual may be null.
+// Inputs and outputs of the two directions, all of one dtype; residual and dresidual may be null. `stream`: outputs go
+// past the caches.
 struct Forward {
   const void *x, *residual;
   void* y;
+  bool stream;
 };
 
 struct Backward {
   const void *dy, *x, *residual;
   void *dx, *dresidual;
+  bool stream;
 };
 
 // Two sums for each channel.

@@ -31,19 +31,26 @@ Activation activation_of(const OptionalString& name) {
   STD_TORCH_CHECK(false, "batchnorm: no native kernel for the activation ", *name);
 }
 
-// One value for each channel, as the kernels read it: repeated for joined rows, exact and rounded.
+// One value for each channel, as the kernels read it: repeated for joined rows, and rounded unless x is float64.
 class Coefficient {
  public:
-  Coefficient(int64_t channels, int64_t repeat) : channels_(channels), exact_(channels * repeat), rounded_(exact_.size()) {}
+  Coefficient(const Input& input, int64_t repeat)
+      : channels_(input.walk.channels),
+        size_(channels_ * repeat),
+        exact_(input.dtype == Dtype::float64 ? size_ : 0),
+        rounded_(input.dtype == Dtype::float64 ? 0 : size_) {}
 
   void set(int64_t c, double value) {
-    for (size_t i = c; i < exact_.size(); i += channels_) exact_[i] = value, rounded_[i] = static_cast<float>(value);
+    if (exact_.empty())
+      for (int64_t i = c; i < size_; i += channels_) rounded_[i] = static_cast<float>(value);
+    else
+      for (int64_t i = c; i < size_; i += channels_) exact_[i] = value;
   }
 
   PerChannel view() const { return {exact_.data(), rounded_.data()}; }
 
  private:
-  int64_t channels_;
+  int64_t channels_, size_;
   std::vector<double> exact_;
   std::vector<float> rounded_;
 };
@@ -60,9 +67,9 @@ class Normalization {
         activation_(activation_of(activation)),
         invstd_(input.walk.channels),
         low_(input.walk.channels),
-        mean_(input.walk.channels, repeat),
-        scale_(input.walk.channels, repeat),
-        shift_(input.walk.channels, repeat) {}
+        mean_(input, repeat),
+        scale_(input, repeat),
+        shift_(input, repeat) {}
 
   void set(int64_t c, double mean, double var) {
     const double near = wide_ ? mean : static_cast<float>(mean);
@@ -106,79 +113,120 @@ void zero(const Tensor& t) { std::fill_n(t.mutable_data_ptr<double>(), t.numel()
 
 // --- forward ---------------------------------------------------------------------------------------------------------
 
-// The moments of every channel, into mean and m2; `each(channel)` follows.
+// The moments of every channel, to be taken by a schedule's `reduce`: `add` for a range, `finish` for a channel.
 //
 // The pivot of a channel is its first value. Because it is one of the n values, |pivot - mean| <= std sqrt(n), and the
 // difference of the two float64 sums loses at most a relative n 2^-53 of the variance, whatever the data's offset.
-template <class Each>
-void reduce_moments(const Input& input, const Schedule& schedule, double* mean, double* m2, const Each& each) {
-  const int64_t channels = input.walk.channels;
-  const double n = static_cast<double>(input.walk.count());
-  const Kernels& k = kernels(input.dtype);
-  std::vector<double> pivots(channels * schedule.repeat());
-  input.pivots(pivots.data());
-  for (size_t i = channels; i < pivots.size(); ++i) pivots[i] = pivots[i - channels];
-  schedule.reduce(
-      [&](const Walk& w, int64_t begin, int64_t end, Sums sums) {
-        k.moments(w, input.data(), pivots.data(), begin, end, sums);
-      },
-      [&](int64_t c, double first, double second) {
-        mean[c] = pivots[c] + first / n;
-        const double squares = second - first * (first / n);
-        m2[c] = squares < 0 ? 0 : squares;  // NaN stays NaN
-        each(c);
-      });
-}
-
-std::tuple<Tensor, Tensor> batch_moments(const Tensor& x, int64_t channel_dim) {
-  const Input input(x, channel_dim);
-  Tensor mean = input.statistic(), m2 = input.statistic();
-  if (x.numel() == 0) {
-    zero(mean), zero(m2);
-  } else {
-    reduce_moments(input, Schedule(input.walk), mean.mutable_data_ptr<double>(), m2.mutable_data_ptr<double>(),
-                   [](int64_t) {});
+class MomentsOf {
+ public:
+  explicit MomentsOf(const Input& input, int64_t repeat)
+      : mean(input.statistic()),
+        m2(input.statistic()),
+        data_(input.data()),
+        n_(static_cast<double>(input.walk.count())),
+        kernels_(kernels(input.dtype)),
+        pivots_(input.walk.channels * repeat),
+        means_(mean.mutable_data_ptr<double>()),
+        m2s_(m2.mutable_data_ptr<double>()) {
+    if (input.walk.size() == 0) {
+      zero(mean), zero(m2);
+      return;
+    }
+    input.pivots(pivots_.data());
+    for (size_t i = input.walk.channels; i < pivots_.size(); ++i) pivots_[i] = pivots_[i - input.walk.channels];
   }
-  return {mean, m2};
-}
 
-// y, once the normalisation is known.
-Tensor apply(const Input& input, const Schedule& schedule, const Normalization& norm, const OptionalTensor& residual) {
-  const OptionalTensor added = input.aligned(residual, "residual");
-  Tensor y = fresh_like(input.tensor);
-  const Forward t{input.data(), added ? added->const_data_ptr() : nullptr, y.mutable_data_ptr()};
-  const Affine affine = norm.affine();
-  const Kernels& k = kernels(input.dtype);
-  schedule.each_part(
-      true, [&](int64_t, const Walk& w, int64_t begin, int64_t end) { k.apply(w, t, affine, begin, end); });
-  return y;
-}
+  void add(const Walk& w, int64_t begin, int64_t end, Sums sums) const {
+    kernels_.moments(w, data_, pivots_.data(), begin, end, sums);
+  }
 
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-                                           const OptionalTensor& residual, double eps, int64_t channel_dim,
-                                           const OptionalString& activation) {
+  void finish(int64_t c, double first, double second) const {
+    means_[c] = pivots_[c] + first / n_;
+    const double squares = second - first * (first / n_);
+    m2s_[c] = squares < 0 ? 0 : squares;  // NaN stays NaN
+  }
+
+  Tensor count() const {
+    Tensor t = allocate(0, nullptr, nullptr, aoti_torch_dtype_int64());
+    *t.mutable_data_ptr<int64_t>() = static_cast<int64_t>(n_);
+    return t;
+  }
+
+  double mean_of(int64_t c) const { return means_[c]; }
+  double variance_of(int64_t c) const { return m2s_[c] / n_; }
+
+  Tensor mean, m2;
+
+ private:
+  const void* data_;
+  double n_;
+  const Kernels& kernels_;
+  std::vector<double> pivots_;
+  double *means_, *m2s_;
+};
+
+std::tuple<Tensor, Tensor, Tensor> batch_moments(const Tensor& x, int64_t channel_dim) {
   const Input input(x, channel_dim);
-  const Schedule schedule(input.walk);
+  const Schedule schedule(input.walk, input.tensor.element_size());
+  const MomentsOf moments(input, schedule.repeat());
+  schedule.reduce([&](const Walk& w, int64_t begin, int64_t end, Sums s) { moments.add(w, begin, end, s); },
+                  [&](int64_t c, double first, double second) { moments.finish(c, first, second); });
+  return {moments.count(), moments.mean, moments.m2};
+}
+
+// What y is made of, for ranges.
+class Applied {
+ public:
+  Applied(const Input& input, const Normalization& norm, const OptionalTensor& residual)
+      : residual_(input.aligned(residual, "residual")),
+        output_(input.tensor, input.walk),
+        tensors_{input.data(), residual_ ? residual_->const_data_ptr() : nullptr, output_.tensor.mutable_data_ptr(),
+                 output_.stream},
+        affine_(norm.affine()),
+        kernels_(kernels(input.dtype)) {}
+
+  void operator()(const Walk& w, int64_t begin, int64_t end) const { kernels_.apply(w, tensors_, affine_, begin, end); }
+
+  const Tensor& y() const { return output_.tensor; }
+  bool fresh() const { return output_.fresh; }
+
+ private:
+  OptionalTensor residual_;
+  Output output_;
+  Forward tensors_;
+  Affine affine_;
+  const Kernels& kernels_;
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight,
+                                                   const OptionalTensor& bias, const OptionalTensor& residual,
+                                                   double eps, int64_t channel_dim, const OptionalString& activation) {
+  const Input input(x, channel_dim);
+  const Schedule schedule(input.walk, input.tensor.element_size());
+  const MomentsOf moments(input, schedule.repeat());
   Normalization norm(input, schedule.repeat(), weight, bias, eps, activation);
-  Tensor mean = input.statistic(), m2 = input.statistic();
-  if (x.numel() == 0) {
-    zero(mean), zero(m2);
-  } else {
-    double *means = mean.mutable_data_ptr<double>(), *m2s = m2.mutable_data_ptr<double>();
-    const double n = static_cast<double>(input.walk.count());
-    reduce_moments(input, schedule, means, m2s, [&](int64_t c) { norm.set(c, means[c], m2s[c] / n); });
-  }
-  return {apply(input, schedule, norm, residual), mean, m2};
+  const Applied apply(input, norm, residual);
+  schedule.reduce_then(
+      schedule.blocks() && !apply.fresh(),
+      [&](const Walk& w, int64_t begin, int64_t end, Sums s) { moments.add(w, begin, end, s); },
+      [&](int64_t c, double first, double second) {
+        moments.finish(c, first, second);
+        norm.set(c, moments.mean_of(c), moments.variance_of(c));
+      },
+      apply);
+  return {apply.y(), moments.count(), moments.mean, moments.m2};
 }
 
 Tensor normalize(const Tensor& x, const Tensor& mean, const Tensor& var, const OptionalTensor& weight,
                  const OptionalTensor& bias, const OptionalTensor& residual, double eps, int64_t channel_dim,
                  const OptionalString& activation) {
   const Input input(x, channel_dim);
-  const Schedule schedule(input.walk);
+  const Schedule schedule(input.walk, input.tensor.element_size());
   Normalization norm(input, schedule.repeat(), weight, bias, eps, activation);
   norm.set_all(mean, var);
-  return apply(input, schedule, norm, residual);
+  const Applied apply(input, norm, residual);
+  schedule.each(apply);
+  return apply.y();
 }
 
 // --- backward --------------------------------------------------------------------------------------------------------
@@ -193,72 +241,103 @@ struct Gradient {
   Affine affine;
   Coefficient slope, offset;
 
-  // `spread` is the variance, or the sum of squared deviations, which is the variance times the count.
+  // The variance is spread / divisor.
   Gradient(const Tensor& dy_, const Tensor& x, const Tensor& mean, const Tensor& spread, const OptionalTensor& weight,
            const OptionalTensor& bias, const OptionalTensor& residual_, double eps, int64_t channel_dim,
-           const OptionalString& activation, bool squares = false)
+           const OptionalString& activation, double divisor = 1)
       : input(x, channel_dim),
-        schedule(input.walk),
+        schedule(input.walk, input.tensor.element_size()),
         dy(input.aligned(dy_, "dy")),
         residual(input.aligned(residual_, "residual")),
         norm(input, schedule.repeat(), weight, bias, eps, activation),
         affine(norm.affine()),
-        slope(input.walk.channels, schedule.repeat()),
-        offset(input.walk.channels, schedule.repeat()) {
-    norm.set_all(mean, spread, squares ? static_cast<double>(std::max<int64_t>(1, input.walk.count())) : 1);
+        slope(input, schedule.repeat()),
+        offset(input, schedule.repeat()) {
+    norm.set_all(mean, spread, divisor);
   }
 
   Backward tensors() const {
-    return {dy.const_data_ptr(), input.data(), residual ? residual->const_data_ptr() : nullptr, nullptr, nullptr};
-  }
-
-  // sum dz and sum dz x_hat; `each(channel)` follows.
-  template <class Each>
-  void reduce(const Tensor& sum_dz, const Tensor& sum_dz_xhat, const Each& each) {
-    if (input.tensor.numel() == 0) {
-      zero(sum_dz), zero(sum_dz_xhat);
-      return;
-    }
-    double *sums = sum_dz.mutable_data_ptr<double>(), *products = sum_dz_xhat.mutable_data_ptr<double>();
-    const Kernels& k = kernels(input.dtype);
-    const Backward t = tensors();
-    schedule.reduce(
-        [&](const Walk& w, int64_t begin, int64_t end, Sums s) { k.sums(w, t, affine, begin, end, s); },
-        [&](int64_t c, double first, double second) {
-          sums[c] = first;
-          products[c] = norm.normalized_sum(c, first, second);
-          each(c, first, products[c]);
-        });
+    return {dy.const_data_ptr(), input.data(), residual ? residual->const_data_ptr() : nullptr, nullptr, nullptr, false};
   }
 
   void set_slope(int64_t c, double mean_dz, double mean_dz_xhat) {
     norm.set_slope(c, mean_dz, mean_dz_xhat, slope, offset);
   }
+};
 
-  // dx and dresidual, which is empty where it is not wanted.
-  std::tuple<Tensor, Tensor> apply() const {
-    const bool wanted = residual && affine.activation != Activation::none;
-    Tensor dx = fresh_like(input.tensor);
-    Tensor dresidual = wanted ? fresh_like(input.tensor) : allocate_vector(0, dtype_code(input.tensor));
-    Backward t = tensors();
-    t.dx = dx.mutable_data_ptr();
-    t.dresidual = wanted ? dresidual.mutable_data_ptr() : nullptr;
-    const Slopes slopes{slope.view(), offset.view()};
-    const Kernels& k = kernels(input.dtype);
-    schedule.each_part(
-        true, [&](int64_t, const Walk& w, int64_t begin, int64_t end) { k.grad(w, t, affine, slopes, begin, end); });
-    return {dx, dresidual};
+// sum dz and sum dz x_hat of every channel, to be taken by a schedule's `reduce`: `add` for a range, `finish` for a
+// channel.
+class GradientSums {
+ public:
+  explicit GradientSums(const Gradient& g)
+      : tensors_(g.tensors()),
+        norm_(g.norm),
+        affine_(g.affine),
+        kernels_(kernels(g.input.dtype)),
+        sums_(g.input.walk.channels),
+        products_(g.input.walk.channels) {}
+
+  void add(const Walk& w, int64_t begin, int64_t end, Sums s) const { kernels_.sums(w, tensors_, affine_, begin, end, s); }
+
+  void finish(int64_t c, double first, double second) {
+    sums_[c] = first;
+    products_[c] = norm_.normalized_sum(c, first, second);
   }
+
+  double sum_of(int64_t c) const { return sums_[c]; }
+  double product_of(int64_t c) const { return products_[c]; }
+
+  // In float64, or in the dtype of what they are the gradients of.
+  Tensor sum_dz(const OptionalTensor& like = std::nullopt) const { return vector_of(sums_, like); }
+  Tensor sum_dz_xhat(const OptionalTensor& like = std::nullopt) const { return vector_of(products_, like); }
+
+ private:
+  Backward tensors_;
+  const Normalization& norm_;
+  Affine affine_;
+  const Kernels& kernels_;
+  std::vector<double> sums_, products_;
+};
+
+// What dx and dresidual are made of, for ranges; dresidual is empty where it is not wanted.
+class Differentiated {
+ public:
+  explicit Differentiated(const Gradient& g)
+      : dx_(g.input.tensor, g.input.walk), tensors_(g.tensors()), affine_(g.affine), slopes_{g.slope.view(), g.offset.view()},
+        kernels_(kernels(g.input.dtype)) {
+    const bool wanted = g.residual && g.affine.activation != Activation::none;
+    if (wanted) dresidual_.emplace(g.input.tensor, g.input.walk);
+    tensors_.dx = dx_.tensor.mutable_data_ptr();
+    tensors_.dresidual = wanted ? dresidual_->tensor.mutable_data_ptr() : nullptr;
+    tensors_.stream = dx_.stream && (!wanted || dresidual_->stream);
+  }
+
+  void operator()(const Walk& w, int64_t begin, int64_t end) const {
+    kernels_.grad(w, tensors_, affine_, slopes_, begin, end);
+  }
+
+  const Tensor& dx() const { return dx_.tensor; }
+  Tensor dresidual() const { return dresidual_ ? dresidual_->tensor : allocate_vector(0, dtype_code(dx_.tensor)); }
+  bool fresh() const { return dx_.fresh; }
+
+ private:
+  Output dx_;
+  std::optional<Output> dresidual_;
+  Backward tensors_;
+  Affine affine_;
+  Slopes slopes_;
+  const Kernels& kernels_;
 };
 
 std::tuple<Tensor, Tensor> backward_sums(const Tensor& dy, const Tensor& x, const Tensor& mean, const Tensor& var,
                                          const OptionalTensor& weight, const OptionalTensor& bias,
                                          const OptionalTensor& residual, double eps, int64_t channel_dim,
                                          const OptionalString& activation) {
-  Gradient g(dy, x, mean, var, weight, bias, residual, eps, channel_dim, activation);
-  Tensor sum_dz = g.input.statistic(), sum_dz_xhat = g.input.statistic();
-  g.reduce(sum_dz, sum_dz_xhat, [](int64_t, double, double) {});
-  return {sum_dz, sum_dz_xhat};
+  const Gradient g(dy, x, mean, var, weight, bias, residual, eps, channel_dim, activation);
+  GradientSums sums(g);
+  g.schedule.reduce([&](const Walk& w, int64_t begin, int64_t end, Sums s) { sums.add(w, begin, end, s); },
+                    [&](int64_t c, double first, double second) { sums.finish(c, first, second); });
+  return {sums.sum_dz(), sums.sum_dz_xhat()};
 }
 
 std::tuple<Tensor, Tensor> backward_input(const Tensor& dy, const Tensor& x, const Tensor& mean, const Tensor& var,
@@ -270,20 +349,28 @@ std::tuple<Tensor, Tensor> backward_input(const Tensor& dy, const Tensor& x, con
   const int64_t channels = g.input.walk.channels;
   const auto first = read(mean_dz, channels, "mean_dz", 0), second = read(mean_dz_xhat, channels, "mean_dz_xhat", 0);
   for (int64_t c = 0; c < channels; ++c) g.set_slope(c, first[c], second[c]);
-  return g.apply();
+  const Differentiated apply(g);
+  g.schedule.each(apply);
+  return {apply.dx(), apply.dresidual()};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const Tensor& mean,
-                                                    const Tensor& m2, const OptionalTensor& weight,
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const Tensor& count,
+                                                    const Tensor& mean, const Tensor& m2, const OptionalTensor& weight,
                                                     const OptionalTensor& bias, const OptionalTensor& residual,
                                                     double eps, int64_t channel_dim, const OptionalString& activation) {
-  Gradient g(dy, x, mean, m2, weight, bias, residual, eps, channel_dim, activation, true);
-  Tensor sum_dz = g.input.statistic(), sum_dz_xhat = g.input.statistic();
-  const double n = static_cast<double>(g.input.walk.count());
-  g.reduce(sum_dz, sum_dz_xhat,
-           [&](int64_t c, double first, double second) { g.set_slope(c, first / n, second / n); });
-  auto [dx, dresidual] = g.apply();
-  return {dx, weight ? rounded(sum_dz_xhat, *weight) : sum_dz_xhat, bias ? rounded(sum_dz, *bias) : sum_dz, dresidual};
+  const double n = std::max(1.0, read_count(count));
+  Gradient g(dy, x, mean, m2, weight, bias, residual, eps, channel_dim, activation, n);
+  GradientSums sums(g);
+  const Differentiated apply(g);
+  g.schedule.reduce_then(
+      g.schedule.blocks() && !apply.fresh(),
+      [&](const Walk& w, int64_t begin, int64_t end, Sums s) { sums.add(w, begin, end, s); },
+      [&](int64_t c, double first, double second) {
+        sums.finish(c, first, second);
+        g.set_slope(c, sums.sum_of(c) / n, sums.product_of(c) / n);
+      },
+      apply);
+  return {apply.dx(), sums.sum_dz_xhat(weight), sums.sum_dz(bias), apply.dresidual()};
 }
 
 // --- running statistics ----------------------------------------------------------------------------------------------
@@ -303,13 +390,11 @@ void blend(const Tensor& running, const std::vector<double>& added, double facto
 }
 
 void commit(const Tensor& running_mean, const Tensor& running_var, const OptionalTensor& num_batches_tracked,
-            const Tensor& mean, const Tensor& m2, const Tensor& count, std::optional<double> momentum) {
+            const Tensor& count, const Tensor& mean, const Tensor& m2, std::optional<double> momentum) {
   const int64_t channels = mean.numel();
   const auto means = read(mean, channels, "mean");
   auto variances = read(m2, channels, "m2");
-  STD_TORCH_CHECK(count.numel() == 1 && count.is_cpu(), "batchnorm: count must be one number on the CPU");
-  const double n = count.scalar_type() == ScalarType::Long ? static_cast<double>(*count.const_data_ptr<int64_t>())
-                                                           : *count.const_data_ptr<double>();
+  const double n = read_count(count);
   for (double& v : variances) v /= n - 1;
   double factor = momentum.value_or(0);
   int64_t* batches = num_batches_tracked ? num_batches_tracked->mutable_data_ptr<int64_t>() : nullptr;

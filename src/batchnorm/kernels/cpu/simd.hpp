@@ -9,8 +9,8 @@
 #include <cstring>
 #include <utility>
 
-#if defined(__AVX512F__)
-#include <immintrin.h>  // where GCC's code for the portable form is poor: half vectors and masks
+#if defined(__SSE2__)
+#include <immintrin.h>  // streaming stores, and where GCC's code for the portable form is poor: half vectors and masks
 #endif
 
 #define BN_INLINE inline __attribute__((always_inline))
@@ -47,6 +47,22 @@ BN_INLINE void store_raw(T* p, V v) {
   std::memcpy(p, &v, sizeof v);
 }
 
+// Past the caches, straight to memory: for outputs that are larger than the caches, which would otherwise read every
+// line before they write it. `p` is aligned to the vector. Ordinary stores where the machine has none of these.
+template <class T, class V>
+BN_INLINE void stream_raw(T* p, V v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof v == 64) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(v));
+#endif
+#if defined(__AVX__)
+  if constexpr (sizeof v == 32) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(v));
+#endif
+#if defined(__SSE2__)
+  if constexpr (sizeof v == 16) return _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(v));
+#endif
+  store_raw(p, v);
+}
+
 template <class V, class T>
 BN_INLINE V splat(T x) {
   return static_cast<decltype(V{}[0] + 0)>(x) - V{};
@@ -71,21 +87,20 @@ template <>
 struct Element<float> {
   using Vector = Floats;
   static BN_INLINE Floats load(const float* p) { return load_raw<Floats>(p); }
-  static BN_INLINE void store(float* p, Floats v) { store_raw(p, v); }
+  static BN_INLINE Floats rounded(Floats v) { return v; }
 };
 
 template <>
 struct Element<double> {
   using Vector = Doubles;
   static BN_INLINE Doubles load(const double* p) { return load_raw<Doubles>(p); }
-  static BN_INLINE void store(double* p, Doubles v) { store_raw(p, v); }
+  static BN_INLINE Doubles rounded(Doubles v) { return v; }
 };
 
 template <>
 struct Element<BFloat16> {
   using Vector = Floats;
   static BN_INLINE Floats load(const BFloat16* p) { return widened(load_raw<Halves>(p)); }
-  static BN_INLINE void store(BFloat16* p, Floats v) { store_raw(p, rounded(v)); }
   static BN_INLINE Floats widened(Halves h) { return as_floats(__builtin_convertvector(h, Bits) << 16); }
   static BN_INLINE Halves rounded(Floats v) {
     const Bits b = as_bits(v);
@@ -100,7 +115,6 @@ template <>
 struct Element<Float16> {
   using Vector = Floats;
   static BN_INLINE Floats load(const Float16* p) { return widened(load_raw<Halves>(p)); }
-  static BN_INLINE void store(Float16* p, Floats v) { store_raw(p, rounded(v)); }
   static BN_INLINE Floats widened(Halves halves) {
     const Bits h = __builtin_convertvector(halves, Bits);
     const Bits magnitude = (h & 0x7fff) << 13;
@@ -146,8 +160,21 @@ BN_INLINE void store_part(T* p, Vector<T> v, int64_t n) {
     return _mm256_mask_storeu_epi16(p, (1u << n) - 1, reinterpret_cast<__m256i>(Element<T>::rounded(v)));
 #endif
   T values[kLanes<Vector<T>>];
-  Element<T>::store(values, v);
+  store_raw(values, Element<T>::rounded(v));
   std::memcpy(p, values, n * sizeof(T));
+}
+
+// The first n lanes of v, and of `otherwise` the rest.
+template <class V, int... I>
+BN_INLINE V first_lanes(V v, int64_t n, V otherwise, std::integer_sequence<int, I...>) {
+  using Lanes = decltype(v < otherwise);
+  const Lanes lane = {I...};
+  return lane < splat<Lanes>(n) ? v : otherwise;
+}
+
+template <class V>
+BN_INLINE V first_lanes(V v, int64_t n, V otherwise) {
+  return first_lanes(v, n, otherwise, std::make_integer_sequence<int, kLanes<V>>{});
 }
 
 // The same value, loaded in full. Without this GCC turns a load and a comparison into a masked load, which AVX-512
@@ -228,7 +255,7 @@ BN_INLINE void spill(const Sum<V>& sum, double* p) {
 // relative to the pivot's distance, and a pivot may be an outlier.
 template <class V>
 struct MomentSums {
-  Sum<Doubles> first[Sum<V>::parts], second[Sum<V>::parts];
+  Sum<V> first, second;
 
   BN_INLINE void add(V x, const Doubles (&pivot)[Sum<V>::parts]) {
     Doubles wide[Sum<V>::parts];
@@ -238,9 +265,13 @@ struct MomentSums {
       wide[0] = x;
     for (int i = 0; i < Sum<V>::parts; ++i) {
       const Doubles d = wide[i] - pivot[i];
-      first[i].part[0] += d;
-      second[i].part[0] += d * d;
+      first.part[i] += d;
+      second.part[i] += d * d;
     }
+  }
+
+  BN_INLINE void add(const MomentSums& m) {
+    for (int i = 0; i < Sum<V>::parts; ++i) first.part[i] += m.first.part[i], second.part[i] += m.second.part[i];
   }
 };
 

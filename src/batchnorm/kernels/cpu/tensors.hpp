@@ -160,17 +160,35 @@ struct Input {
 // A new tensor of a dense one's shape and memory order, to be written in full.
 //
 // The first touch of fresh memory costs more than writing it: the system maps and clears it page by page. For a large
-// tensor it is asked for 2 MiB pages, where it gives them on request.
-Tensor fresh_like(const Tensor& x) {
-  Tensor t = allocate(x.dim(), x.sizes().data(), x.strides().data(), dtype_code(x));
+// tensor it is asked for 2 MiB pages, where it gives them on request; a page that it just cleared is best written at
+// once, in memory order. Memory that was used before can be written in any order, and, where the tensor is larger than
+// the caches, past them.
+struct Output {
+  Tensor tensor;
+  bool fresh = false, stream = false;
+
+  Output(const Tensor& x, const Walk& walk) : tensor(allocate(x.dim(), x.sizes().data(), x.strides().data(), dtype_code(x))) {
+    constexpr uintptr_t cache_line = 64;
+    const auto address = reinterpret_cast<uintptr_t>(tensor.data_ptr());
+    const auto bytes = static_cast<uintptr_t>(tensor.numel() * tensor.element_size());
 #if defined(__linux__)
-  constexpr uintptr_t page = 1 << 21;
-  const auto begin = (reinterpret_cast<uintptr_t>(t.data_ptr()) + page - 1) & ~(page - 1);
-  const auto end = (reinterpret_cast<uintptr_t>(t.data_ptr()) + t.numel() * t.element_size()) & ~(page - 1);
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish: refusal is harmless
+    constexpr uintptr_t page = 1 << 21;
+    const auto begin = (address + page - 1) & ~(page - 1), end = (address + bytes) & ~(page - 1);
+    if (end > begin) {
+      unsigned char present = 1;
+      fresh = mincore(reinterpret_cast<void*>(begin + (end - begin) / page / 2 * page), 1, &present) == 0 && !(present & 1);
+      if (fresh) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish: refusal is harmless
+    }
 #endif
-  return t;
-}
+    // Lines that two runs share are not written as a whole; in long runs they are few.
+    const auto run = static_cast<uintptr_t>((walk.rows() ? walk.channels : walk.inner) * tensor.element_size());
+    const bool lines = run % cache_line == 0 || run >= 64 * cache_line;
+    stream = !fresh && bytes >= kStream && address % cache_line == 0 && lines;
+  }
+
+ private:
+  static constexpr uintptr_t kStream = 1 << 24;  // bytes; less than a last-level cache may be read again from there
+};
 
 // --- vectors of one value for each channel ---------------------------------------------------------------------------
 
@@ -186,16 +204,23 @@ std::vector<double> read(const Tensor& t, int64_t channels, const char* name) {
   return out;
 }
 
-// The same values in another's dtype.
-Tensor rounded(const Tensor& t, const Tensor& like) {
-  Tensor out = allocate_vector(t.numel(), dtype_code(like));
-  const double* from = t.const_data_ptr<double>();
-  with_element(like, "a parameter", [&](auto* type) {
+// A new tensor of these values: float64, or rounded to another's dtype.
+Tensor vector_of(const std::vector<double>& values, const OptionalTensor& like) {
+  const auto size = static_cast<int64_t>(values.size());
+  Tensor out = allocate_vector(size, like ? dtype_code(*like) : aoti_torch_dtype_float64());
+  with_element(out, "a parameter", [&](auto* type) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
     T* to = static_cast<T*>(out.mutable_data_ptr());
-    for (int64_t c = 0; c < t.numel(); ++c) to[c] = static_cast<T>(from[c]);
+    for (int64_t c = 0; c < size; ++c) to[c] = static_cast<T>(values[c]);
   });
   return out;
+}
+
+// A count: () int64, or float64 where observations carry weights.
+double read_count(const Tensor& t) {
+  STD_TORCH_CHECK(t.numel() == 1 && t.is_cpu(), "batchnorm: count must be one number on the CPU");
+  if (t.scalar_type() == ScalarType::Long) return static_cast<double>(*t.const_data_ptr<int64_t>());
+  return *t.const_data_ptr<double>();
 }
 
 std::vector<double> read(const OptionalTensor& t, int64_t channels, const char* name, double otherwise) {
