@@ -15,6 +15,7 @@ from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
 import batchnorm as bn
 import tolerances
 from batchnorm import errors
+from samples import LAYOUTS, Layout
 
 PAIRS = [(bn.BatchNorm1d, nn.BatchNorm1d), (bn.BatchNorm2d, nn.BatchNorm2d), (bn.BatchNorm3d, nn.BatchNorm3d)]
 OURS = {theirs: ours for ours, theirs in PAIRS}
@@ -336,3 +337,31 @@ def test_export_keeps_one_operation() -> None:
     program = torch.export.export(layer, (x,))
     assert torch.equal(program.module()(x), layer(x))
     assert "batchnorm.normalize" in program.graph_module.code
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_inplace_overwrites_the_input_where_nobody_needs_it(layout: Layout) -> None:
+    x = layout.arrange(torch.randn(layout.shape))
+    options = {"activation": "silu", "channel_dim": layout.channel_dim}
+    layer = bn.BatchNorm(layout.channels, inplace=True, **options).eval()
+    expected = bn.BatchNorm(layout.channels, **options).eval()(x).detach()
+    with torch.no_grad():
+        given = x.clone()
+        assert layer(given) is given
+        torch.testing.assert_close(given, expected, rtol=0, atol=0)
+    y = layer(x.clone().requires_grad_() * 1)
+    assert torch.equal(y, expected)
+    before = x.clone()
+    with torch.no_grad():
+        layer.train()(x)
+    assert torch.equal(x, before)
+
+
+def test_inplace_tells_a_graph_that_saved_the_input() -> None:
+    leaf = torch.randn(4, 3, requires_grad=True)
+    x = leaf * 2
+    y = x.square()
+    with torch.no_grad():
+        bn.BatchNorm1d(3, inplace=True).eval()(x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()

@@ -25,7 +25,7 @@ from samples import NATIVE, Sample
 @pytest.mark.filterwarnings("ignore::UserWarning:torch")  # opcheck's own tracing machinery
 def test_opcheck(sample: Sample, name: str) -> None:
     t = sample.tensors()
-    count, mean, m2 = reference.batch_moments(t["x"], sample.layout.channel_dim)
+    _, mean, m2 = reference.batch_moments(t["x"], sample.layout.channel_dim)
     var = m2 / (t["x"].numel() / sample.layout.channels)
     values = t | {
         "mean": mean,

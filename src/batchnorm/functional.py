@@ -27,6 +27,7 @@ def batch_norm(
     channel_dim: int = 1,
     residual: Tensor | None = None,
     activation: str | None = None,
+    inplace: bool = False,
 ) -> Tensor:
     r"""Batch normalization, `torch.nn.functional.batch_norm` with a residual and an activation inside.
 
@@ -49,6 +50,8 @@ def batch_norm(
         channel_dim: the dimension of the channels; -1 for channels last.
         residual: of input's shape and dtype, added before the activation.
         activation: "relu", "leaky_relu", "silu", "gelu", "hardswish", "elu" (torch's default parameters) or None.
+        inplace: in inference without gradients, write the output over the input and return the input. Where autograd
+            records, and in training, it has no effect: gradients are computed from the input.
 
     Returns:
         A tensor of input's shape, dtype and memory format.
@@ -76,7 +79,7 @@ def batch_norm(
             "got no running statistics; inference normalises by running_mean and running_var. "
             "Pass both, or training=True to normalise by the batch"
         )
-    return normalize_by(input, running_mean, running_var, recipe)
+    return normalize_by(input, running_mean, running_var, recipe, inplace=inplace)
 
 
 class Recipe(NamedTuple):
@@ -117,7 +120,7 @@ def normalize_by_batch(x: Tensor, recipe: Recipe) -> tuple[Tensor, Moments | Non
     return y, Moments(count, mean, m2)
 
 
-def normalize_by(x: Tensor, mean: Tensor, var: Tensor, recipe: Recipe) -> Tensor:
+def normalize_by(x: Tensor, mean: Tensor, var: Tensor, recipe: Recipe, *, inplace: bool = False) -> Tensor:
     """`batch_norm` in inference mode: by given statistics, which are constants to the gradient.
 
     Raises: as `batch_norm`.
@@ -130,6 +133,10 @@ def normalize_by(x: Tensor, mean: Tensor, var: Tensor, recipe: Recipe) -> Tensor
     for name, statistic in (("running_mean", mean), ("running_var", var)):
         layout.check_vector(statistic, name, x.shape[recipe.channel_dim])
     if not torch.is_grad_enabled() and not _transformed():
+        if inplace:
+            ops.implementation(x).normalize_(x, mean, var, *recipe)
+            torch.autograd.graph.increment_version(x)  # a graph that saved the input's old values will say so
+            return x
         inferred: Tensor = ops.implementation(x).normalize(x, mean, var, *recipe)  # no function of autograd's around it
         return inferred
     # Copies: a training pass before the backward pass would change what the gradient is computed from.
@@ -222,7 +229,7 @@ _base_apply = super(torch.autograd.Function, _BatchNorm).apply
 def _apply(*arguments: Any) -> Any:  # noqa: ANN401 - `_BatchNorm.forward`'s
     if torch.compiler.is_compiling():
         return _BatchNorm.apply(*arguments)  # type: ignore[no-untyped-call]  # torch's
-    return _base_apply(*arguments)
+    return _base_apply(*arguments)  # type: ignore[no-untyped-call]  # torch's
 
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]

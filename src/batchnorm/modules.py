@@ -34,6 +34,7 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         bias: with affine, whether there is a beta.
         activation: "relu", "leaky_relu", "silu", "gelu", "hardswish", "elu" (torch's default parameters) or None.
         channel_dim: the dimension of the channels; -1 for channels last.
+        inplace: in inference without gradients, write the output over the input; no effect otherwise.
 
     Shapes:
         input, residual, output: (N, C, *S), or with the channels in `channel_dim`.
@@ -49,6 +50,7 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     ranks: ClassVar[tuple[int, ...]] = ()
     activation: str | None
     channel_dim: int
+    inplace: bool
 
     def __init__(
         self,
@@ -63,6 +65,7 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         bias: bool = True,
         activation: str | None = None,
         channel_dim: int = 1,
+        inplace: bool = False,
     ) -> None:
         functional.check_activation(activation)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
@@ -70,6 +73,7 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             self.register_parameter("bias", None)
         self.activation = activation
         self.channel_dim = channel_dim
+        self.inplace = inplace
 
     def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
         """Normalise `input`; in training mode, move the running statistics."""
@@ -79,7 +83,7 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             if not self.training:
                 mean, var = self.running_mean, self.running_var
                 if mean is not None and var is not None:
-                    return functional.normalize_by(input, mean, var, recipe)
+                    return functional.normalize_by(input, mean, var, recipe, inplace=self.inplace)
             output, proposal = functional.normalize_by_batch(input, recipe)
         except BatchNormError as error:
             raise error.within(f"{type(self).__name__}({self.num_features})") from None
@@ -110,7 +114,11 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
 
     def extra_repr(self) -> str:
         """torch's, and what differs from its defaults."""
-        ours = {"activation": (self.activation, None), "channel_dim": (self.channel_dim, 1)}
+        ours = {
+            "activation": (self.activation, None),
+            "channel_dim": (self.channel_dim, 1),
+            "inplace": (self.inplace, False),
+        }
         torchs: str = super().extra_repr()  # type: ignore[no-untyped-call]  # torch's has no annotation
         return torchs + "".join(f", {name}={value}" for name, (value, default) in ours.items() if value != default)
 

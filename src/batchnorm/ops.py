@@ -25,6 +25,7 @@ _AFFINE = "Tensor? weight, Tensor? bias, Tensor? residual, float eps, int channe
 SCHEMAS = {
     "batch_moments": "(Tensor x, int channel_dim) -> (Tensor count, Tensor mean, Tensor m2)",
     "normalize": f"(Tensor x, {_STATISTICS}, {_AFFINE}) -> Tensor",
+    "normalize_": f"(Tensor(a!) x, {_STATISTICS}, {_AFFINE}) -> ()",
     "forward": f"(Tensor x, {_AFFINE}) -> (Tensor y, Tensor count, Tensor mean, Tensor m2)",
     "backward_sums": f"(Tensor dy, Tensor x, {_STATISTICS}, {_AFFINE}) -> (Tensor sum_dz, Tensor sum_dz_xhat)",
     "backward_input": f"(Tensor dy, Tensor x, {_STATISTICS}, {_AFFINE}, Tensor? mean_dz, Tensor? mean_dz_xhat)"
@@ -108,18 +109,19 @@ def _fake_backward(
     return dx, dweight, dbias, dresidual
 
 
-def _fake_commit(*_: Any) -> None:  # noqa: ANN401 - nothing comes back
+def _fake_nothing(*_: Any) -> None:  # noqa: ANN401 - what changes in place has its shape already
     return None
 
 
 _FAKES: dict[str, Callable[..., Any]] = {
     "batch_moments": _fake_batch_moments,
     "normalize": _fake_normalize,
+    "normalize_": _fake_nothing,
     "forward": _fake_forward,
     "backward_sums": _fake_backward_sums,
     "backward_input": _fake_backward_input,
     "backward": _fake_backward,
-    "commit": _fake_commit,
+    "commit": _fake_nothing,
 }
 
 _library = torch.library.Library("batchnorm", "DEF")

@@ -55,6 +55,21 @@ def normalize(
     return y.to(x.dtype)
 
 
+def normalize_(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    channel_dim: int,
+    activation: str | None,
+) -> None:
+    """`normalize`, with y written over x."""
+    x.copy_(normalize(x, mean, var, weight, bias, residual, eps, channel_dim, activation))
+
+
 def forward(
     x: Tensor,
     weight: Tensor | None,

@@ -177,9 +177,9 @@ std::tuple<Tensor, Tensor, Tensor> batch_moments(const Tensor& x, int64_t channe
 // What y is made of, for ranges.
 class Applied {
  public:
-  Applied(const Input& input, const Normalization& norm, const OptionalTensor& residual)
+  Applied(const Input& input, const Normalization& norm, const OptionalTensor& residual, Output output)
       : residual_(input.aligned(residual, "residual")),
-        output_(input.tensor, input.walk),
+        output_(std::move(output)),
         tensors_{input.data(), residual_ ? residual_->const_data_ptr() : nullptr, output_.tensor.mutable_data_ptr(),
                  output_.stream},
         affine_(norm.affine()),
@@ -205,7 +205,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Option
   const Schedule schedule(input.walk, input.tensor.element_size());
   const MomentsOf moments(input, schedule.repeat());
   Normalization norm(input, schedule.repeat(), weight, bias, eps, activation);
-  const Applied apply(input, norm, residual);
+  const Applied apply(input, norm, residual, Output::like(input.tensor, input.walk));
   schedule.reduce_then(
       schedule.blocks() && !apply.fresh(),
       [&](const Walk& w, int64_t begin, int64_t end, Sums s) { moments.add(w, begin, end, s); },
@@ -217,16 +217,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Option
   return {apply.y(), moments.count(), moments.mean, moments.m2};
 }
 
+Tensor normalize_into(const Input& input, Output output, const Tensor& mean, const Tensor& var,
+                      const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
+                      double eps, const OptionalString& activation) {
+  const Schedule schedule(input.walk, input.tensor.element_size());
+  Normalization norm(input, schedule.repeat(), weight, bias, eps, activation);
+  norm.set_all(mean, var);
+  const Applied apply(input, norm, residual, std::move(output));
+  schedule.each(apply);
+  return apply.y();
+}
+
 Tensor normalize(const Tensor& x, const Tensor& mean, const Tensor& var, const OptionalTensor& weight,
                  const OptionalTensor& bias, const OptionalTensor& residual, double eps, int64_t channel_dim,
                  const OptionalString& activation) {
   const Input input(x, channel_dim);
-  const Schedule schedule(input.walk, input.tensor.element_size());
-  Normalization norm(input, schedule.repeat(), weight, bias, eps, activation);
-  norm.set_all(mean, var);
-  const Applied apply(input, norm, residual);
-  schedule.each(apply);
-  return apply.y();
+  return normalize_into(input, Output::like(input.tensor, input.walk), mean, var, weight, bias, residual, eps, activation);
+}
+
+void normalize_(const Tensor& x, const Tensor& mean, const Tensor& var, const OptionalTensor& weight,
+                const OptionalTensor& bias, const OptionalTensor& residual, double eps, int64_t channel_dim,
+                const OptionalString& activation) {
+  const Input input(x, channel_dim);
+  const bool copied = input.tensor.data_ptr() != x.data_ptr();
+  const Tensor y = normalize_into(input, Output{input.tensor}, mean, var, weight, bias, residual, eps, activation);
+  if (copied) {
+    Tensor target = x;
+    torch::stable::copy_(target, y);
+  }
 }
 
 // --- backward --------------------------------------------------------------------------------------------------------
@@ -303,10 +321,10 @@ class GradientSums {
 class Differentiated {
  public:
   explicit Differentiated(const Gradient& g)
-      : dx_(g.input.tensor, g.input.walk), tensors_(g.tensors()), affine_(g.affine), slopes_{g.slope.view(), g.offset.view()},
+      : dx_(Output::like(g.input.tensor, g.input.walk)), tensors_(g.tensors()), affine_(g.affine), slopes_{g.slope.view(), g.offset.view()},
         kernels_(kernels(g.input.dtype)) {
     const bool wanted = g.residual && g.affine.activation != Activation::none;
-    if (wanted) dresidual_.emplace(g.input.tensor, g.input.walk);
+    if (wanted) dresidual_ = Output::like(g.input.tensor, g.input.walk);
     tensors_.dx = dx_.tensor.mutable_data_ptr();
     tensors_.dresidual = wanted ? dresidual_->tensor.mutable_data_ptr() : nullptr;
     tensors_.stream = dx_.stream && (!wanted || dresidual_->stream);
@@ -413,6 +431,7 @@ void commit(const Tensor& running_mean, const Tensor& running_var, const Optiona
 STABLE_TORCH_LIBRARY_IMPL(batchnorm, CPU, m) {
   m.impl("batch_moments", TORCH_BOX(&batchnorm::batch_moments));
   m.impl("normalize", TORCH_BOX(&batchnorm::normalize));
+  m.impl("normalize_", TORCH_BOX(&batchnorm::normalize_));
   m.impl("forward", TORCH_BOX(&batchnorm::forward));
   m.impl("backward_sums", TORCH_BOX(&batchnorm::backward_sums));
   m.impl("backward_input", TORCH_BOX(&batchnorm::backward_input));

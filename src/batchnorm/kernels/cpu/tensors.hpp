@@ -157,37 +157,37 @@ struct Input {
   }
 };
 
-// A new tensor of a dense one's shape and memory order, to be written in full.
-//
-// The first touch of fresh memory costs more than writing it: the system maps and clears it page by page. For a large
-// tensor it is asked for 2 MiB pages, where it gives them on request; a page that it just cleared is best written at
-// once, in memory order. Memory that was used before can be written in any order, and, where the tensor is larger than
-// the caches, past them.
+// What is to be written in full: in which order, and past the caches or not.
 struct Output {
   Tensor tensor;
   bool fresh = false, stream = false;
 
-  Output(const Tensor& x, const Walk& walk) : tensor(allocate(x.dim(), x.sizes().data(), x.strides().data(), dtype_code(x))) {
-    constexpr uintptr_t cache_line = 64;
-    const auto address = reinterpret_cast<uintptr_t>(tensor.data_ptr());
-    const auto bytes = static_cast<uintptr_t>(tensor.numel() * tensor.element_size());
+  // A new tensor of a dense one's shape and memory order.
+  //
+  // The first touch of fresh memory costs more than writing it: the system maps and clears it page by page. For a large
+  // tensor it is asked for 2 MiB pages, where it gives them on request; a page that it just cleared is best written at
+  // once, in memory order. Memory that was used before can be written in any order, and, where the tensor is larger
+  // than the caches, past them.
+  static Output like(const Tensor& x, const Walk& walk) {
+    Output out{allocate(x.dim(), x.sizes().data(), x.strides().data(), dtype_code(x))};
+    const auto address = reinterpret_cast<uintptr_t>(out.tensor.data_ptr());
+    const auto bytes = static_cast<uintptr_t>(x.numel() * x.element_size());
 #if defined(__linux__)
     constexpr uintptr_t page = 1 << 21;
     const auto begin = (address + page - 1) & ~(page - 1), end = (address + bytes) & ~(page - 1);
     if (end > begin) {
+      auto* middle = reinterpret_cast<void*>(begin + (end - begin) / page / 2 * page);
       unsigned char present = 1;
-      fresh = mincore(reinterpret_cast<void*>(begin + (end - begin) / page / 2 * page), 1, &present) == 0 && !(present & 1);
-      if (fresh) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish: refusal is harmless
+      out.fresh = mincore(middle, 1, &present) == 0 && !(present & 1);
+      if (out.fresh) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish: refusal is harmless
     }
 #endif
-    // Lines that two runs share are not written as a whole; in long runs they are few.
-    const auto run = static_cast<uintptr_t>((walk.rows() ? walk.channels : walk.inner) * tensor.element_size());
-    const bool lines = run % cache_line == 0 || run >= 64 * cache_line;
-    stream = !fresh && bytes >= kStream && address % cache_line == 0 && lines;
+    // Cache lines that two runs share are not written as a whole; in long runs they are few.
+    constexpr uintptr_t line = 64, least = 1 << 24;  // less than `least` may be read again from a last-level cache
+    const auto run = static_cast<uintptr_t>((walk.rows() ? walk.channels : walk.inner) * x.element_size());
+    out.stream = !out.fresh && bytes >= least && address % line == 0 && (run % line == 0 || run >= 64 * line);
+    return out;
   }
-
- private:
-  static constexpr uintptr_t kStream = 1 << 24;  // bytes; less than a last-level cache may be read again from there
 };
 
 // --- vectors of one value for each channel ---------------------------------------------------------------------------
