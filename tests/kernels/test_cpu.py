@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -208,3 +211,45 @@ def test_nothing_in_nothing_out(shape: tuple[int, ...]) -> None:
     assert native.backward_input(x, x, mean, m2, None, None, None, EPS, 1, None, None, None)[0].shape == shape
     for actual in (*sums, *native.backward_sums(x, x, mean, m2, None, None, None, EPS, 1, "relu")):
         assert torch.equal(actual, zeros)
+
+
+# Above 32 MiB, with lines that two runs share and without; then two sweeps where memory is fresh, and blocks of
+# channels and streaming stores where it was used before.
+LARGE = """
+import sys, torch
+import batchnorm
+from batchnorm import ops
+from batchnorm.bench.measure import keep_freed_memory
+ops.use_cpu_level(sys.argv[1])
+native = torch.ops.batchnorm
+
+def work(x, dy, residual):
+    weight = torch.linspace(0.5, 2, x.shape[1])
+    affine = (weight, weight - 1, residual, 1e-5, 1, "relu")
+    y, *moments = native.forward(x, *affine)
+    return [y, *moments, *native.backward(dy, x, *moments, *affine)]
+
+cases = []
+for shape, last in (((16, 32, 128, 160), False), ((16, 40, 121, 119), False), ((16, 64, 96, 96), True)):
+    layout = torch.channels_last if last else torch.contiguous_format
+    x, dy, residual = (torch.randn(shape).contiguous(memory_format=layout) for _ in range(3))
+    cases += [(x, dy, None), (x, dy, residual)]
+fresh = [work(*case) for case in cases]
+x = cases[0][0].double()
+weight = torch.linspace(0.5, 2, x.shape[1]).double()
+expected = torch.nn.functional.batch_norm(x, None, None, weight, weight - 1, True).relu()
+assert (fresh[0][0] - expected).abs().max() < 1e-5
+keep_freed_memory()
+kept = [torch.empty(2**28).fill_(float("nan"))]  # pages that stay when it goes
+del kept
+for case, expected in zip(cases, fresh):
+    for threads in (2, 1):
+        torch.set_num_threads(threads)
+        assert all(torch.equal(a, b) for a, b in zip(work(*case), expected))
+"""
+
+
+def test_large_inputs_have_the_same_bits_in_fresh_and_in_used_memory(level: str) -> None:
+    command = [sys.executable, "-c", LARGE, level]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr
