@@ -5,6 +5,7 @@ from batchnorm.errors import BatchNormError
 from batchnorm.modules import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.moments import Moments
 from batchnorm.ops import kernels
+from batchnorm.surgery.convert import convert
 
 __version__ = "0.1.0"
 
@@ -15,6 +16,7 @@ __all__ = [
     "BatchNorm3d",
     "BatchNormError",
     "Moments",
+    "convert",
     "errors",
     "functional",
     "kernels",

@@ -1,0 +1,1 @@
+"""Models changed in place, one operation a file."""
