@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import batchnorm
-from batchnorm.functional import Recipe, normalize_by_batch
+from batchnorm.functional import normalize_by_batch
+from batchnorm.recipe import Recipe
 
 EPS = 1e-5
 RATIOS = (0.0, 1.0, 1e1, 1e2, 1e3, 1e4)

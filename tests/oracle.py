@@ -93,9 +93,12 @@ def forward(
     eps: float = 1e-5,
     axis: int = 1,
     activation: str | None = None,
+    *,
+    weights: Array | None = None,
 ) -> tuple[Array, Array, Array]:
-    n, mean, m2 = moments(x, axis)
-    return activate(preactivation(x, mean, m2 / n, weight, bias, residual, eps, axis), activation), mean, m2
+    n, mean, m2 = moments(x, axis, weights)
+    z = preactivation(x, mean, m2 / (n or 1), weight, bias, residual, eps, axis)
+    return activate(z, activation), mean, m2
 
 
 def backward(
@@ -111,8 +114,10 @@ def backward(
     activation: str | None = None,
     *,
     constants: bool = False,
+    weights: Array | None = None,
 ) -> tuple[Array, Array, Array, Array]:
-    """dx, dz (the residual's gradient), d weight, d bias. With `constants`, mean and var do not depend on x."""
+    """dx, dz (the residual's gradient), d weight, d bias. With `constants`, mean and var do not depend on x; otherwise
+    by as much as each position weighs."""
     dims = _dims(x, axis)
     z = preactivation(x, mean, var, weight, bias, residual, eps, axis)
     dz = dy * activate_grad(z, activation)
@@ -122,7 +127,10 @@ def backward(
     if constants:
         dx = d_xhat / std
     else:
-        dx = (d_xhat - d_xhat.mean(dims, keepdims=True) - x_hat * (d_xhat * x_hat).mean(dims, keepdims=True)) / std
+        w = np.ones_like(x) if weights is None else np.broadcast_to(np.expand_dims(weights, axis), x.shape)
+        n = w.sum(dims, keepdims=True) + (w.sum(dims, keepdims=True) == 0)
+        through = d_xhat.sum(dims, keepdims=True) / n + x_hat * (d_xhat * x_hat).sum(dims, keepdims=True) / n
+        dx = (d_xhat - w * through) / std
     return dx, dz, (dz * x_hat).sum(dims), dz.sum(dims)
 
 

@@ -15,15 +15,16 @@ from torch import Tensor
 import batchnorm
 import oracle
 import tolerances
-from batchnorm import ops
+from batchnorm import layout, ops
 from batchnorm.kernels import reference
 from samples import NATIVE, Sample
 
 
 @pytest.mark.parametrize("name", ops.SCHEMAS)
+@pytest.mark.parametrize("masked", [None, torch.bool, torch.float64])
 @pytest.mark.parametrize("sample", NATIVE[::9] + NATIVE[-1:], ids=lambda s: s.name)
 @pytest.mark.filterwarnings("ignore::UserWarning:torch")  # opcheck's own tracing machinery
-def test_opcheck(sample: Sample, name: str) -> None:
+def test_opcheck(sample: Sample, masked: torch.dtype | None, name: str) -> None:
     t = sample.tensors()
     _, mean, m2 = reference.batch_moments(t["x"], sample.layout.channel_dim)
     var = m2 / (t["x"].numel() / sample.layout.channels)
@@ -42,6 +43,9 @@ def test_opcheck(sample: Sample, name: str) -> None:
         "channel_dim": sample.layout.channel_dim,
         "activation": sample.activation,
     }
+    positions = layout.observed_shape(t["x"].shape, sample.layout.channel_dim % t["x"].dim())
+    values["mask"] = None if masked is None else (torch.rand(positions) > 0.3).to(masked)
+    values["num_held_back"] = torch.zeros(mean.shape, dtype=torch.int64)
     arguments = tuple(values[key] for key in inspect.signature(getattr(reference, name)).parameters)
     result = torch.library.opcheck(getattr(torch.ops.batchnorm, name).default, arguments)
     assert set(result.values()) == {"SUCCESS"}
@@ -79,7 +83,7 @@ import importlib.util, torch
 found = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *a: None if name == "batchnorm._native" else found(name, *a)
 import batchnorm as bn
-from batchnorm import ops
+from batchnorm import layout, ops
 print(bn.kernels())
 assert ops.cpu_levels() == ()
 x = torch.randn(8, 3, 5, requires_grad=True)
@@ -116,7 +120,12 @@ def importlib_spec(path: str) -> object:
     return ModuleSpec("batchnorm._native", None, origin=path)
 
 
-@pytest.mark.parametrize("implementation", [reference, torch.ops.batchnorm], ids=["reference", "native"])
+IMPLEMENTATIONS = pytest.mark.parametrize(
+    "implementation", [reference, torch.ops.batchnorm], ids=["reference", "native"]
+)
+
+
+@IMPLEMENTATIONS
 @pytest.mark.parametrize("dtype", tolerances.ONE_ROUNDING)
 @pytest.mark.parametrize("momentum", [0.1, 1.0, 0.0, None])
 @pytest.mark.parametrize("count", [torch.tensor(7), torch.tensor(7.5, dtype=torch.float64)], ids=["int", "weights"])
@@ -127,11 +136,50 @@ def test_commit_is_the_oracles(
     mean, m2 = torch.randn(5, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
     running = torch.randn(5).to(dtype), torch.rand(5).to(dtype)
     tracked = None if batches is None else torch.tensor(batches)
-    factor = momentum if momentum is not None else (0.0 if batches is None else 1 / (batches + 1))
+    held = torch.zeros(5, dtype=torch.int64)
+    # Statistics that were loaded with a counter of 0 weigh as one batch.
+    after = None if batches is None else batches + 1 + (momentum is None and batches == 0)
+    factor = momentum if momentum is not None else (0.0 if after is None else 1 / after)
     before = [t.double().numpy() for t in running]
     expected = oracle.commit((before[0], before[1]), count.item(), mean.numpy(), m2.numpy(), factor)
-    implementation.commit(*running, tracked, count, mean, m2, momentum)
+    implementation.commit(*running, tracked, held, count, mean, m2, momentum)
     for actual, e in zip(running, expected, strict=True):
         relative, absolute = tolerances.ONE_ROUNDING[dtype]
         np.testing.assert_allclose(actual.double().numpy(), e, rtol=relative, atol=max(absolute, tolerances.BLEND))
-    assert tracked is None or tracked == batches + 1
+    assert tracked is None or tracked == after
+    assert held.tolist() == [0] * 5
+
+
+@IMPLEMENTATIONS
+def test_the_first_batch_replaces_initial_statistics(implementation: Any) -> None:
+    running, tracked = (torch.zeros(2), torch.ones(2)), torch.tensor(0)
+    mean, m2 = torch.tensor([3.0, 4.0]).double(), torch.tensor([6.0, 12.0]).double()
+    implementation.commit(*running, tracked, None, torch.tensor(4), mean, m2, None)
+    assert running[0].tolist() == [3, 4]
+    assert running[1].tolist() == [2, 4]
+    assert tracked == 1
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_commit_holds_back_what_is_not_finite(implementation: Any, bad: float) -> None:
+    running, held = (torch.zeros(4), torch.ones(4)), torch.zeros(4, dtype=torch.int64)
+    mean, m2 = torch.ones(4).double(), torch.ones(4).double()
+    mean[1], m2[1], m2[3] = bad, float("nan"), bad
+    for _ in range(2):
+        implementation.commit(*running, None, held, torch.tensor(3), mean, m2, 0.5)
+    assert held.tolist() == [0, 2, 0, 2]
+    assert running[0].tolist() == [0.75, 0, 0.75, 0]
+    assert running[1].tolist() == [0.625, 1, 0.625, 1]
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize(("count", "tracked", "held"), [(0, 5, 0), (0.0, 5, 0), (1, 6, 1), (0.5, 6, 1)])
+def test_commit_of_too_little(implementation: Any, count: float, tracked: int, held: int) -> None:
+    running, counter, held_back = (torch.zeros(2), torch.ones(2)), torch.tensor(5), torch.zeros(2, dtype=torch.int64)
+    n = torch.tensor(count, dtype=torch.int64 if isinstance(count, int) else torch.float64)
+    implementation.commit(*running, counter, held_back, n, torch.ones(2).double(), torch.zeros(2).double(), 0.1)
+    assert running[0].tolist() == [0, 0]
+    assert running[1].tolist() == [1, 1]
+    assert counter == tracked
+    assert held_back.tolist() == [held, held]

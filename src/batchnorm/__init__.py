@@ -1,11 +1,14 @@
 """Batch normalization for PyTorch that you can trust, at the speed of memory."""
 
 from batchnorm import errors, functional
+from batchnorm.deferral import Pending, deferred
 from batchnorm.errors import BatchNormError
 from batchnorm.modules import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.moments import Moments
 from batchnorm.ops import kernels
+from batchnorm.renorm import Renorm
 from batchnorm.surgery.convert import convert
+from batchnorm.surgery.freeze import freeze, unfreeze
 
 __version__ = "0.1.0"
 
@@ -16,8 +19,13 @@ __all__ = [
     "BatchNorm3d",
     "BatchNormError",
     "Moments",
+    "Pending",
+    "Renorm",
     "convert",
+    "deferred",
     "errors",
+    "freeze",
     "functional",
     "kernels",
+    "unfreeze",
 ]

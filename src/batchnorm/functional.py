@@ -1,17 +1,18 @@
-"""Batch normalization as functions, and the package's only `torch.autograd.Function`."""
+"""Batch normalization as functions."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from batchnorm import layout, ops
-from batchnorm.errors import CountError, DTypeError, OptionError, ShapeError
+from batchnorm import ghost, layout, ops
+from batchnorm.autograd import apply, transformed
+from batchnorm.errors import CountError, OptionError, ShapeError
 from batchnorm.kernels import reference
-from batchnorm.moments import Moments
+from batchnorm.moments import Moments, check_weights, joined
+from batchnorm.recipe import Recipe, check, check_virtual_batch_size
 
 
 def batch_norm(
@@ -25,8 +26,10 @@ def batch_norm(
     eps: float = 1e-5,
     *,
     channel_dim: int = 1,
+    mask: Tensor | None = None,
     residual: Tensor | None = None,
     activation: str | None = None,
+    virtual_batch_size: int | None = None,
     inplace: bool = False,
 ) -> Tensor:
     r"""Batch normalization, `torch.nn.functional.batch_norm` with a residual and an activation inside.
@@ -35,7 +38,8 @@ def batch_norm(
 
     In training, mean and (biased) var are those of `input` over all dimensions but the channels', gradients flow
     through them, and the running statistics, where given, become (1 - momentum) * running + momentum * new, with the
-    unbiased variance. Otherwise mean and var are the running statistics.
+    unbiased variance; a channel whose new ones are not finite keeps its old ones, and a pass that activation
+    checkpointing repeats moves nothing. Otherwise mean and var are the running statistics.
 
     Args:
         input: (N, C, *S), floating, channels in dimension `channel_dim`. An empty input gives an empty output, zero
@@ -48,8 +52,13 @@ def batch_norm(
         momentum: the weight of the new value in the running statistics.
         eps: added to the variance; > 0 in training, >= 0 in inference.
         channel_dim: the dimension of the channels; -1 for channels last.
+        mask: in training, which positions the statistics are taken from: bool, or weights >= 0. Of input's shape
+            without the channel dimension (a size of 1 broadcasts), or (N,): one value for each sample. The output is
+            there for all positions. A mask is a constant to the gradient, and has no effect in inference.
         residual: of input's shape and dtype, added before the activation.
         activation: "relu", "leaky_relu", "silu", "gelu", "hardswish", "elu" (torch's default parameters) or None.
+        virtual_batch_size: in training, normalise every so many samples by their own statistics; a single sample that
+            is left over joins the last of these ghost batches. The running statistics see the joined moments.
         inplace: in inference without gradients, write the output over the input and return the input. Where autograd
             records, and in training, it has no effect: gradients are computed from the input.
 
@@ -57,10 +66,11 @@ def batch_norm(
         A tensor of input's shape, dtype and memory format.
 
     Raises:
-        ShapeError: a rank, a number of channels or the residual's shape does not fit, or inference has no statistics.
+        ShapeError: a rank, a number of channels, the residual's or the mask's shape does not fit, or inference has no
+            statistics.
         DTypeError: an input that is not floating, or a residual of another dtype.
         CountError: training with one value for each channel.
-        OptionError: eps or activation outside what they may be.
+        OptionError: eps, activation, virtual_batch_size or a weight of the mask outside what they may be.
 
     Source: Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate
     Shift", 2015, algorithms 1 and 2.
@@ -70,9 +80,9 @@ def batch_norm(
         for name, buffer in (("running_mean", running_mean), ("running_var", running_var)):
             if input.dim() >= 2:
                 layout.check_vector(buffer, name, input.shape[layout.channel_axis(input.dim(), channel_dim)])
-        output, moments = normalize_by_batch(input, recipe)
-        if moments is not None and running_mean is not None and running_var is not None:
-            commit(moments, running_mean, running_var, None, momentum)
+        output, moments = normalize_by_batch(input, recipe, mask=mask, virtual_batch_size=virtual_batch_size)
+        if moments is not None and running_mean is not None and running_var is not None and not replayed():
+            commit(moments, running_mean, running_var, None, None, momentum)
         return output
     if running_mean is None or running_var is None:
         raise ShapeError(
@@ -82,19 +92,23 @@ def batch_norm(
     return normalize_by(input, running_mean, running_var, recipe, inplace=inplace)
 
 
-class Recipe(NamedTuple):
-    """What becomes of a normalised input: everything that the operations take besides the input and its statistics."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-    residual: Tensor | None
-    eps: float
-    channel_dim: int
-    activation: str | None
-
-
-def normalize_by_batch(x: Tensor, recipe: Recipe) -> tuple[Tensor, Moments | None]:
+def normalize_by_batch(
+    x: Tensor,
+    recipe: Recipe,
+    *,
+    mask: Tensor | None = None,
+    virtual_batch_size: int | None = None,
+    correct: Callable[[Moments], tuple[Tensor, Tensor]] | None = None,
+) -> tuple[Tensor, Moments | None]:
     """`batch_norm` in training mode, with the batch's moments as a value: what a layer proposes.
+
+    Args:
+        x: as `batch_norm`'s input.
+        recipe: the rest.
+        mask: as `batch_norm`'s.
+        virtual_batch_size: as `batch_norm`'s.
+        correct: from the batch's moments to r and d of batch renormalization, (C,) each: what is normalised becomes
+            normalised * r + d.
 
     Returns:
         The output, and the moments of `x`, or None where x is empty.
@@ -103,21 +117,98 @@ def normalize_by_batch(x: Tensor, recipe: Recipe) -> tuple[Tensor, Moments | Non
     """
     if not recipe.eps > 0:
         raise OptionError(f"got eps={recipe.eps}; eps must be positive in training. torch's default is 1e-5")
-    num_channels = _check(x, recipe)
+    num_channels = check(x, recipe)
     numel = x.numel()
     if numel == 0:
         return _empty_output(x, recipe), None
-    if numel == num_channels:
+    cut = None if virtual_batch_size is None else _ghost_batches(x, recipe, virtual_batch_size)
+    if (numel if cut is None else numel * cut // _samples(x, recipe)) == num_channels:
         raise CountError(
-            f"got an input of shape {tuple(x.shape)}: one value for each channel; expected more than 1 value per "
-            f"channel when training, because the variance of one value is 0. Use a larger batch, switch to "
-            f"inference with .eval(), or drop the last incomplete batch (DataLoader(drop_last=True))"
+            f"got an input of shape {tuple(x.shape)}{'' if cut is None else f' in ghost batches of {cut}'}: one value "
+            f"for each channel; expected more than 1 value per channel when training, because the variance of one "
+            f"value is 0. Use a larger batch, switch to inference with .eval(), or drop the last incomplete batch "
+            f"(DataLoader(drop_last=True))"
         )
-    if _transformed():
-        y, count, mean, m2 = reference.forward(x, *recipe)
-        return y, Moments(count, mean.detach(), m2.detach())
-    y, count, mean, m2 = _apply(x, None, None, *recipe[:3], recipe[3:])
+    mask = _positions(x, recipe, mask)
+    if cut is not None:
+        return _by_ghost_batches(x, recipe, mask, cut)
+    if correct is not None:
+        r, d = correct(_moments(x, recipe, mask))
+        weight, bias = recipe.weight, recipe.bias
+        shift = d if weight is None else weight * d
+        recipe = recipe._replace(
+            weight=r if weight is None else weight * r, bias=shift if bias is None else bias + shift
+        )
+    return _by_batch(x, recipe, mask)
+
+
+def propose(x: Tensor, recipe: Recipe, mask: Tensor | None) -> Moments | None:
+    """The moments of x alone, for a layer that normalises by others; None where x is empty."""
+    return _moments(x, recipe, _positions(x, recipe, mask)) if x.numel() else None
+
+
+def _moments(x: Tensor, recipe: Recipe, mask: Tensor | None) -> Moments:
+    implementation = reference if transformed() else ops.implementation(x)
+    return Moments(*implementation.batch_moments(x.detach(), recipe.channel_dim, mask))
+
+
+def _positions(x: Tensor, recipe: Recipe, mask: Tensor | None) -> Tensor | None:
+    """The mask with one value for each position."""
+    if mask is None:
+        return None
+    if not (transformed() or torch.compiler.is_compiling()):
+        check_weights(mask)
+    return layout.positions(mask, x.shape, recipe.channel_dim % x.dim())
+
+
+def _samples(x: Tensor, recipe: Recipe) -> int:
+    """N: the size of the first dimension that is not the channels'."""
+    return x.shape[1 if recipe.channel_dim % x.dim() == 0 else 0]
+
+
+def _ghost_batches(x: Tensor, recipe: Recipe, virtual_batch_size: int) -> int | None:
+    """The size of ghost batches, or None where there is one."""
+    check_virtual_batch_size(virtual_batch_size)
+    return virtual_batch_size if virtual_batch_size < _samples(x, recipe) else None
+
+
+def _by_batch(x: Tensor, recipe: Recipe, mask: Tensor | None) -> tuple[Tensor, Moments]:
+    """All of x by the moments of all of x, or of what the mask leaves."""
+    if transformed():
+        y, count, mean, m2 = reference.forward(x, *recipe, mask)
+        return y, Moments(count.detach(), mean.detach(), m2.detach())
+    y, count, mean, m2 = apply(x, None, None, *recipe[:3], mask, recipe[3:])
     return y, Moments(count, mean, m2)
+
+
+def _by_ghost_batches(x: Tensor, recipe: Recipe, mask: Tensor | None, size: int) -> tuple[Tensor, Moments]:
+    """Every `size` samples of x by their own moments; the moments of all."""
+    axis = recipe.channel_dim % x.dim()
+    samples_first = x.movedim(axis, 1)
+    residual = None if recipe.residual is None else recipe.residual.movedim(axis, 1)
+    channels = samples_first.shape[1]
+    outputs, proposals = [], []
+    for first, ghosts, samples in ghost.parts(len(samples_first), size):
+        part = slice(first, first + ghosts * samples)
+        wide = recipe._replace(
+            weight=None if recipe.weight is None else recipe.weight.repeat(ghosts),
+            bias=None if recipe.bias is None else recipe.bias.repeat(ghosts),
+            residual=None if residual is None else ghost.widen(residual[part], ghosts),
+            channel_dim=1,
+        )
+        batches = ghost.widen(samples_first[part], ghosts)
+        if mask is None or ghosts == 1:
+            y, moments = _by_batch(batches, wide, None if mask is None else mask[part])
+            count = moments.count.expand(ghosts)
+        else:  # a weight for every value, because the ghost batches' masks differ: in plain torch
+            y, moments = _by_batch(batches, wide, ghost.widen_mask(mask[part], ghosts, channels))
+            count = moments.count[::channels]
+        outputs.append(ghost.narrow(y, ghosts))
+        proposals.append(joined(count, moments.mean.view(ghosts, -1), moments.m2.view(ghosts, -1)))
+    y = torch.cat(outputs).movedim(1, axis)
+    if y.stride() != x.stride():
+        y = torch.empty_like(x).copy_(y)
+    return y, sum(proposals[1:], start=proposals[0])
 
 
 def normalize_by(x: Tensor, mean: Tensor, var: Tensor, recipe: Recipe, *, inplace: bool = False) -> Tensor:
@@ -127,12 +218,12 @@ def normalize_by(x: Tensor, mean: Tensor, var: Tensor, recipe: Recipe, *, inplac
     """
     if not recipe.eps >= 0:
         raise OptionError(f"got eps={recipe.eps}; eps must be non-negative. torch's default is 1e-5")
-    _check(x, recipe)
+    check(x, recipe)
     if x.numel() == 0:
         return _empty_output(x, recipe)
     for name, statistic in (("running_mean", mean), ("running_var", var)):
         layout.check_vector(statistic, name, x.shape[recipe.channel_dim])
-    if not torch.is_grad_enabled() and not _transformed():
+    if not torch.is_grad_enabled() and not transformed():
         if inplace:
             ops.implementation(x).normalize_(x, mean, var, *recipe)
             torch.autograd.graph.increment_version(x)  # a graph that saved the input's old values will say so
@@ -141,10 +232,21 @@ def normalize_by(x: Tensor, mean: Tensor, var: Tensor, recipe: Recipe, *, inplac
         return inferred
     # Copies: a training pass before the backward pass would change what the gradient is computed from.
     mean, var = mean.detach().clone(), var.detach().clone()
-    if _transformed():
+    if transformed():
         return reference.normalize(x, mean, var, *recipe)
-    y: Tensor = _apply(x, mean, var, *recipe[:3], recipe[3:])
+    y: Tensor = apply(x, mean, var, *recipe[:3], None, recipe[3:])
     return y
+
+
+_current_graph_task = torch._C._current_graph_task_id  # -1 outside of a backward pass
+
+
+def replayed() -> bool:
+    """Whether this forward pass runs inside a backward pass: activation checkpointing repeats it, for gradients alone.
+
+    Its statistics were committed the first time.
+    """
+    return not torch.compiler.is_compiling() and _current_graph_task() != -1
 
 
 def commit(
@@ -152,136 +254,18 @@ def commit(
     running_mean: Tensor,
     running_var: Tensor,
     num_batches_tracked: Tensor | None,
+    num_held_back: Tensor | None,
     momentum: float | None,
 ) -> None:
     """Blend moments into running statistics, in place: `kernels.reference.commit`."""
-    implementation = reference if _transformed() else ops.implementation(running_mean)
-    implementation.commit(
-        running_mean, running_var, num_batches_tracked, moments.count, moments.mean, moments.m2, momentum
-    )
-
-
-class _BatchNorm(torch.autograd.Function):
-    """Both modes. Without given statistics they are the batch's, and come back as count, mean and m2."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,  # noqa: ANN401 - torch gives the context no public type
-        x: Tensor,
-        mean: Tensor | None,
-        var: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        options: tuple[float, int, str | None],  # the rest of a Recipe: torch looks for tensors among arguments alone
-    ) -> Any:  # noqa: ANN401 - y, and by the batch its moments
-        implementation = ops.implementation(x)
-        ctx.set_materialize_grads(False)
-        ctx.options = options
-        # Without an activation the residual's value has no part in any gradient.
-        kept = None if options[2] is None else residual
-        if mean is not None and var is not None:
-            ctx.save_for_backward(x, None, mean, var, weight, bias, kept)
-            return implementation.normalize(x, mean, var, weight, bias, residual, *options)
-        y, count, mean, m2 = implementation.forward(x, weight, bias, residual, *options)
-        ctx.mark_non_differentiable(count, mean, m2)
-        ctx.save_for_backward(x, count, mean, m2, weight, bias, kept)
-        return y, count, mean, m2
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:  # noqa: ANN401 - as above
-        if dy is None:
-            return (None,) * 7
-        x, count, mean, spread, weight, bias, residual = ctx.saved_tensors
-        needs_x, _, _, needs_weight, needs_bias, needs_residual, _ = ctx.needs_input_grad
-        by_batch = count is not None
-        if by_batch and (needs_x or needs_residual) and not torch.is_grad_enabled():
-            dx, dweight, dbias, dresidual = ops.implementation(x).backward(
-                dy, x, count, mean, spread, weight, bias, residual, *ctx.options
-            )
-        else:
-            recipe = Recipe(weight, bias, residual, *ctx.options)
-            if torch.is_grad_enabled():
-                statistics = None if by_batch else (mean, spread)
-                wanted = (needs_x, needs_weight, needs_bias, needs_residual)
-                dx, dweight, dbias, dresidual = _differentiable_gradients(dy, x, statistics, recipe, wanted)
-            else:
-                var = spread / count if by_batch else spread
-                needs = (needs_x or needs_residual, needs_weight or needs_bias)
-                dx, dweight, dbias, dresidual = _separate_gradients(dy, x, mean, var, recipe, *needs)
-        if residual is None:
-            dresidual = dy
-        return (
-            dx if needs_x else None,
-            None,
-            None,
-            dweight if needs_weight else None,
-            dbias if needs_bias else None,
-            dresidual if needs_residual else None,
-            None,
-        )
-
-
-# Function.apply without its preparations for transforms, which do not come here: 2 microseconds of 50 for small inputs.
-_base_apply = super(torch.autograd.Function, _BatchNorm).apply
-
-
-def _apply(*arguments: Any) -> Any:  # noqa: ANN401 - `_BatchNorm.forward`'s
-    if torch.compiler.is_compiling():
-        return _BatchNorm.apply(*arguments)  # type: ignore[no-untyped-call]  # torch's
-    return _base_apply(*arguments)  # type: ignore[no-untyped-call]  # torch's
-
-
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-
-
-def _separate_gradients(
-    dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, recipe: Recipe, needs_inputs: bool, needs_parameters: bool
-) -> Gradients:
-    """The gradients of x, weight, bias and residual where the statistics are constants, or x's is not asked for."""
-    implementation = ops.implementation(x)
-    dx = dweight = dbias = dresidual = None
-    if needs_inputs:
-        dx, dresidual = implementation.backward_input(dy, x, mean, var, *recipe, None, None)
-    if needs_parameters:
-        dbias, dweight = implementation.backward_sums(dy, x, mean, var, *recipe)
-        dweight = None if recipe.weight is None else dweight.to(recipe.weight.dtype)
-        dbias = None if recipe.bias is None else dbias.to(recipe.bias.dtype)
-    return dx, dweight, dbias, dresidual
-
-
-def _differentiable_gradients(
-    dy: Tensor, x: Tensor, statistics: tuple[Tensor, Tensor] | None, recipe: Recipe, needs: tuple[bool, ...]
-) -> Gradients:
-    """The gradients as a differentiable function of everything, for derivatives of any higher order.
-
-    The kernels' gradients treat the saved statistics as numbers, and a second derivative must not: so the forward pass
-    is written down again in plain torch, and differentiated by torch.
-    """
-
-    # Views, because one input may be computed from another: each gradient is the partial one.
-    def alias(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.view_as(t)
-
-    x = x.view_as(x)
-    recipe = recipe._replace(weight=alias(recipe.weight), bias=alias(recipe.bias), residual=alias(recipe.residual))
-    if statistics is None:
-        y, *_ = reference.forward(x, *recipe)
+    if transformed():
+        # In place on a tensor that vmap did not map would be refused; the counter is not among torch's buffers.
+        implementation, num_held_back = reference, None
     else:
-        mean, var = statistics
-        y = reference.normalize(x, mean, var, *recipe)
-    inputs = (x, recipe.weight, recipe.bias, recipe.residual)
-    wanted = [t for t, needed in zip(inputs, needs, strict=True) if needed and t is not None]
-    partial = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
-    dx, dweight, dbias, dresidual = (
-        next(partial) if needed and t is not None else None for t, needed in zip(inputs, needs, strict=True)
+        implementation = ops.implementation(running_mean)
+    implementation.commit(
+        running_mean, running_var, num_batches_tracked, num_held_back, moments.count, moments.mean, moments.m2, momentum
     )
-    return dx, dweight, dbias, dresidual
-
-
-def _transformed() -> bool:
-    """Whether a transform of `torch.func` or forward-mode differentiation is at work: they need plain torch."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _empty_output(x: Tensor, recipe: Recipe) -> Tensor:
@@ -291,37 +275,3 @@ def _empty_output(x: Tensor, recipe: Recipe) -> Tensor:
         if operand is not None:
             y = y + (operand.sum() * 0).to(x.dtype)
     return y
-
-
-def _check(x: Tensor, recipe: Recipe) -> int:
-    """The number of channels, of an input and a recipe that fit each other."""
-    if not x.dtype.is_floating_point:
-        raise DTypeError(
-            f"got an input of dtype {x.dtype}; batch normalization needs a floating dtype. Convert it with x.float()"
-        )
-    check_activation(recipe.activation)
-    rank = x.dim()
-    if rank < 2 and x.numel() == 0:
-        return 0  # torch takes an empty tensor of any rank; there is nothing to check it against
-    num_channels = x.shape[layout.channel_axis(rank, recipe.channel_dim)]
-    layout.check_vector(recipe.weight, "weight", num_channels)
-    layout.check_vector(recipe.bias, "bias", num_channels)
-    if recipe.residual is not None:
-        layout.check_same_shape(recipe.residual, "residual", x)
-        if recipe.residual.dtype != x.dtype:
-            raise DTypeError(
-                f"got a residual of dtype {recipe.residual.dtype} for an input of dtype {x.dtype}; both must be equal. "
-                f"Convert one of them with .to()"
-            )
-    return num_channels
-
-
-def check_activation(activation: str | None) -> None:
-    """One of the activations' names, or None.
-
-    Raises:
-        OptionError: it is neither.
-    """
-    if activation is not None and activation not in reference.ACTIVATIONS:
-        known = ", ".join(f'"{name}"' for name in reference.ACTIVATIONS)
-        raise OptionError(f"got activation={activation!r}; it must be one of {known} or None")

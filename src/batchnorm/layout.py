@@ -72,6 +72,28 @@ def check_vector(vector: Tensor | None, name: str, num_channels: int) -> None:
         )
 
 
+def positions(mask: Tensor, shape: Sequence[int], axis: int) -> Tensor:
+    """`mask` with one value for each position: the input's shape without the channel dimension.
+
+    Args:
+        mask: of that shape, with 1 where it broadcasts, or (N,): one value for each sample.
+        shape: the input's.
+        axis: the channel dimension.
+
+    Raises:
+        ShapeError: the mask does not fit.
+    """
+    wanted = observed_shape(shape, axis)
+    if mask.dim() == 1 and mask.shape[0] == wanted[0]:
+        mask = mask.view(-1, *[1] * (len(wanted) - 1))
+    if mask.dim() != len(wanted) or any(m not in (1, s) for m, s in zip(mask.shape, wanted, strict=True)):
+        raise ShapeError(
+            f"got a mask of shape {tuple(mask.shape)} for an input of shape {tuple(shape)}; it must be "
+            f"{wanted}, the input's shape without its channels, with 1 where it broadcasts, or ({wanted[0]},)"
+        )
+    return mask.expand(wanted)
+
+
 def check_same_shape(other: Tensor, name: str, x: Tensor) -> None:
     """`other` is added to the normalised input, so it must have the input's shape.
 

@@ -5,14 +5,39 @@ A forward pass in training mode *proposes* the batch's moments; a *commit* blend
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from batchnorm import functional, layout
-from batchnorm.errors import BatchNormError, ShapeError
+from batchnorm.errors import BatchNormError, OptionError, ShapeError
 from batchnorm.moments import Moments
+from batchnorm.recipe import Recipe, check_activation, check_virtual_batch_size
+from batchnorm.renorm import Renorm, corrections
+
+_STATISTICS = ("running_mean", "running_var")
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+def _at_least_float32(buffer: Tensor) -> Tensor:
+    return buffer.float() if buffer.dtype in _HALVES else buffer
+
+
+class Frozen(NamedTuple):
+    """Which of a layer's parts stand still, in training mode too.
+
+    Attributes:
+        normalization: normalise by the running statistics, as in inference.
+        statistics: the running statistics do not move.
+        affine: gamma and beta do not learn.
+    """
+
+    normalization: bool = False
+    statistics: bool = False
+    affine: bool = False
 
 
 class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
@@ -34,13 +59,26 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         bias: with affine, whether there is a beta.
         activation: "relu", "leaky_relu", "silu", "gelu", "hardswish", "elu" (torch's default parameters) or None.
         channel_dim: the dimension of the channels; -1 for channels last.
+        virtual_batch_size: in training, normalise every so many samples by their own statistics: ghost batches. The
+            running statistics see the joined moments; a single sample that is left over joins the last.
+        renorm: batch renormalization, `Renorm`; training then normalises by nearly the running statistics.
         inplace: in inference without gradients, write the output over the input; no effect otherwise.
 
     Shapes:
         input, residual, output: (N, C, *S), or with the channels in `channel_dim`.
+        mask: the input's shape without the channels (a size of 1 broadcasts), or (N,). Bool, or weights >= 0: which
+            positions the statistics are taken from in training. The output is there for all.
+
+    Attributes:
+        num_held_back: (C,) int64, not in the state_dict: how often a channel's new statistics were not finite and were
+            held back; the other channels' moved.
+        frozen: what `freeze` set.
+
+    Running statistics are float32 at least, also in a layer of a half-precision dtype and after `.half()`: an average
+    whose steps are smaller than its rounding would stand still.
 
     Raises:
-        OptionError: an unknown activation, when the layer is made.
+        OptionError: an unknown activation, or options that exclude each other, when the layer is made.
         ShapeError, DTypeError, CountError, OptionError: when it is called, as `functional.batch_norm`; the layer
             stays as it was, `num_batches_tracked` included.
 
@@ -50,7 +88,13 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     ranks: ClassVar[tuple[int, ...]] = ()
     activation: str | None
     channel_dim: int
+    virtual_batch_size: int | None
+    renorm: Renorm | None
     inplace: bool
+    frozen: Frozen
+    num_held_back: Tensor | None
+    # Where proposals go instead of being committed: `deferred` sets it for a while.
+    _receiver: Callable[[Moments], None] | None = None
 
     def __init__(
         self,
@@ -64,39 +108,124 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         *,
         bias: bool = True,
         activation: str | None = None,
+        virtual_batch_size: int | None = None,
+        renorm: Renorm | None = None,
         channel_dim: int = 1,
         inplace: bool = False,
     ) -> None:
-        functional.check_activation(activation)
+        check_activation(activation)
+        check_virtual_batch_size(virtual_batch_size)
+        if renorm is not None and (virtual_batch_size is not None or not track_running_stats):
+            raise OptionError(
+                "got renorm with virtual_batch_size or without running statistics; batch renormalization corrects a "
+                "whole batch towards the running statistics. Leave one of the two out"
+            )
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if not bias:
             self.register_parameter("bias", None)
         self.activation = activation
         self.channel_dim = channel_dim
+        self.virtual_batch_size = virtual_batch_size
+        self.renorm = renorm
         self.inplace = inplace
+        self.frozen = Frozen()
+        self._complete_buffers()
 
-    def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
+    def _complete_buffers(self) -> None:
+        """What our layers' buffers have beyond torch's: the counter, and a dtype that a running average needs."""
+        counter = None if self.running_mean is None else torch.zeros_like(self.running_mean, dtype=torch.int64)
+        self.register_buffer("num_held_back", counter, persistent=False)
+        for name in _STATISTICS:
+            if (buffer := self._buffers[name]) is not None:
+                self._buffers[name] = _at_least_float32(buffer)
+
+    def forward(self, input: Tensor, *, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Normalise `input`; in training mode, move the running statistics."""
-        recipe = functional.Recipe(self.weight, self.bias, residual, self.eps, self.channel_dim, self.activation)
+        weight: Tensor | None = self.weight
+        bias: Tensor | None = self.bias
+        frozen = self.frozen
+        if frozen.affine:
+            weight, bias = (None if t is None else t.detach() for t in (weight, bias))
+        recipe = Recipe(weight, bias, residual, self.eps, self.channel_dim, self.activation)
         try:
             self._check_input_dim(input)
-            if not self.training:
+            if not self.training or frozen.normalization:
                 mean, var = self.running_mean, self.running_var
                 if mean is not None and var is not None:
-                    return functional.normalize_by(input, mean, var, recipe, inplace=self.inplace)
-            output, proposal = functional.normalize_by_batch(input, recipe)
+                    if not self.training:
+                        return functional.normalize_by(input, mean, var, recipe, inplace=self.inplace)
+                    output = functional.normalize_by(input, mean, var, recipe)
+                    if not frozen.statistics and (proposal := functional.propose(input, recipe, mask)) is not None:
+                        self._propose(proposal)
+                    return output
+            if not self.training:  # without running statistics
+                return functional.normalize_by_batch(input, recipe, mask=mask)[0]
+            output, proposal = functional.normalize_by_batch(
+                input,
+                recipe,
+                mask=mask,
+                virtual_batch_size=self.virtual_batch_size,
+                correct=None if self.renorm is None else self._correction,
+            )
         except BatchNormError as error:
             raise error.within(f"{type(self).__name__}({self.num_features})") from None
-        if self.training and self.track_running_stats and proposal is not None:
-            self._commit(proposal)
+        if proposal is not None and self.track_running_stats and not frozen.statistics:
+            self._propose(proposal)
         return output
 
+    def _correction(self, moments: Moments) -> tuple[Tensor, Tensor]:
+        """Batch renormalization's r and d."""
+        mean, var, renorm = self.running_mean, self.running_var, self.renorm
+        assert mean is not None
+        assert var is not None
+        assert renorm is not None
+        if functional.replayed() and self._receiver is None and not self.frozen.statistics:
+            raise OptionError(
+                "got a forward pass repeated inside a backward pass; the running statistics have moved since the first "
+                "one, so batch renormalization would correct differently. Keep this layer out of activation "
+                "checkpointing, or train inside batchnorm.deferred"
+            )
+        return corrections(moments, mean, var, self.eps, *renorm.limits(self.num_batches_tracked))
+
+    def _propose(self, proposal: Moments) -> None:
+        """Commit, or hand the proposal to whoever collects them; a replayed forward pass proposes nothing."""
+        if not functional.replayed():
+            (self._receiver or self._commit)(proposal)
+
     def _commit(self, proposal: Moments) -> None:
-        """Blend proposed moments into the running statistics, and count one batch."""
-        buffers = self._buffers  # a third of the time of three attributes, which small inputs feel
+        """Blend moments into the running statistics, and count one batch."""
+        buffers = self._buffers  # a third of the time of attributes, which small inputs feel
         mean, var = buffers["running_mean"], buffers["running_var"]
         if mean is not None and var is not None:
-            functional.commit(proposal, mean, var, buffers["num_batches_tracked"], self.momentum)
+            functional.commit(
+                proposal, mean, var, buffers["num_batches_tracked"], buffers["num_held_back"], self.momentum
+            )
+
+    def reset_running_stats(self) -> None:
+        """torch's, and the counter of what was held back."""
+        super().reset_running_stats()
+        held_back = self._buffers.get("num_held_back")  # torch's constructor comes here before ours has made it
+        if held_back is not None:
+            held_back.zero_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Torch's `.to()`, `.half()` and the like, but running statistics keep the precision that they had."""
+        before = {name: self._buffers[name] for name in _STATISTICS}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype in _HALVES:
+                self._buffers[name] = _at_least_float32(old.to(new.device))
+        return self
+
+    def _load_from_state_dict(self, state_dict: Any, *args: Any) -> None:  # noqa: ANN401 - torch's
+        """torch's; what a checkpoint assigns in half precision becomes float32, and nothing was held back since."""
+        super()._load_from_state_dict(state_dict, *args)
+        for name in _STATISTICS:
+            if (buffer := self._buffers[name]) is not None:
+                self._buffers[name] = _at_least_float32(buffer)
+        if self.num_held_back is not None and not self.num_held_back.is_meta:
+            self.num_held_back.zero_()
 
     def _check_input_dim(self, input: Tensor) -> None:
         if self.ranks and input.dim() not in self.ranks:
@@ -117,7 +246,10 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         ours = {
             "activation": (self.activation, None),
             "channel_dim": (self.channel_dim, 1),
+            "virtual_batch_size": (self.virtual_batch_size, None),
+            "renorm": (self.renorm, None),
             "inplace": (self.inplace, False),
+            "frozen": (self.frozen, Frozen()),
         }
         torchs: str = super().extra_repr()  # type: ignore[no-untyped-call]  # torch's has no annotation
         return torchs + "".join(f", {name}={value}" for name, (value, default) in ours.items() if value != default)

@@ -71,23 +71,10 @@ class Moments:
             OptionError: a negative weight.
         """
         axis = layout.channel_axis(x.dim(), channel_dim)
-        dims = layout.observed_dims(x.dim(), axis)
-        values = x.to(statistics_dtype(x.device))
         if mask is None:
-            n = layout.count(x.shape, axis)
-            if n == 0:
-                return cls.empty(x.shape[axis], device=x.device)
-            mean = values.mean(dims)
-            m2 = (values - layout.per_channel(mean, x.dim(), axis)).square().sum(dims)
-            return cls(torch.full((), n, device=x.device), mean, m2)
-
-        weights = _weights(mask, x, axis).to(values.dtype)
-        values = torch.where(weights > 0, values, 0)
-        total = weights.sum()
-        divisor = torch.where(total > 0, total, 1)
-        mean = (weights * values).sum(dims) / divisor
-        m2 = (weights * (values - layout.per_channel(mean, x.dim(), axis)).square()).sum(dims)
-        return cls(total.to(torch.int64) if mask.dtype == torch.bool else total, mean, m2)
+            return observe(x, axis, None)
+        check_weights(mask)
+        return observe(x, axis, layout.positions(mask, x.shape, axis).unsqueeze(axis))
 
     def __add__(self, other: Moments) -> Moments:
         """The moments of the union of two disjoint sets."""
@@ -131,18 +118,44 @@ class Moments:
         return self.var(correction=correction).sqrt()
 
 
-def _weights(mask: Tensor, x: Tensor, axis: int) -> Tensor:
-    """`mask` with x's rank and shape, one value a position, the channel dimension of size 1."""
-    shape = layout.observed_shape(x.shape, axis)
+def check_weights(mask: Tensor) -> None:
+    """Weights are booleans or numbers >= 0; looking at numbers waits for the device.
+
+    Raises:
+        OptionError: a negative weight.
+    """
     if mask.dtype != torch.bool and bool((mask < 0).any()):
         raise OptionError("got a mask with negative weights; weights must be >= 0. Use 0 for what is not to count")
-    per_sample = mask.dim() == 1 and mask.shape[0] == shape[0]
-    if per_sample:
-        mask = mask.view(-1, *[1] * (len(shape) - 1))
-    fits = mask.dim() == len(shape) and all(m in (1, s) for m, s in zip(mask.shape, shape, strict=True))
-    if not fits:
-        raise ShapeError(
-            f"got a mask of shape {tuple(mask.shape)} for an input of shape {tuple(x.shape)}; it must be "
-            f"{shape}, the input's shape without its channels, with 1 where it broadcasts, or ({shape[0]},)"
-        )
-    return mask.expand(shape).unsqueeze(axis)
+
+
+def observe(x: Tensor, axis: int, weights: Tensor | None) -> Moments:
+    """`Moments.of` without its checks: `weights` have x's rank, and its size or 1 in every dimension.
+
+    Weights that differ between channels give a count for each channel, (C,).
+    """
+    dims = layout.observed_dims(x.dim(), axis)
+    values = x.to(statistics_dtype(x.device))
+    if weights is None:
+        n = layout.count(x.shape, axis)
+        if n == 0:
+            return Moments.empty(x.shape[axis], device=x.device)
+        mean = values.mean(dims)
+        m2 = (values - layout.per_channel(mean, x.dim(), axis)).square().sum(dims)
+        return Moments(torch.full((), n, device=x.device), mean, m2)
+
+    counted = weights.dtype == torch.bool
+    weights = weights.to(values.dtype)
+    values = torch.where(weights > 0, values, 0)
+    total = weights.sum() if weights.shape[axis] == 1 else weights.sum(dims)
+    divisor = torch.where(total > 0, total, 1)
+    mean = (weights * values).sum(dims) / divisor
+    m2 = (weights * (values - layout.per_channel(mean, x.dim(), axis)).square()).sum(dims)
+    return Moments(total.to(torch.int64) if counted else total, mean, m2)
+
+
+def joined(count: Tensor, mean: Tensor, m2: Tensor) -> Moments:
+    """The sum of G moments that lie in one tensor each: count (G,), mean and m2 (G, C)."""
+    total = count.sum()
+    n = count.to(mean.dtype).unsqueeze(1)
+    pooled = (n * mean).sum(0) / torch.where(total > 0, total, 1)
+    return Moments(total, pooled, (m2 + n * (mean - pooled).square()).sum(0))

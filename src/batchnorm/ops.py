@@ -23,17 +23,18 @@ from batchnorm.moments import statistics_dtype
 _STATISTICS = "Tensor mean, Tensor var"
 _AFFINE = "Tensor? weight, Tensor? bias, Tensor? residual, float eps, int channel_dim, str? activation"
 SCHEMAS = {
-    "batch_moments": "(Tensor x, int channel_dim) -> (Tensor count, Tensor mean, Tensor m2)",
+    "batch_moments": "(Tensor x, int channel_dim, Tensor? mask=None) -> (Tensor count, Tensor mean, Tensor m2)",
     "normalize": f"(Tensor x, {_STATISTICS}, {_AFFINE}) -> Tensor",
     "normalize_": f"(Tensor(a!) x, {_STATISTICS}, {_AFFINE}) -> ()",
-    "forward": f"(Tensor x, {_AFFINE}) -> (Tensor y, Tensor count, Tensor mean, Tensor m2)",
-    "backward_sums": f"(Tensor dy, Tensor x, {_STATISTICS}, {_AFFINE}) -> (Tensor sum_dz, Tensor sum_dz_xhat)",
-    "backward_input": f"(Tensor dy, Tensor x, {_STATISTICS}, {_AFFINE}, Tensor? mean_dz, Tensor? mean_dz_xhat)"
-    " -> (Tensor dx, Tensor dresidual)",
-    "backward": f"(Tensor dy, Tensor x, Tensor count, Tensor mean, Tensor m2, {_AFFINE})"
+    "forward": f"(Tensor x, {_AFFINE}, Tensor? mask=None) -> (Tensor y, Tensor count, Tensor mean, Tensor m2)",
+    "backward_sums": f"(Tensor dy, Tensor x, {_STATISTICS}, {_AFFINE}, Tensor? mask=None)"
+    " -> (Tensor sum_dz, Tensor sum_dz_xhat)",
+    "backward_input": f"(Tensor dy, Tensor x, {_STATISTICS}, {_AFFINE}, Tensor? mean_dz, Tensor? mean_dz_xhat, "
+    "Tensor? mask=None) -> (Tensor dx, Tensor dresidual)",
+    "backward": f"(Tensor dy, Tensor x, Tensor count, Tensor mean, Tensor m2, {_AFFINE}, Tensor? mask=None)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
     "commit": "(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches_tracked, "
-    "Tensor count, Tensor mean, Tensor m2, float? momentum) -> ()",
+    "Tensor(d!)? num_held_back, Tensor count, Tensor mean, Tensor m2, float? momentum) -> ()",
 }
 
 
@@ -41,8 +42,9 @@ def _statistic(x: Tensor, channel_dim: int) -> Tensor:
     return x.new_empty(x.shape[layout.channel_axis(x.dim(), channel_dim)], dtype=statistics_dtype(x.device))
 
 
-def _fake_batch_moments(x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty((), dtype=torch.int64), _statistic(x, channel_dim), _statistic(x, channel_dim)
+def _fake_batch_moments(x: Tensor, channel_dim: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    count = torch.int64 if mask is None or mask.dtype == torch.bool else statistics_dtype(x.device)
+    return x.new_empty((), dtype=count), _statistic(x, channel_dim), _statistic(x, channel_dim)
 
 
 def _fake_normalize(x: Tensor, *_: Any) -> Tensor:  # noqa: ANN401 - the rest of the schema does not matter here
@@ -57,8 +59,9 @@ def _fake_forward(
     eps: float,
     channel_dim: int,
     activation: str | None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), *_fake_batch_moments(x, channel_dim)
+    return torch.empty_like(x), *_fake_batch_moments(x, channel_dim, mask)
 
 
 def _fake_backward_sums(
@@ -72,6 +75,7 @@ def _fake_backward_sums(
     eps: float,
     channel_dim: int,
     activation: str | None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return _statistic(x, channel_dim), _statistic(x, channel_dim)
 
@@ -89,6 +93,7 @@ def _fake_backward_input(
     activation: str | None,
     mean_dz: Tensor | None = None,
     mean_dz_xhat: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     dx = torch.empty_like(x)
     return dx, (dx.new_empty(0) if residual is None or activation is None else torch.empty_like(x))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 
@@ -93,6 +94,72 @@ def test_operations_are_the_oracles(sample: Sample, level: str) -> None:
                 close_rounded(actual_dresidual, dz, sample.dtype)
             else:
                 assert actual_dresidual.shape == (0,)
+
+
+def masks(sample: Sample) -> dict[str, Tensor]:
+    """Booleans, weights, and one sample left out, for the positions of a sample's input."""
+    axis = sample.layout.channel_dim % len(sample.layout.shape)
+    shape = tuple(size for dim, size in enumerate(sample.layout.shape) if dim != axis)
+    generator = torch.Generator().manual_seed(3)
+    # Of few positions all but one count: the variance of two values can be next to nothing, and y beyond measure.
+    some = torch.rand(shape, generator=generator) > (0.4 if math.prod(shape) > 20 else 0)
+    some.view(-1)[0] = False  # the first value of every channel does not count
+    some.view(-1)[-1] = True
+    weights = torch.rand(shape, generator=generator, dtype=torch.float64) * some
+    return {"bool": some, "float32": weights.float(), "float64": weights}
+
+
+@pytest.mark.parametrize("kind", ["bool", "float32", "float64"])
+@pytest.mark.parametrize("sample", NATIVE[::3] + NATIVE[-2:], ids=lambda s: s.name)
+def test_masked_operations_are_the_oracles(sample: Sample, kind: str, level: str) -> None:
+    t = sample.tensors()
+    o = sample.oracle_inputs(t)
+    mask = masks(sample)[kind]
+    weights = mask.double().numpy()
+    options = (EPS, sample.layout.channel_dim, sample.activation)
+    affine, arrays = (tuple(v[key] for key in ("weight", "bias", "residual")) + options for v in (t, o))
+    n, mean, m2 = oracle.moments(o["x"], options[1], weights)
+    y, _, _ = oracle.forward(o["x"], *arrays, weights=weights)
+    std = np.sqrt(m2 / n)
+    z = oracle.preactivation(o["x"], mean, m2 / n, *arrays[:4], options[1])
+    t["dy"] = away_from_the_kinks(sample, t["dy"], z)
+    dx, dz, dweight, dbias = oracle.backward(t["dy"].double().numpy(), o["x"], mean, m2 / n, *arrays, weights=weights)
+
+    actual_y, *moments = native.forward(t["x"], *affine, mask)
+    close_rounded(actual_y, y, sample.dtype)
+    for count, actual_mean, actual_m2 in (moments, native.batch_moments(t["x"], options[1], mask)):
+        assert count.dtype == (torch.int64 if kind == "bool" else torch.float64)
+        assert abs(count.item() - n) <= tolerances.STATISTIC * n
+        close(actual_mean, mean, tolerances.STATISTIC, std + 1e-300)
+        close(actual_m2, m2, tolerances.STATISTIC, m2 + 1e-300)
+    actual_dx, actual_dweight, actual_dbias, actual_dresidual = native.backward(
+        t["dy"], t["x"], *moments, *affine, mask
+    )
+    close_rounded(actual_dx, dx, sample.dtype)
+    root = (o["x"].size / sample.layout.channels) ** 0.5
+    close(actual_dweight, dweight, tolerances.SUM_PER_ROOT, root)
+    close(actual_dbias, dbias, tolerances.SUM_PER_ROOT, root)
+    if sample.with_residual and sample.activation is not None:
+        close_rounded(actual_dresidual, dz, sample.dtype)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("activation", ["relu", "silu", None])
+def test_what_a_mask_leaves_out_may_be_anything(layout: Layout, activation: str | None, level: str) -> None:
+    sample = Sample(layout, activation, False)
+    t, mask = sample.tensors(), masks(sample)["bool"]
+    out = ~mask.unsqueeze(layout.channel_dim % len(layout.shape)).expand(layout.shape)
+    dy = t["dy"].masked_fill(out, 0)
+    affine = (t["weight"], t["bias"], None, EPS, layout.channel_dim, activation)
+    results = []
+    for padding in (0.0, float("nan"), float("inf")):
+        x = t["x"].clone().masked_fill_(out, padding)
+        y, *moments = native.forward(x, *affine, mask)
+        dx, *sums, _ = native.backward(dy, x, *moments, *affine, mask)
+        results.append((y.masked_fill(out, 0), *moments, dx, *sums))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0, 1e1, 1e2, 1e3, 1e4])

@@ -91,6 +91,11 @@ def test_every_layer_becomes_ours() -> None:
 def test_it_is_as_one_made_by_our_constructor(ours: Any, theirs: Any, options: dict[str, Any]) -> None:
     converted, made = convert(theirs(4, **options)), ours(4, **options)
     assert vars(converted).keys() == vars(made).keys()
+    assert converted._non_persistent_buffers_set == made._non_persistent_buffers_set
+    assert list(converted._buffers) == list(made._buffers)
+    for actual, expected in zip(converted._buffers.values(), made._buffers.values(), strict=True):
+        assert (actual is None) == (expected is None)
+        assert actual is None or (torch.equal(actual, expected) and actual.dtype == expected.dtype)
     assert repr(converted) == repr(made)
     assert converted.activation == made.activation
     assert converted.channel_dim == made.channel_dim
@@ -157,11 +162,27 @@ def test_parameters_and_buffers_are_the_same_objects() -> None:
     learning = {name: tensor.requires_grad for name, tensor in before.items()}
     convert(model)
     after = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    assert list(after) == list(before)
+    assert after.keys() - before.keys() == {f"{path}.num_held_back" for path in ("1", "3.1", "5")}
+    assert [name for name in after if name in before] == list(before)
     assert all(after[name] is before[name] for name in before)
-    assert {name: tensor.data_ptr() for name, tensor in after.items()} == pointers
-    assert {name: tensor.requires_grad for name, tensor in after.items()} == learning
+    assert {name: after[name].data_ptr() for name in before} == pointers
+    assert {name: after[name].requires_grad for name in before} == learning
     assert not learning["1.weight"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_running_statistics_of_half_precision_become_float32(dtype: torch.dtype) -> None:
+    model = net().to(dtype)
+    before = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    after = convert(model).state_dict()
+    assert list(after) == [name for name, _ in net().state_dict().items()]
+    for name, value in after.items():
+        running = name.endswith(("running_mean", "running_var"))
+        assert value.dtype == (torch.float32 if running else before[name].dtype)
+        assert torch.equal(value, before[name].to(value.dtype))
+        assert (value.data_ptr() == before[name].data_ptr()) is not running
+    model(images().to(dtype))
+    assert model[1].running_mean.dtype == torch.float32
 
 
 def test_the_state_dict_is_the_same_to_the_bit() -> None:
@@ -362,6 +383,8 @@ def test_a_lazy_layer_is_converted_once_it_has_its_shape() -> None:
         ("activation", nn.ReLU()),
         ("channel_dim", nn.Parameter(torch.ones(1))),
         ("_commit", 1),
+        ("frozen", True),
+        ("num_held_back", 1),
     ],
     ids=str,
 )

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batchnorm import layout
-from batchnorm.moments import Moments, statistics_dtype
+from batchnorm.moments import observe, statistics_dtype
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -32,9 +32,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def batch_moments(x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Count, mean and m2 as `Moments` has them; zeros when x has no values."""
-    moments = Moments.of(x, channel_dim=channel_dim)
+def batch_moments(x: Tensor, channel_dim: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, mean and m2 as `Moments` has them; zeros when x has no values, or none that counts."""
+    axis = channel_dim % x.dim()
+    moments = observe(x, axis, _weights(mask, x, axis))
     return moments.count, moments.mean, moments.m2
 
 
@@ -78,9 +79,13 @@ def forward(
     eps: float,
     channel_dim: int,
     activation: str | None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Y with the statistics of x itself, and its moments: `batch_moments`, then `normalize`."""
-    count, mean, m2 = batch_moments(x, channel_dim)
+    """Y with the statistics of x itself, and its moments: `batch_moments`, then `normalize`.
+
+    A mask decides what the moments are taken from; y is there for all of x.
+    """
+    count, mean, m2 = batch_moments(x, channel_dim, mask)
     y = normalize(x, mean, _variance(count, m2), weight, bias, residual, eps, channel_dim, activation)
     return y, count, mean, m2
 
@@ -96,13 +101,16 @@ def backward_sums(
     eps: float,
     channel_dim: int,
     activation: str | None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""What the gradients need from all observations: \sum dz and \sum dz x_hat, (C,) each.
 
     dz = dy activation'(z) and x_hat = (x - mean) / sqrt(var + eps). The two are d loss / d bias and
-    d loss / d weight.
+    d loss / d weight. They are sums over all of x, with a mask as well: y depends on both parameters everywhere. But
+    with one, x may be anything where dy is 0, NaN included.
     """
     dims = layout.observed_dims(x.dim(), channel_dim % x.dim())
+    x = _looked_at(dy, x, mean, channel_dim, mask)
     dz = _preactivation_grad(dy, x, mean, var, weight, bias, residual, eps, channel_dim, activation)
     x_hat = _preactivation(x, mean, var, None, None, None, eps, channel_dim)
     return dz.sum(dims), (dz * x_hat).sum(dims)
@@ -121,26 +129,29 @@ def backward_input(
     activation: str | None,
     mean_dz: Tensor | None,
     mean_dz_xhat: Tensor | None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""The gradients that have the input's shape.
 
-        dx = weight / sqrt(var + eps) * (dz - mean_dz - x_hat mean_dz_xhat),    dresidual = dz
+        dx = weight / sqrt(var + eps) * (dz - w (mean_dz + x_hat mean_dz_xhat)),    dresidual = dz
 
     mean_dz and mean_dz_xhat, (C,), are the results of `backward_sums` over the count; None where the statistics are
-    constants.
+    constants. w is the mask, 1 without one: how much each position counted in the statistics.
 
     Returns:
         dx, and dresidual. The latter is empty, (0,), unless there are a residual and an activation: without a
         residual nobody needs it, and without an activation it is dy.
     """
     axis = channel_dim % x.dim()
-    dz = _preactivation_grad(dy, x, mean, var, weight, bias, residual, eps, channel_dim, activation)
+    seen = _looked_at(dy, x, mean, channel_dim, mask)
+    dz = _preactivation_grad(dy, seen, mean, var, weight, bias, residual, eps, channel_dim, activation)
     inner = dz
     if mean_dz is not None and mean_dz_xhat is not None:
         x_hat = _preactivation(x, mean, var, None, None, None, eps, channel_dim)
-        inner = (
-            dz - layout.per_channel(mean_dz, x.dim(), axis) - x_hat * layout.per_channel(mean_dz_xhat, x.dim(), axis)
-        )
+        through = layout.per_channel(mean_dz, x.dim(), axis) + x_hat * layout.per_channel(mean_dz_xhat, x.dim(), axis)
+        if (weights := _weights(mask, x, axis)) is not None:
+            through = torch.where(weights > 0, through * weights, 0)
+        inner = dz - through
     scale = (var.to(dz.dtype) + eps).rsqrt()
     if weight is not None:
         scale = scale * weight
@@ -161,6 +172,7 @@ def backward(
     eps: float,
     channel_dim: int,
     activation: str | None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`forward`'s gradients from the moments that it returned: `backward_sums`, then `backward_input`.
 
@@ -169,9 +181,9 @@ def backward(
         where there is no weight or bias, dresidual as `backward_input`'s.
     """
     common = (dy, x, mean, _variance(count, m2), weight, bias, residual, eps, channel_dim, activation)
-    sum_dz, sum_dz_xhat = backward_sums(*common)
-    n = count.clamp(min=1).to(m2.dtype)
-    dx, dresidual = backward_input(*common, sum_dz / n, sum_dz_xhat / n)
+    sum_dz, sum_dz_xhat = backward_sums(*common, mask)
+    n = torch.where(count > 0, count, 1).to(m2.dtype)
+    dx, dresidual = backward_input(*common, sum_dz / n, sum_dz_xhat / n, mask)
     dweight = sum_dz_xhat if weight is None else sum_dz_xhat.to(weight.dtype)
     dbias = sum_dz if bias is None else sum_dz.to(bias.dtype)
     return dx, dweight, dbias, dresidual
@@ -181,6 +193,7 @@ def commit(
     running_mean: Tensor,
     running_var: Tensor,
     num_batches_tracked: Tensor | None,
+    num_held_back: Tensor | None,
     count: Tensor,
     mean: Tensor,
     m2: Tensor,
@@ -190,26 +203,50 @@ def commit(
 
         running = (1 - momentum) * running + momentum * new
 
-    The new variance is the unbiased one, m2 / (count - 1), as in torch. Computed in float64 and rounded once.
+    The new variance is the unbiased one, m2 / (count - 1), as in torch. Computed in float64 and rounded once. A channel
+    whose new statistics are not finite, a count of 1 included, keeps its old ones and is counted in num_held_back. A
+    count of 0 changes nothing.
 
-    running_mean and running_var are (C,) of any floating dtype, num_batches_tracked is () int64 or None. A momentum of
-    None is 1 / num_batches_tracked, after counting: the equal-weight average of all batches.
+    running_mean and running_var are (C,) of any floating dtype, num_batches_tracked is () int64 or None, num_held_back
+    (C,) int64 or None. A momentum of None is 1 / num_batches_tracked, after counting: the equal-weight average of all
+    batches. Statistics that are not the initial 0 and 1 while that counter is 0 were loaded without it, and weigh as
+    one batch.
     """
+    any_counted = count > 0
     factor: float | Tensor | None = momentum
     if num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
+        if momentum is None:
+            initial = (running_mean == 0).all() & (running_var == 1).all()
+            num_batches_tracked.add_((any_counted & (num_batches_tracked == 0) & ~initial).to(torch.int64))
+        num_batches_tracked.add_(any_counted.to(torch.int64))
         if momentum is None:
             factor = num_batches_tracked.to(m2.dtype).reciprocal()
     if factor is None:
         return
-    for running, new in ((running_mean, mean), (running_var, m2 / (count - 1))):
+    var = m2 / (count - 1)
+    finite = mean.isfinite() & var.isfinite() & (count > 1)
+    for running, new in ((running_mean, mean), (running_var, var)):
         wide = running.to(new.dtype)
-        running.copy_(wide + (new - wide) * factor)
+        running.copy_(torch.where(finite, wide + (new - wide) * factor, wide))
+    if num_held_back is not None:
+        num_held_back.add_((~finite & any_counted).to(torch.int64))
+
+
+def _weights(mask: Tensor | None, x: Tensor, axis: int) -> Tensor | None:
+    """The mask with x's rank: one that lacks the channel dimension gets it."""
+    return mask.unsqueeze(axis) if mask is not None and mask.dim() < x.dim() else mask
+
+
+def _looked_at(dy: Tensor, x: Tensor, mean: Tensor, channel_dim: int, mask: Tensor | None) -> Tensor:
+    """x, but without what a mask may have left out and nobody used: there the gradient would be 0 times anything."""
+    if mask is None:
+        return x
+    return torch.where(dy != 0, x, layout.per_channel(mean, x.dim(), channel_dim % x.dim()).to(x.dtype))
 
 
 def _variance(count: Tensor, m2: Tensor) -> Tensor:
     """The biased variance; 0 of nothing."""
-    return m2 / count.clamp(min=1).to(m2.dtype)
+    return m2 / torch.where(count > 0, count, 1).to(m2.dtype)
 
 
 def _preactivation(

@@ -19,9 +19,10 @@ def convert(model: nn.Module) -> nn.Module:
     """Make every `torch.nn.BatchNorm1d`, `2d` and `3d` of a model one of ours, in place.
 
     A layer stays the object that it was and only changes its class: its parameters, buffers, hooks, flags and other
-    attributes stay, and whoever refers to it still does: a second parent, an optimizer, another model. Layers that are
-    ours already are left. So is a layer that may mean something else than torch's: of a subclass, or with an attribute
-    of its own where ours have one, such as a replaced `forward`; a UserWarning names all of these.
+    attributes stay, and whoever refers to it still does: a second parent, an optimizer, another model. Only running
+    statistics of half precision become new tensors, of float32 and equal values. Layers that are ours already are left.
+    So is a layer that may mean something else than torch's: of a subclass, or with an attribute of its own where ours
+    have one, such as a replaced `forward`; a UserWarning names all of these.
 
     Args:
         model: any module; it may be a batch-norm layer itself.
@@ -51,19 +52,22 @@ def _become_ours(layer: nn.modules.batchnorm._BatchNorm) -> str | None:
     if theirs not in OURS:
         return theirs.__qualname__
     ours = OURS[theirs]
-    additions = _additions(ours, theirs)
-    taken = additions.keys() | {name for cls in ours.__mro__ if issubclass(cls, BatchNorm) for name in vars(cls)}
+    additions, buffers = _additions(ours, theirs)
+    defined = {name for cls in ours.__mro__ if issubclass(cls, BatchNorm) for name in vars(cls)}
     own = vars(layer).keys() | layer._parameters.keys() | layer._buffers.keys() | layer._modules.keys()
-    if clash := sorted(own & taken):
+    if clash := sorted(own & (additions.keys() | buffers | defined)):
         return f"{theirs.__qualname__} with its own {', '.join(clash)}"
     # The class of an object, and not a new object: that would leave the old one with whoever else refers to it, and a
     # compiled call would go on calling the old one. torch's parametrizations and lazy layers change class like this.
     layer.__class__ = ours
     vars(layer).update(additions)
+    assert isinstance(layer, BatchNorm)
+    layer._complete_buffers()
     return None
 
 
-def _additions(ours: type[BatchNorm], theirs: type[nn.Module]) -> dict[str, object]:
-    """The attributes that our constructor sets and torch's does not, at their defaults, which it alone knows."""
-    fresh, torchs = (vars(cls(1, device="meta")) for cls in (ours, theirs))
-    return {name: value for name, value in fresh.items() if name not in torchs}
+def _additions(ours: type[BatchNorm], theirs: type[nn.Module]) -> tuple[dict[str, object], set[str]]:
+    """What our constructor sets and torch's does not: attributes at their defaults, and the names of buffers."""
+    fresh, torchs = (cls(1, device="meta") for cls in (ours, theirs))
+    attributes = {name: value for name, value in vars(fresh).items() if name not in vars(torchs)}
+    return attributes, fresh._buffers.keys() - torchs._buffers.keys()

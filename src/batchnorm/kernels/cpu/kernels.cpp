@@ -7,94 +7,13 @@
 
 #include "activations.hpp"
 #include "simd.hpp"
+#include "steps.hpp"
 
 namespace {
 
 using namespace batchnorm;
 
-// --- per-channel coefficients: one value for a whole run, or one for each value of a row -----------------------------
-
-template <class S>
-BN_INLINE const S* values(const PerChannel& v) {
-  if constexpr (sizeof(S) == sizeof(double))
-    return v.exact;
-  else
-    return v.rounded;
-}
-
-template <class V>
-using Scalar = std::remove_cvref_t<decltype(V{}[0])>;
-
-template <class V>
-struct Broadcast {
-  int64_t channel;
-  BN_INLINE V operator()(const PerChannel& v, int64_t) const { return splat<V>(values<Scalar<V>>(v)[channel]); }
-  BN_INLINE V part(const PerChannel& v, int64_t i, int64_t) const { return (*this)(v, i); }
-};
-
-template <class V>
-struct Elementwise {
-  BN_INLINE V operator()(const PerChannel& v, int64_t i) const { return load_raw<V>(values<Scalar<V>>(v) + i); }
-  BN_INLINE V part(const PerChannel& v, int64_t i, int64_t n) const {
-    return load_part(values<Scalar<V>>(v) + i, n);
-  }
-};
-
-template <class V>
-BN_INLINE V affine(V x, V mean, V scale, V shift) {
-  return (x - mean) * scale + shift;
-}
-
-// --- a step: kLanes adjacent values, or n < kLanes at an end of a run -----------------------------------------------
-
-template <class T>
-struct Whole {
-  static BN_INLINE Vector<T> load(const void* p, int64_t i) {
-    return Element<T>::load(static_cast<const T*>(p) + i);
-  }
-  static BN_INLINE void store(void* p, int64_t i, Vector<T> v, bool stream) {
-    const auto value = Element<T>::rounded(v);
-    if (stream)
-      stream_raw(static_cast<T*>(p) + i, value);
-    else
-      store_raw(static_cast<T*>(p) + i, value);
-  }
-  template <class C>
-  static BN_INLINE Vector<T> coefficient(const C& c, const PerChannel& v, int64_t k) {
-    return c(v, k);
-  }
-};
-
-template <class T>
-struct Part {
-  int64_t n;
-  BN_INLINE Vector<T> load(const void* p, int64_t i) const { return load_part(static_cast<const T*>(p) + i, n); }
-  BN_INLINE void store(void* p, int64_t i, Vector<T> v, bool) const { store_part(static_cast<T*>(p) + i, v, n); }
-  template <class C>
-  BN_INLINE Vector<T> coefficient(const C& c, const PerChannel& v, int64_t k) const {
-    return c.part(v, k, n);
-  }
-};
-
-// So many values of a run come before the first whole vector of an output that is streamed, whose address must be a
-// multiple of the vector's size.
-template <class T>
-BN_INLINE int64_t ahead(const void* output, int64_t at, int64_t length, bool stream) {
-  if (!stream) return 0;
-  constexpr uintptr_t size = kLanes<Vector<T>> * sizeof(T);
-  const auto address = reinterpret_cast<uintptr_t>(static_cast<const T*>(output) + at);
-  const int64_t n = (size - address % size) % size / sizeof(T);
-  return n < length ? n : length;
-}
-
-// step(which, i) for every step of a run; the first is of `head` values.
-template <class T, class Step>
-BN_INLINE void for_each_step(int64_t length, int64_t head, Step step) {
-  int64_t i = head;
-  if (head > 0) step(Part<T>{head}, 0);
-  for (; i + kLanes<Vector<T>> <= length; i += kLanes<Vector<T>>) step(Whole<T>{}, i);
-  if (i < length) step(Part<T>{length - i}, i);
-}
+// --- runs --------------------------------------------------------------------------------------------------------------
 
 // dz of the values at i, which are x; the coefficients stand at k. Where a step is partial its other lanes are 0.
 template <class T, Activation A, bool Residual, class Which, class C>
@@ -102,10 +21,18 @@ BN_INLINE Vector<T> preactivation_grad(const Backward& t, const Affine& a, Which
                                        Vector<T> x) {
   const Vector<T> dy = loaded(which.load(t.dy, i));
   if constexpr (A == Activation::none) return dy;
+  if (t.weights.values) x = dy != 0 ? x : which.coefficient(c, a.mean, k);  // padding that nobody looked at
   Vector<T> z = affine(x, which.coefficient(c, a.mean, k), which.coefficient(c, a.scale, k),
                        which.coefficient(c, a.shift, k));
   if constexpr (Residual) z += which.load(t.residual, i);
   return activate_grad<A>(dy, z);
+}
+
+// dz (x - mean); with weights, padding whose gradient is 0 adds nothing whatever it holds.
+template <class V>
+BN_INLINE V product(const Backward& t, V dz, V deviation) {
+  const V p = dz * deviation;
+  return t.weights.values ? (dz != 0 ? p : V{}) : p;
 }
 
 template <class T, Activation A, bool Residual, class C>
@@ -119,13 +46,21 @@ BN_INLINE void apply_run(const Forward& t, const Affine& a, C c, int64_t at, int
 }
 
 template <class T, Activation A, bool Residual, class C>
-BN_INLINE void grad_run(const Backward& t, const Affine& a, const Slopes& s, C c, int64_t at, int64_t length) {
+BN_INLINE void grad_run(const Backward& t, const Affine& a, const Slopes& s, RunWeights weights, C c, int64_t at,
+                        int64_t length) {
+  using V = Vector<T>;
   for_each_step<T>(length, ahead<T>(t.dx, at, length, t.stream), [&](auto which, int64_t k) {
-    const Vector<T> x = which.load(t.x, at + k);
-    const Vector<T> dz = preactivation_grad<T, A, Residual>(t, a, which, c, at + k, k, x);
+    V x = which.load(t.x, at + k);
+    const V mean = which.coefficient(c, a.mean, k);
+    const V dz = preactivation_grad<T, A, Residual>(t, a, which, c, at + k, k, x);
     if constexpr (Residual && A != Activation::none) which.store(t.dresidual, at + k, dz, t.stream);
-    const Vector<T> rest = affine(x, which.coefficient(c, a.mean, k), which.coefficient(c, s.slope, k),
-                                  which.coefficient(c, s.offset, k));
+    V rest = affine(x, mean, which.coefficient(c, s.slope, k), which.coefficient(c, s.offset, k));
+    if (weights.values) {
+      Doubles wide[Sum<V>::parts];
+      weights.load(which, k, wide, static_cast<V*>(nullptr));
+      const V weight = narrowed<V>(wide);
+      rest = weight != 0 ? weight * rest : V{};
+    }
     which.store(t.dx, at + k, dz * which.coefficient(c, a.scale, k) + rest, t.stream);
   });
 }
@@ -172,51 +107,62 @@ BN_INLINE void spill(Part<T> part, const S& sum, double* p) {
   for (int64_t i = 0; i < part.n; ++i) p[i] += values[i];
 }
 
-template <class T>
-BN_INLINE void load_pivots(Whole<T>, const double* p, Doubles (&pivot)[Sum<Vector<T>>::parts]) {
-  for (int i = 0; i < Sum<Vector<T>>::parts; ++i) pivot[i] = load_raw<Doubles>(p + i * kLanes<Doubles>);
-}
-
-template <class T>
-BN_INLINE void load_pivots(Part<T> part, const double* p, Doubles (&pivot)[Sum<Vector<T>>::parts]) {
-  double values[kLanes<Vector<T>>] = {};
-  std::memcpy(values, p, part.n * sizeof(double));
-  load_pivots(Whole<T>{}, values, pivot);
-}
-
-template <class T>
-void moments(const Walk& w, const void* x, const double* pivots, int64_t begin, int64_t end, Sums sums) {
+template <class T, bool Weighted>
+void moments(const Walk& w, const void* x, const Weights& weights, const double* pivots, int64_t begin, int64_t end,
+             Sums sums) {
   using V = Vector<T>;
   constexpr int64_t lanes = kLanes<V>;
+  const auto add = [&](MomentSums<V>& m, auto which, int64_t i, int64_t k, const auto& pivot, const RunWeights& its) {
+    if constexpr (Weighted) {
+      Doubles weight[Sum<V>::parts];
+      its.load(which, k, weight, static_cast<V*>(nullptr));
+      m.add(which.load(x, i), pivot, weight);
+    } else {
+      m.add(which.load(x, i), pivot);
+    }
+  };
   if (!w.rows()) {
     for_each_run(w, begin, end, [&](int64_t channel, int64_t at, int64_t length) {
+      const RunWeights its = weights_of(w, weights, at);
       MomentSums<V> even, odd;  // two, because an addition waits for the one before it
       Doubles pivot[Sum<V>::parts];
       for (auto& p : pivot) p = splat<Doubles>(pivots[channel]);
       int64_t i = 0;
       for (; i + 2 * lanes <= length; i += 2 * lanes) {
-        even.add(Whole<T>::load(x, at + i), pivot);
-        odd.add(Whole<T>::load(x, at + i + lanes), pivot);
+        add(even, Whole<T>{}, at + i, i, pivot, its);
+        add(odd, Whole<T>{}, at + i + lanes, i + lanes, pivot, its);
       }
-      if (i + lanes <= length) even.add(Whole<T>::load(x, at + i), pivot), i += lanes;
-      if (const int64_t n = length - i; n > 0)  // the lanes that are not there are the pivot: they add nothing
-        odd.add(first_lanes(Part<T>{n}.load(x, at + i), n, splat<V>(pivots[channel])), pivot);
+      if (i + lanes <= length) add(even, Whole<T>{}, at + i, i, pivot, its), i += lanes;
+      if (const int64_t n = length - i; n > 0) {
+        if constexpr (Weighted)  // the lanes that are not there have no weight
+          add(odd, Part<T>{n}, at + i, i, pivot, its);
+        else  // or are the pivot: they add nothing
+          odd.add(first_lanes(Part<T>{n}.load(x, at + i), n, splat<V>(pivots[channel])), pivot);
+      }
       even.add(odd);
       sums.first[channel] += total(even.first), sums.second[channel] += total(even.second);
     });
     return;
   }
   for_each_group(w, begin, end, [&](int64_t at, auto rows) {
+    const RunWeights its = weights_of(w, weights, at);
     for_each_step<T>(w.channels, 0, [&](auto which, int64_t c) {
       MomentSums<V> m;
       Doubles pivot[Sum<V>::parts];
-      load_pivots(which, pivots + c, pivot);
+      load_doubles(which, pivots + c, pivot);
 #pragma GCC unroll 8
-      for (int64_t r = 0; r < rows.value; ++r) m.add(which.load(x, at + r * w.channels + c), pivot);
+      for (int64_t r = 0; r < rows.value; ++r)
+        add(m, which, at + r * w.channels + c, c, pivot, Weighted ? row_weights(its, w, r) : its);
       spill(which, m.first, sums.first + c);
       spill(which, m.second, sums.second + c);
     });
   });
+}
+
+template <class T>
+void any_moments(const Walk& w, const void* x, Weights weights, const double* pivots, int64_t begin, int64_t end,
+                 Sums sums) {
+  (weights.values ? moments<T, true> : moments<T, false>)(w, x, weights, pivots, begin, end, sums);
 }
 
 template <class T, Activation A, bool Residual>
@@ -233,7 +179,7 @@ void sums(const Walk& w, const Backward& t, const Affine& a, int64_t begin, int6
           const V x = which.load(t.x, at + i + j);
           const V dz = preactivation_grad<T, A, Residual>(t, a, which, c, at + i + j, i + j, x);
           f += dz;
-          s += dz * (x - c(a.mean, 0));
+          s += product(t, dz, x - c(a.mean, 0));
         });
         first.add(f);
         second.add(s);
@@ -252,7 +198,7 @@ void sums(const Walk& w, const Backward& t, const Affine& a, int64_t begin, int6
         const V x = which.load(t.x, i);
         const V dz = preactivation_grad<T, A, Residual>(t, a, which, coefficients, i, c, x);
         f += dz;
-        s += dz * (x - which.coefficient(coefficients, a.mean, c));
+        s += product(t, dz, x - which.coefficient(coefficients, a.mean, c));
       }
       Sum<V> first, second;
       first.add(f);
@@ -277,10 +223,10 @@ template <class T, Activation A, bool Residual>
 void grad(const Walk& w, const Backward& t, const Affine& a, const Slopes& s, int64_t begin, int64_t end) {
   if (w.rows())
     for (; begin < end; begin += w.channels)
-      grad_run<T, A, Residual>(t, a, s, Elementwise<Vector<T>>{}, begin, w.channels);
+      grad_run<T, A, Residual>(t, a, s, weights_of(w, t.weights, begin), Elementwise<Vector<T>>{}, begin, w.channels);
   else
     for_each_run(w, begin, end, [&](int64_t channel, int64_t at, int64_t length) {
-      grad_run<T, A, Residual>(t, a, s, Broadcast<Vector<T>>{channel}, at, length);
+      grad_run<T, A, Residual>(t, a, s, weights_of(w, t.weights, at), Broadcast<Vector<T>>{channel}, at, length);
     });
 }
 
@@ -312,7 +258,7 @@ void any_grad(const Walk& w, const Backward& t, const Affine& a, const Slopes& s
 }
 
 template <class T>
-constexpr Kernels kernels_for = {moments<T>, any_sums<T>, any_apply<T>, any_grad<T>};
+constexpr Kernels kernels_for = {any_moments<T>, any_sums<T>, any_apply<T>, any_grad<T>};
 
 }  // namespace
 

@@ -35,9 +35,16 @@ struct Affine {
   Activation activation;
 };
 
-// What the input's gradient is: dx = dz * scale + ((x - mean) * slope + offset), the affine's mean and scale.
+// What the input's gradient is: dx = dz * scale + weight * ((x - mean) * slope + offset), the affine's mean and scale.
 struct Slopes {
   PerChannel slope, offset;
+};
+
+// How much each position counts: of planes and rows a value for each of outer x inner positions, or, where rows were
+// joined, a value for each value of x. Null: all count 1.
+struct Weights {
+  const double* values = nullptr;
+  bool each_value = false;
 };
 
 // Inputs and outputs of the two directions, all of one dtype; residual and dresidual may be null. `stream`: outputs go
@@ -52,6 +59,7 @@ struct Backward {
   const void *dy, *x, *residual;
   void *dx, *dresidual;
   bool stream;
+  Weights weights;
 };
 
 // Two sums for each channel.
@@ -61,9 +69,9 @@ struct Sums {
 
 // One set of kernels for each instruction set and dtype.
 struct Kernels {
-  // first += sum (x - pivot), second += sum (x - pivot)^2.
-  void (*moments)(const Walk&, const void* x, const double* pivots, int64_t begin, int64_t end, Sums);
-  // first += sum dz, second += sum dz (x - affine.mean).
+  // first += sum weight (x - pivot), second += sum weight (x - pivot)^2. What has no weight may be anything.
+  void (*moments)(const Walk&, const void* x, Weights, const double* pivots, int64_t begin, int64_t end, Sums);
+  // first += sum dz, second += sum dz (x - affine.mean). With weights, x may be anything where dy is 0.
   void (*sums)(const Walk&, const Backward&, const Affine&, int64_t begin, int64_t end, Sums);
   // y = activation(z + residual).
   void (*apply)(const Walk&, const Forward&, const Affine&, int64_t begin, int64_t end);

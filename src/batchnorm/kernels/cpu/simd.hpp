@@ -270,6 +270,20 @@ struct MomentSums {
     }
   }
 
+  // With weights; what has none is left out, NaN included.
+  BN_INLINE void add(V x, const Doubles (&pivot)[Sum<V>::parts], const Doubles (&weight)[Sum<V>::parts]) {
+    Doubles wide[Sum<V>::parts];
+    if constexpr (Sum<V>::parts == 2)
+      wide[0] = low(x), wide[1] = high(x);
+    else
+      wide[0] = x;
+    for (int i = 0; i < Sum<V>::parts; ++i) {
+      const Doubles d = weight[i] != 0 ? wide[i] - pivot[i] : Doubles{}, part = weight[i] * d;
+      first.part[i] += part;
+      second.part[i] += part * d;
+    }
+  }
+
   BN_INLINE void add(const MomentSums& m) {
     for (int i = 0; i < Sum<V>::parts; ++i) first.part[i] += m.first.part[i], second.part[i] += m.second.part[i];
   }

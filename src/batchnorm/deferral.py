@@ -1,0 +1,92 @@
+"""One commit for several forward passes: joined, or dropped."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from batchnorm.modules import BatchNorm
+from batchnorm.moments import Moments
+
+
+class Pending:
+    """What the forward passes inside `deferred` proposed, joined for each layer."""
+
+    def __init__(self) -> None:
+        self._moments: dict[BatchNorm, Moments] = {}
+
+    def _receive(self, layer: BatchNorm, proposal: Moments) -> None:
+        before = self._moments.get(layer)
+        self._moments[layer] = proposal if before is None else before + proposal
+
+    def discard(self) -> None:
+        """Drop everything proposed so far: it is not committed."""
+        self._moments.clear()
+
+    def moments(self, layer: BatchNorm) -> Moments | None:
+        """The joined moments of what a layer proposed so far; None where it proposed nothing."""
+        return self._moments.get(layer)
+
+
+class _Receiver:
+    """Where one layer's proposals go inside `deferred`."""
+
+    def __init__(self, pending: Pending, layer: BatchNorm) -> None:
+        self._pending, self._layer = pending, layer
+
+    def __call__(self, proposal: Moments) -> None:
+        self._pending._receive(self._layer, proposal)
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        # A copy of the layer is not in the context, whose end would never come for it: its receiver is None.
+        return type(None), ()
+
+
+@contextmanager
+def deferred(model: nn.Module) -> Iterator[Pending]:
+    """Forward passes inside propose; one commit of their joined moments at the end.
+
+    With k micro-batches inside, the running statistics become those of one batch of all their samples, and one batch
+    is counted. What each forward pass normalises by is still its own micro-batch.
+
+    An exception commits nothing. Inside another `deferred` of the same layers, the joined moments are proposed to that
+    one. A layer that is frozen by the end commits nothing. Layers of torch.nn know no proposals and commit at once; a
+    UserWarning names them.
+
+    Args:
+        model: its layers of ours, of all depths, are meant; other models are not, copies made inside included.
+
+    Yields:
+        A `Pending`, whose `discard()` drops what was proposed.
+    """
+    pending = Pending()
+    layers = [module for module in model.modules() if isinstance(module, BatchNorm)]
+    others = [
+        path or "the model itself"
+        for path, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, BatchNorm)
+    ]
+    if others:
+        warnings.warn(
+            f"these layers are torch.nn's and commit at once: {', '.join(others)}. Use batchnorm.convert(model) first",
+            UserWarning,
+            stacklevel=3,
+        )
+    outer = [layer._receiver for layer in layers]
+    for layer in layers:
+        layer._receiver = _Receiver(pending, layer)
+    try:
+        yield pending
+    finally:
+        for layer, receiver in zip(layers, outer, strict=True):
+            if receiver is None:
+                del layer._receiver  # as it was: a compiled call would notice a None
+            else:
+                layer._receiver = receiver
+    for layer in layers:
+        joined = pending.moments(layer)
+        if joined is not None and not layer.frozen.statistics:
+            layer._propose(joined)

@@ -1,0 +1,150 @@
+// What a loop does at a time: a vector of adjacent values or a part of one, with their coefficients and weights.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "kernels.hpp"
+#include "simd.hpp"
+
+namespace {
+
+using namespace batchnorm;
+
+// --- per-channel coefficients: one value for a whole run, or one for each value of a row -----------------------------
+
+template <class S>
+BN_INLINE const S* values(const PerChannel& v) {
+  if constexpr (sizeof(S) == sizeof(double))
+    return v.exact;
+  else
+    return v.rounded;
+}
+
+template <class V>
+using Scalar = std::remove_cvref_t<decltype(V{}[0])>;
+
+template <class V>
+struct Broadcast {
+  int64_t channel;
+  BN_INLINE V operator()(const PerChannel& v, int64_t) const { return splat<V>(values<Scalar<V>>(v)[channel]); }
+  BN_INLINE V part(const PerChannel& v, int64_t i, int64_t) const { return (*this)(v, i); }
+};
+
+template <class V>
+struct Elementwise {
+  BN_INLINE V operator()(const PerChannel& v, int64_t i) const { return load_raw<V>(values<Scalar<V>>(v) + i); }
+  BN_INLINE V part(const PerChannel& v, int64_t i, int64_t n) const {
+    return load_part(values<Scalar<V>>(v) + i, n);
+  }
+};
+
+template <class V>
+BN_INLINE V affine(V x, V mean, V scale, V shift) {
+  return (x - mean) * scale + shift;
+}
+
+// --- a step: kLanes adjacent values, or n < kLanes at an end of a run -----------------------------------------------
+
+template <class T>
+struct Whole {
+  static BN_INLINE Vector<T> load(const void* p, int64_t i) {
+    return Element<T>::load(static_cast<const T*>(p) + i);
+  }
+  static BN_INLINE void store(void* p, int64_t i, Vector<T> v, bool stream) {
+    const auto value = Element<T>::rounded(v);
+    if (stream)
+      stream_raw(static_cast<T*>(p) + i, value);
+    else
+      store_raw(static_cast<T*>(p) + i, value);
+  }
+  template <class C>
+  static BN_INLINE Vector<T> coefficient(const C& c, const PerChannel& v, int64_t k) {
+    return c(v, k);
+  }
+};
+
+template <class T>
+struct Part {
+  int64_t n;
+  BN_INLINE Vector<T> load(const void* p, int64_t i) const { return load_part(static_cast<const T*>(p) + i, n); }
+  BN_INLINE void store(void* p, int64_t i, Vector<T> v, bool) const { store_part(static_cast<T*>(p) + i, v, n); }
+  template <class C>
+  BN_INLINE Vector<T> coefficient(const C& c, const PerChannel& v, int64_t k) const {
+    return c.part(v, k, n);
+  }
+};
+
+// float64 vectors as one of the values' type.
+template <class V>
+BN_INLINE V narrowed(const Doubles (&wide)[Sum<V>::parts]) {
+  if constexpr (Sum<V>::parts == 1) {
+    return wide[0];
+  } else {
+    V v;
+    HalfFloats halves[2] = {__builtin_convertvector(wide[0], HalfFloats), __builtin_convertvector(wide[1], HalfFloats)};
+    std::memcpy(&v, halves, sizeof v);
+    return v;
+  }
+}
+
+template <class T>
+BN_INLINE void load_doubles(Whole<T>, const double* p, Doubles (&wide)[Sum<Vector<T>>::parts]) {
+  for (int i = 0; i < Sum<Vector<T>>::parts; ++i) wide[i] = load_raw<Doubles>(p + i * kLanes<Doubles>);
+}
+
+template <class T>
+BN_INLINE void load_doubles(Part<T> part, const double* p, Doubles (&wide)[Sum<Vector<T>>::parts]) {
+  double values[kLanes<Vector<T>>] = {};
+  std::memcpy(values, p, part.n * sizeof(double));
+  load_doubles(Whole<T>{}, values, wide);
+}
+
+// The weights of a run's or a row's values.
+struct RunWeights {
+  const double* values;  // where they begin; null: all are 1
+  bool same;             // one weight for all: a row's
+
+  template <class Which, class V>
+  BN_INLINE void load(Which which, int64_t k, Doubles (&wide)[Sum<V>::parts], V*) const {
+    if (same)
+      for (auto& w : wide) w = splat<Doubles>(*values);
+    else
+      load_doubles(which, values + k, wide);
+  }
+};
+
+// Those of a later row.
+BN_INLINE RunWeights row_weights(const RunWeights& first, const Walk& w, int64_t row) {
+  return {first.values + (first.same ? row : row * w.channels), first.same};
+}
+
+BN_INLINE RunWeights weights_of(const Walk& w, const Weights& weights, int64_t at) {
+  if (!weights.values) return {nullptr, false};
+  if (weights.each_value) return {weights.values + at, false};
+  if (w.rows()) return {weights.values + at / w.channels, true};
+  return {weights.values + at / (w.channels * w.inner) * w.inner + at % w.inner, false};
+}
+
+// So many values of a run come before the first whole vector of an output that is streamed, whose address must be a
+// multiple of the vector's size.
+template <class T>
+BN_INLINE int64_t ahead(const void* output, int64_t at, int64_t length, bool stream) {
+  if (!stream) return 0;
+  constexpr uintptr_t size = kLanes<Vector<T>> * sizeof(T);
+  const auto address = reinterpret_cast<uintptr_t>(static_cast<const T*>(output) + at);
+  const int64_t n = (size - address % size) % size / sizeof(T);
+  return n < length ? n : length;
+}
+
+// step(which, i) for every step of a run; the first is of `head` values.
+template <class T, class Step>
+BN_INLINE void for_each_step(int64_t length, int64_t head, Step step) {
+  int64_t i = head;
+  if (head > 0) step(Part<T>{head}, 0);
+  for (; i + kLanes<Vector<T>> <= length; i += kLanes<Vector<T>>) step(Whole<T>{}, i);
+  if (i < length) step(Part<T>{length - i}, i);
+}
+
+}  // namespace
