@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+import batchnorm as bn
 import tolerances
 from batchnorm.functional import batch_norm
 from batchnorm.kernels import reference
@@ -144,3 +145,12 @@ def test_masked_gradients_of_every_order(weighted: bool, activation: str | None)
 
     assert torch.autograd.gradcheck(function, (x, weight, bias, residual))
     assert torch.autograd.gradgradcheck(function, (x, weight, bias, residual))
+
+
+def test_a_transform_that_may_not_change_the_statistics_is_told_and_changes_nothing() -> None:
+    layer, x = bn.BatchNorm1d(3), torch.randn(4, 16, 3)
+    before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    with pytest.raises(bn.errors.TransformError, match="stack_module_state"):
+        torch.func.vmap(layer)(x)
+    for name, buffer in layer.named_buffers():
+        assert torch.equal(buffer, before[name])

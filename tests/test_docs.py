@@ -55,7 +55,8 @@ def test_make_targets_exist(command: str) -> None:
 def test_commands(command: str, tmp_path: Path) -> None:
     program, *arguments = shlex.split(command)
     assert program in ("batchnorm", "python"), f"{command}: the tests do not know how to run this"
-    (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
+    for folder in ("benchmarks", "tests"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     run = subprocess.run(
         [program, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False

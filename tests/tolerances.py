@@ -29,6 +29,16 @@ SCALED_SQUARES = 1e-9
 # Running statistics of order 1 in float64, absolute: one blend is four roundings of 1.1e-16.
 BLEND = 1e-15
 
+# A float32 running statistic of up to 4 after 5,000 steps, absolute: each rounds by at most 2.4e-7.
+MANY_STEPS = 1.2e-3
+
+# Results that need sums over 70,001 float32 values, over 1 + |value|: torch keeps such sums in float32, and is off by
+# 1e-3 with one thread, less with more. Wrong values are off by more.
+LONG_SUMS = 1e-2
+
+# Results of a half-precision layer, over 1 + |value|: torch rounds between its steps, eight times at most.
+SEVERAL_ROUNDINGS = {torch.float16: 4e-3, torch.bfloat16: 3.2e-2}
+
 # What a gradient that is 0 up to rounding may be, absolute, beside the other bounds: float32's 6e-8.
 GRADIENT_ZERO = 1e-7
 

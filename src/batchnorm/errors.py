@@ -7,6 +7,7 @@
     ├── DTypeError    (TypeError, RuntimeError)   a dtype cannot be normalised, or two do not go together
     ├── CountError    (ValueError)                too few values for the statistic that was asked for
     ├── OptionError   (ValueError, RuntimeError)  an argument is outside what it may be
+    ├── TransformError (RuntimeError)             a transform of torch.func cannot do what was asked
     └── UsageError                                the command line was used wrongly
 
 The built-in types beside each are those that torch raises for the same mistake, so that code written for
@@ -38,6 +39,10 @@ class CountError(BatchNormError, ValueError):
 
 class OptionError(BatchNormError, ValueError, RuntimeError):
     """An argument is outside the values that it may take."""
+
+
+class TransformError(BatchNormError, RuntimeError):
+    """A transform of `torch.func` cannot do what was asked of it."""
 
 
 class UsageError(BatchNormError):

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from batchnorm import ghost, layout, ops
 from batchnorm.autograd import apply, transformed
-from batchnorm.errors import CountError, OptionError, ShapeError
+from batchnorm.errors import CountError, OptionError, ShapeError, TransformError
 from batchnorm.kernels import reference
-from batchnorm.moments import Moments, check_weights, joined
+from batchnorm.moments import Moments, check_weights, joined, statistics_dtype
 from batchnorm.recipe import Recipe, check, check_virtual_batch_size
 
 
@@ -158,6 +158,8 @@ def _positions(x: Tensor, recipe: Recipe, mask: Tensor | None) -> Tensor | None:
         return None
     if not (transformed() or torch.compiler.is_compiling()):
         check_weights(mask)
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        mask = mask.to(statistics_dtype(mask.device))
     return layout.positions(mask, x.shape, recipe.channel_dim % x.dim())
 
 
@@ -258,14 +260,20 @@ def commit(
     momentum: float | None,
 ) -> None:
     """Blend moments into running statistics, in place: `kernels.reference.commit`."""
-    if transformed():
-        # In place on a tensor that vmap did not map would be refused; the counter is not among torch's buffers.
-        implementation, num_held_back = reference, None
-    else:
+    values = moments.count, moments.mean, moments.m2
+    if not transformed():
         implementation = ops.implementation(running_mean)
-    implementation.commit(
-        running_mean, running_var, num_batches_tracked, num_held_back, moments.count, moments.mean, moments.m2, momentum
-    )
+        implementation.commit(running_mean, running_var, num_batches_tracked, num_held_back, *values, momentum)
+        return
+    try:
+        # Without the counter: it is not among torch's buffers, so that callers may not have given it to the transform.
+        reference.commit(running_mean, running_var, num_batches_tracked, None, *values, momentum)
+    except RuntimeError as error:
+        raise TransformError(
+            "got running statistics that this transform of torch.func may not change in place. Make them arguments of "
+            "the transformed function (torch.func.functional_call), stacked for vmap (torch.func.stack_module_state), "
+            "or take the moments as values from batchnorm.functional.normalize_by_batch"
+        ) from error
 
 
 def _empty_output(x: Tensor, recipe: Recipe) -> Tensor:

@@ -202,9 +202,11 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             )
 
     def reset_running_stats(self) -> None:
-        """torch's, and the counter of what was held back."""
+        """torch's, and the counter of what was held back. Frozen statistics stay: `update_bn` begins with this."""
+        if "frozen" in vars(self) and self.frozen.statistics:  # torch's constructor comes here before ours is done
+            return
         super().reset_running_stats()
-        held_back = self._buffers.get("num_held_back")  # torch's constructor comes here before ours has made it
+        held_back = self._buffers.get("num_held_back")
         if held_back is not None:
             held_back.zero_()
 

@@ -119,13 +119,16 @@ class Moments:
 
 
 def check_weights(mask: Tensor) -> None:
-    """Weights are booleans or numbers >= 0; looking at numbers waits for the device.
+    """Weights are booleans or finite numbers >= 0; looking at numbers waits for the device.
 
     Raises:
-        OptionError: a negative weight.
+        OptionError: a weight that is negative or not finite.
     """
-    if mask.dtype != torch.bool and bool((mask < 0).any()):
-        raise OptionError("got a mask with negative weights; weights must be >= 0. Use 0 for what is not to count")
+    if mask.dtype != torch.bool and not bool(((mask >= 0) & (mask < float("inf"))).all()):
+        raise OptionError(
+            "got a mask with negative weights or such that are not finite; weights must be >= 0. Use 0 for what is not "
+            "to count"
+        )
 
 
 def observe(x: Tensor, axis: int, weights: Tensor | None) -> Moments:

@@ -85,9 +85,10 @@ def forward(
 
     A mask decides what the moments are taken from; y is there for all of x.
     """
-    count, mean, m2 = batch_moments(x, channel_dim, mask)
-    y = normalize(x, mean, _variance(count, m2), weight, bias, residual, eps, channel_dim, activation)
-    return y, count, mean, m2
+    wide = x.to(statistics_dtype(x.device))  # once, so that a gradient through it is rounded once
+    count, mean, m2 = batch_moments(wide, channel_dim, mask)
+    y = normalize(wide, mean, _variance(count, m2), weight, bias, residual, eps, channel_dim, activation)
+    return y.to(x.dtype), count, mean, m2
 
 
 def backward_sums(
@@ -214,13 +215,13 @@ def commit(
     """
     any_counted = count > 0
     factor: float | Tensor | None = momentum
+    batches = None
     if num_batches_tracked is not None:
+        batches = num_batches_tracked + any_counted.to(torch.int64)
         if momentum is None:
             initial = (running_mean == 0).all() & (running_var == 1).all()
-            num_batches_tracked.add_((any_counted & (num_batches_tracked == 0) & ~initial).to(torch.int64))
-        num_batches_tracked.add_(any_counted.to(torch.int64))
-        if momentum is None:
-            factor = num_batches_tracked.to(m2.dtype).reciprocal()
+            batches = batches + (any_counted & (num_batches_tracked == 0) & ~initial).to(torch.int64)
+            factor = batches.to(m2.dtype).reciprocal()
     if factor is None:
         return
     var = m2 / (count - 1)
@@ -230,6 +231,8 @@ def commit(
         running.copy_(torch.where(finite, wide + (new - wide) * factor, wide))
     if num_held_back is not None:
         num_held_back.add_((~finite & any_counted).to(torch.int64))
+    if num_batches_tracked is not None and batches is not None:
+        num_batches_tracked.copy_(batches)  # last: a refused update is not counted
 
 
 def _weights(mask: Tensor | None, x: Tensor, axis: int) -> Tensor | None:

@@ -1,0 +1,91 @@
+"""The tables of docs/performance.md, from what `batchnorm bench --json FILE` wrote.
+
+batchnorm bench --peers --json bench.json && python benchmarks/performance.py bench.json
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+RIVALS = ("torch", "compile", "jax", "tensorflow")
+OTHERS = RIVALS[1:]
+Case = tuple[str, str]
+
+
+def cases(document: dict[str, Any], dtype: str) -> dict[Case, dict[str, dict[str, float]]]:
+    """Seconds by rival, by phase, by case."""
+    found: dict[Case, dict[str, dict[str, float]]] = {}
+    for row in document["rows"]:
+        if row["dtype"] == dtype:
+            case = f"({', '.join(map(str, row['shape']))})", row["layout"]
+            found.setdefault(case, {})[row["phase"]] = row["seconds"]
+    return found
+
+
+def ratio(seconds: dict[str, float], rivals: Sequence[str]) -> float | None:
+    """The fastest rival's time over ours."""
+    there = [seconds[rival] for rival in rivals if rival in seconds]
+    return min(there) / seconds["ours"] if there else None
+
+
+def cell(value: float | None) -> str:
+    """Two decimals, or nothing."""
+    return "" if value is None else f"{value:.2f}"
+
+
+def table(document: dict[str, Any], dtype: str) -> str:
+    """Every case: our times, and the others' over ours."""
+    heads = ["shape", "layout", "forward, ms", "x", "both, ms", *(f"x {rival}" for rival in RIVALS)]
+    heads += ["x best of the three", "floor", "inference, ms", "x"]
+    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+    for (shape, layout), phases in cases(document, dtype).items():
+        forward, both, inference = (phases[phase] for phase in ("forward", "both", "inference"))
+        values = [shape, layout, f"{1e3 * forward['ours']:.3f}", cell(ratio(forward, ["torch"]))]
+        values += [f"{1e3 * both['ours']:.3f}", *(cell(ratio(both, [rival])) for rival in RIVALS)]
+        values += [cell(ratio(both, OTHERS)), cell(both["ours"] / both["floor"])]
+        values += [f"{1e3 * inference['ours']:.3f}", cell(ratio(inference, ["torch"]))]
+        lines.append(f"| {' | '.join(values)} |")
+    return "\n".join(lines)
+
+
+def sentences(document: dict[str, Any], dtype: str) -> list[str]:
+    """Geometric means and the least ratio, forward and backward."""
+    found = []
+    for name, rivals in [(rival, [rival]) for rival in RIVALS] + [("the best of the three", OTHERS)]:
+        ratios = {
+            case: value
+            for case, phases in cases(document, dtype).items()
+            if (value := ratio(phases["both"], rivals)) is not None
+        }
+        if ratios:
+            mean = math.exp(sum(map(math.log, ratios.values())) / len(ratios))
+            worst = min(ratios, key=lambda case: ratios[case])
+            below = sum(value < 1 for value in ratios.values())
+            found.append(
+                f"- against {name}: geometric mean {mean:.2f} over {len(ratios)} cases, least {ratios[worst]:.2f} at "
+                f"{', '.join(worst)}; {below} below 1"
+            )
+    return found
+
+
+def main(paths: Sequence[str]) -> None:
+    """Print the tables of one file or more."""
+    for path in paths:
+        document = json.loads(Path(path).read_text())
+        machine, versions = document["machine"], document["versions"]
+        print(
+            f"{machine['processor']}, {machine['threads']} threads, kernels {machine['kernels']}, torch "
+            f"{versions['torch']}, {document['outputs']} outputs, {document['date'][:10]}.\n"
+        )
+        for dtype in ("float32", "bfloat16"):
+            print(f"### {dtype}, {document['outputs']} outputs\n\n{table(document, dtype)}\n")
+            print("\n".join(sentences(document, dtype)) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
