@@ -11,6 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -36,6 +37,11 @@ def medians(works: dict[str, Callable[[], object]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def step(layer: torch.nn.Module, x: Tensor, dy: Tensor, mask: Tensor | None) -> object:
+    """Forward and backward."""
+    return torch.autograd.grad(layer(x, mask=mask), [x, *layer.parameters()], dy)
+
+
 def main() -> None:
     """Print the table."""
     print("| shape | layout | dtype | plain, ms | masked, ms | ratio |\n|---|---|---|---|---|---|")
@@ -44,14 +50,8 @@ def main() -> None:
         layer = batchnorm.BatchNorm(case.channels, activation="relu", channel_dim=case.channel_dim)
         axis = case.channel_dim % x.dim()
         mask = torch.rand(layout.observed_shape(x.shape, axis)) < 0.75
-        inputs = [x.requires_grad_(), *layer.parameters()]
-
-        def step(
-            mask: Tensor | None, layer: torch.nn.Module = layer, inputs: list[Tensor] = inputs, dy: Tensor = dy
-        ) -> object:
-            return torch.autograd.grad(layer(inputs[0], mask=mask), inputs, dy)
-
-        seconds = medians({"plain": lambda: step(None), "masked": lambda mask=mask: step(mask)})  # type: ignore[misc]
+        work = partial(step, layer, x.requires_grad_(), dy)
+        seconds = medians({"plain": partial(work, None), "masked": partial(work, mask)})
         print(
             f"| {case.shape} | {case.layout} | {case.dtype} | {1e3 * seconds['plain']:.3f} "
             f"| {1e3 * seconds['masked']:.3f} | {seconds['masked'] / seconds['plain']:.2f} |"

@@ -38,16 +38,22 @@ def cell(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
+def taking_part(document: dict[str, Any]) -> list[str]:
+    """The rivals of a run."""
+    return [rival for rival in RIVALS if any(rival in row["seconds"] for row in document["rows"])]
+
+
 def table(document: dict[str, Any], dtype: str) -> str:
     """Every case: our times, and the others' over ours."""
-    heads = ["shape", "layout", "forward, ms", "x", "both, ms", *(f"x {rival}" for rival in RIVALS)]
-    heads += ["x best of the three", "floor", "inference, ms", "x"]
+    rivals = taking_part(document)
+    heads = ["shape", "layout", "forward, ms", "x torch", "both, ms", *(f"x {rival}" for rival in rivals)]
+    heads += ["floor", "inference, ms", "x torch"]
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for (shape, layout), phases in cases(document, dtype).items():
         forward, both, inference = (phases[phase] for phase in ("forward", "both", "inference"))
         values = [shape, layout, f"{1e3 * forward['ours']:.3f}", cell(ratio(forward, ["torch"]))]
-        values += [f"{1e3 * both['ours']:.3f}", *(cell(ratio(both, [rival])) for rival in RIVALS)]
-        values += [cell(ratio(both, OTHERS)), cell(both["ours"] / both["floor"])]
+        values += [f"{1e3 * both['ours']:.3f}", *(cell(ratio(both, [rival])) for rival in rivals)]
+        values += [cell(both["ours"] / both["floor"])]
         values += [f"{1e3 * inference['ours']:.3f}", cell(ratio(inference, ["torch"]))]
         lines.append(f"| {' | '.join(values)} |")
     return "\n".join(lines)
@@ -56,7 +62,10 @@ def table(document: dict[str, Any], dtype: str) -> str:
 def sentences(document: dict[str, Any], dtype: str) -> list[str]:
     """Geometric means and the least ratio, forward and backward."""
     found = []
-    for name, rivals in [(rival, [rival]) for rival in RIVALS] + [("the best of the three", OTHERS)]:
+    alone = taking_part(document)
+    others = [rival for rival in OTHERS if rival in alone]
+    best = [(f"the best of {', '.join(others)}", others)] if len(others) > 1 else []
+    for name, rivals in [(rival, [rival]) for rival in alone] + best:
         ratios = {
             case: value
             for case, phases in cases(document, dtype).items()

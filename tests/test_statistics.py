@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,14 +36,14 @@ def property_test(*strategies: st.SearchStrategy) -> Callable[[Callable[..., Non
     return decorate
 
 
-def layer_for(batch: Batch, spec: Spec, **options: object) -> bn.BatchNorm:
+def layer_for(batch: Batch, spec: Spec, **options: Any) -> bn.BatchNorm:
     layer = bn.BatchNorm(
         spec.shape[batch.axis],
         spec.eps,
         dtype=spec.parameters,
         activation=spec.activation,
         channel_dim=spec.channel_dim,
-        **options,  # type: ignore[arg-type]  # the caller's
+        **options,
     )
     layer.load_state_dict(layer.state_dict() | {"weight": batch.weight, "bias": batch.bias})
     return layer
@@ -199,10 +200,10 @@ def test_half_gradients_are_rounded_once(path: str, dtype: torch.dtype) -> None:
     spec = Spec((64, 3, 5), 1, ("contiguous",) * 3, dtype, torch.float32, 0.0, None, False, None, None, 1, 1e-5, 0)
     ghosts = path == "masked ghosts"
     batch, results = expected(spec.batch(), cut(64, 16 if ghosts else 64))
-    options = {"mask": torch.ones(64, dtype=torch.bool), "virtual_batch_size": 16} if ghosts else {}
+    options: dict[str, Any] = {"mask": torch.ones(64, dtype=torch.bool), "virtual_batch_size": 16} if ghosts else {}
 
     def function(x: Tensor) -> Tensor:
-        return batch_norm(x, None, None, batch.weight, batch.bias, True, **options)  # type: ignore[arg-type]
+        return batch_norm(x, None, None, batch.weight, batch.bias, True, **options)
 
     if path == "torch.func":
         (dx,) = torch.func.vjp(function, batch.x)[1](batch.dy)

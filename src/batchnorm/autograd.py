@@ -13,7 +13,7 @@ from batchnorm.kernels import reference
 from batchnorm.recipe import Recipe
 
 
-def _implementation(x: Tensor, mask: Tensor | None) -> Any:  # noqa: ANN401 - as `ops.implementation`
+def _implementation(x: Tensor, mask: Tensor | None) -> Any:  # noqa: ANN401 - operators, or a module
     """The kernels take no mask with a weight for every value."""
     return reference if mask is not None and mask.dim() == x.dim() else ops.implementation(x)
 
@@ -47,7 +47,7 @@ class _BatchNorm(torch.autograd.Function):
         return y, count, mean, m2
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:  # noqa: ANN401 - as above
+    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:  # noqa: ANN401 - the context
         if dy is None:
             return (None,) * 8
         x, count, mean, spread, weight, bias, residual, mask = ctx.saved_tensors

@@ -142,8 +142,8 @@ def normalize_by_batch(
     return _by_batch(x, recipe, mask)
 
 
-def propose(x: Tensor, recipe: Recipe, mask: Tensor | None) -> Moments | None:
-    """The moments of x alone, for a layer that normalises by others; None where x is empty."""
+def batch_moments(x: Tensor, recipe: Recipe, mask: Tensor | None) -> Moments | None:
+    """The moments of x, for a layer that normalises by others but proposes these; None where x is empty."""
     return _moments(x, recipe, _positions(x, recipe, mask)) if x.numel() else None
 
 

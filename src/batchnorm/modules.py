@@ -155,7 +155,10 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
                     if not self.training:
                         return functional.normalize_by(input, mean, var, recipe, inplace=self.inplace)
                     output = functional.normalize_by(input, mean, var, recipe)
-                    if not frozen.statistics and (proposal := functional.propose(input, recipe, mask)) is not None:
+                    if (
+                        not frozen.statistics
+                        and (proposal := functional.batch_moments(input, recipe, mask)) is not None
+                    ):
                         self._propose(proposal)
                     return output
             if not self.training:  # without running statistics
@@ -220,7 +223,7 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
                 self._buffers[name] = _at_least_float32(old.to(new.device))
         return self
 
-    def _load_from_state_dict(self, state_dict: Any, *args: Any) -> None:  # noqa: ANN401 - torch's
+    def _load_from_state_dict(self, state_dict: Any, *args: Any) -> None:  # noqa: ANN401 - torch's own has no types
         """torch's; what a checkpoint assigns in half precision becomes float32, and nothing was held back since."""
         super()._load_from_state_dict(state_dict, *args)
         for name in _STATISTICS:

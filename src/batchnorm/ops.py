@@ -107,7 +107,7 @@ def _fake_backward(
     m2: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    *rest: Any,  # noqa: ANN401 - as above
+    *rest: Any,  # noqa: ANN401 - handed on
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dx, dresidual = _fake_backward_input(dy, x, mean, m2, weight, bias, *rest)
     dweight, dbias = (torch.empty_like(mean if t is None else t) for t in (weight, bias))

@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -103,10 +104,7 @@ def run(
 
 def measure(case: Case, phase: str, rivals: Sequence[Rival]) -> Row:
     """One row: every rival and the floor in turn, until there is time for no more."""
-    works: dict[str, Callable[[], float | None]] = {
-        rival.name: lambda rival=rival: rival.run(phase)  # type: ignore[misc]  # mypy takes no defaults in a lambda
-        for rival in rivals
-    }
+    works: dict[str, Callable[[], float | None]] = {rival.name: partial(rival.run, phase) for rival in rivals}
     works["floor"] = floor(case, phase)
     peaks = {name: peak(work) if name in ("ours", "torch", "compile") else None for name, work in works.items()}
     first = {name: seconds for name, work in works.items() if (seconds := work()) is not None}

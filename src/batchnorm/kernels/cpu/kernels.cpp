@@ -57,7 +57,7 @@ BN_INLINE void grad_run(const Backward& t, const Affine& a, const Slopes& s, Run
     V rest = affine(x, mean, which.coefficient(c, s.slope, k), which.coefficient(c, s.offset, k));
     if (weights.values) {
       Doubles wide[Sum<V>::parts];
-      weights.load(which, k, wide, static_cast<V*>(nullptr));
+      weights.load<V>(which, k, wide);
       const V weight = narrowed<V>(wide);
       rest = weight != 0 ? weight * rest : V{};
     }
@@ -115,7 +115,7 @@ void moments(const Walk& w, const void* x, const Weights& weights, const double*
   const auto add = [&](MomentSums<V>& m, auto which, int64_t i, int64_t k, const auto& pivot, const RunWeights& its) {
     if constexpr (Weighted) {
       Doubles weight[Sum<V>::parts];
-      its.load(which, k, weight, static_cast<V*>(nullptr));
+      its.load<V>(which, k, weight);
       m.add(which.load(x, i), pivot, weight);
     } else {
       m.add(which.load(x, i), pivot);

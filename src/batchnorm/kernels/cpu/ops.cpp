@@ -13,6 +13,7 @@
 
 #include "kernels.hpp"
 #include "normalization.hpp"
+#include "output.hpp"
 #include "passes.hpp"
 #include "schedule.hpp"
 #include "tensors.hpp"

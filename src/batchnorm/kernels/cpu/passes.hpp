@@ -8,8 +8,10 @@
 
 #include "kernels.hpp"
 #include "normalization.hpp"
+#include "output.hpp"
 #include "schedule.hpp"
 #include "tensors.hpp"
+#include "weights.hpp"
 
 namespace batchnorm {
 namespace {

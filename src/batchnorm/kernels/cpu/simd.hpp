@@ -251,6 +251,10 @@ BN_INLINE void spill(const Sum<V>& sum, double* p) {
   }
 }
 
+// A vector as float64: one, or two halves.
+BN_INLINE void widen(Doubles v, Doubles (&wide)[1]) { wide[0] = v; }
+BN_INLINE void widen(Floats v, Doubles (&wide)[2]) { wide[0] = low(v), wide[1] = high(v); }
+
 // First and second moments about a pivot, lane by lane. The difference is taken in float64: in float32 it would round
 // relative to the pivot's distance, and a pivot may be an outlier.
 template <class V>
@@ -259,10 +263,7 @@ struct MomentSums {
 
   BN_INLINE void add(V x, const Doubles (&pivot)[Sum<V>::parts]) {
     Doubles wide[Sum<V>::parts];
-    if constexpr (Sum<V>::parts == 2)
-      wide[0] = low(x), wide[1] = high(x);
-    else
-      wide[0] = x;
+    widen(x, wide);
     for (int i = 0; i < Sum<V>::parts; ++i) {
       const Doubles d = wide[i] - pivot[i];
       first.part[i] += d;
@@ -273,10 +274,7 @@ struct MomentSums {
   // With weights; what has none is left out, NaN included.
   BN_INLINE void add(V x, const Doubles (&pivot)[Sum<V>::parts], const Doubles (&weight)[Sum<V>::parts]) {
     Doubles wide[Sum<V>::parts];
-    if constexpr (Sum<V>::parts == 2)
-      wide[0] = low(x), wide[1] = high(x);
-    else
-      wide[0] = x;
+    widen(x, wide);
     for (int i = 0; i < Sum<V>::parts; ++i) {
       const Doubles d = weight[i] != 0 ? wide[i] - pivot[i] : Doubles{}, part = weight[i] * d;
       first.part[i] += part;

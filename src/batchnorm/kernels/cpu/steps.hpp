@@ -106,8 +106,9 @@ struct RunWeights {
   const double* values;  // where they begin; null: all are 1
   bool same;             // one weight for all: a row's
 
-  template <class Which, class V>
-  BN_INLINE void load(Which which, int64_t k, Doubles (&wide)[Sum<V>::parts], V*) const {
+  // Those of the step at k, for values that are computed in V.
+  template <class V, class Which>
+  BN_INLINE void load(Which which, int64_t k, Doubles (&wide)[Sum<V>::parts]) const {
     if (same)
       for (auto& w : wide) w = splat<Doubles>(*values);
     else
