@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from batchnorm.modules import BatchNorm
+from batchnorm.modules import BatchNorm, find
 from batchnorm.moments import Moments
 
 
@@ -63,12 +63,7 @@ def deferred(model: nn.Module) -> Iterator[Pending]:
         A `Pending`, whose `discard()` drops what was proposed.
     """
     pending = Pending()
-    layers = [module for module in model.modules() if isinstance(module, BatchNorm)]
-    others = [
-        path or "the model itself"
-        for path, module in model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, BatchNorm)
-    ]
+    layers, others = find(model)
     if others:
         warnings.warn(
             f"these layers are torch.nn's and commit at once: {', '.join(others)}. Use batchnorm.convert(model) first",

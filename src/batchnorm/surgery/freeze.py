@@ -6,7 +6,7 @@ import warnings
 
 from torch import nn
 
-from batchnorm.modules import BatchNorm, Frozen
+from batchnorm.modules import BatchNorm, Frozen, find
 
 _STOPPED = "_stopped_learning"  # a layer's attribute: which parameters' requires_grad `freeze` has set to False
 
@@ -31,12 +31,9 @@ def freeze(
         `model`, the same object.
     """
     frozen = Frozen(statistics if normalization is None else normalization, statistics, affine)
-    others = []
-    for path, module in model.named_modules():
-        if isinstance(module, BatchNorm):
-            _set(module, frozen)
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-            others.append(path or "the model itself")
+    layers, others = find(model)
+    for layer in layers:
+        _set(layer, frozen)
     if others:
         warnings.warn(
             f"not frozen, because these layers are torch.nn's: {', '.join(others)}. Use batchnorm.convert(model) first",
@@ -54,9 +51,8 @@ def unfreeze(model: nn.Module) -> nn.Module:
     Returns:
         `model`, the same object.
     """
-    for module in model.modules():
-        if isinstance(module, BatchNorm):
-            _set(module, Frozen())
+    for layer in find(model)[0]:
+        _set(layer, Frozen())
     return model
 
 
