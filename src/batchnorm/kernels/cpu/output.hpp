@@ -12,6 +12,7 @@
 #include <cstdint>
 
 #include "kernels.hpp"
+#include "pool.hpp"
 #include "tensors.hpp"
 
 namespace batchnorm {
@@ -48,23 +49,29 @@ struct Output {
   // helps, 2 MiB pages are asked for; a page that was just cleared is best written at once, in memory order. Memory
   // that was used before can be written in any order, and, where the tensor is larger than the caches, past them.
   static Output like(const Tensor& x, const Walk& walk) {
-    Output out{allocate(x.dim(), x.sizes().data(), x.strides().data(), dtype_code(x))};
+    const auto bytes = static_cast<uintptr_t>(x.numel() * x.element_size());
+    bool used = false;
+    const AtenTensorHandle pooled =
+        Pool::instance().tensor(bytes, x.dim(), x.sizes().data(), x.strides().data(), dtype_code(x), used);
+    Output out{pooled ? Tensor(pooled) : allocate(x.dim(), x.sizes().data(), x.strides().data(), dtype_code(x))};
     constexpr uintptr_t line = 64, large = 1 << 21, least = 1 << 24;  // a last-level cache may hold less than `least`
     const auto address = reinterpret_cast<uintptr_t>(out.tensor.data_ptr());
-    const auto bytes = static_cast<uintptr_t>(x.numel() * x.element_size());
     const auto begin = (address + large - 1) & ~(large - 1), end = (address + bytes) & ~(large - 1);
     if (end <= begin || (bytes < least && !huge_pages_help())) return out;
-    unsigned char present = 1;
 #if defined(__linux__)
+    unsigned char present = 1;
     auto* middle = reinterpret_cast<void*>(begin + (end - begin) / large / 2 * large);
-    if (mincore(middle, 1, &present) == 0 && !(present & 1) && huge_pages_help()) {
+    if (!used) used = mincore(middle, 1, &present) != 0 || (present & 1);
+    if (!used && huge_pages_help()) {
       madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish: refusal is harmless
       out.in_order = true;
     }
+#else
+    used = true;
 #endif
     // Cache lines that two runs share are not written as a whole; in long runs they are few.
     const auto run = static_cast<uintptr_t>((walk.rows() ? walk.channels : walk.inner) * x.element_size());
-    out.stream = (present & 1) && bytes >= least && address % line == 0 && (run % line == 0 || run >= 64 * line);
+    out.stream = used && bytes >= least && address % line == 0 && (run % line == 0 || run >= 64 * line);
     return out;
   }
 };
