@@ -37,32 +37,35 @@ BN_INLINE V product(const Backward& t, V dz, V deviation) {
 
 template <class T, Activation A, bool Residual, class C>
 BN_INLINE void apply_run(const Forward& t, const Affine& a, C c, int64_t at, int64_t length) {
-  for_each_step<T>(length, ahead<T>(t.y, at, length, t.stream), [&](auto which, int64_t k) {
-    Vector<T> z = affine(which.load(t.x, at + k), which.coefficient(c, a.mean, k), which.coefficient(c, a.scale, k),
-                         which.coefficient(c, a.shift, k));
-    if constexpr (Residual) z += which.load(t.residual, at + k);
-    which.store(t.y, at + k, activate<A>(z), t.stream);
-  });
+  for_each_overlapping_step<T>(
+      length, ahead<T>(t.y, at, length, t.stream), [&](auto which, int64_t k) { return which.load(t.x, at + k); },
+      [&](auto which, int64_t k, Vector<T> x) {
+        Vector<T> z = affine(x, which.coefficient(c, a.mean, k), which.coefficient(c, a.scale, k),
+                             which.coefficient(c, a.shift, k));
+        if constexpr (Residual) z += which.load(t.residual, at + k);
+        which.store(t.y, at + k, activate<A>(z), t.stream);
+      });
 }
 
 template <class T, Activation A, bool Residual, class C>
 BN_INLINE void grad_run(const Backward& t, const Affine& a, const Slopes& s, RunWeights weights, C c, int64_t at,
                         int64_t length) {
   using V = Vector<T>;
-  for_each_step<T>(length, ahead<T>(t.dx, at, length, t.stream), [&](auto which, int64_t k) {
-    V x = which.load(t.x, at + k);
-    const V mean = which.coefficient(c, a.mean, k);
-    const V dz = preactivation_grad<T, A, Residual>(t, a, which, c, at + k, k, x);
-    if constexpr (Residual && A != Activation::none) which.store(t.dresidual, at + k, dz, t.stream);
-    V rest = affine(x, mean, which.coefficient(c, s.slope, k), which.coefficient(c, s.offset, k));
-    if (weights.values) {
-      Doubles wide[Sum<V>::parts];
-      weights.load<V>(which, k, wide);
-      const V weight = narrowed<V>(wide);
-      rest = weight != 0 ? weight * rest : V{};
-    }
-    which.store(t.dx, at + k, dz * which.coefficient(c, a.scale, k) + rest, t.stream);
-  });
+  for_each_overlapping_step<T>(
+      length, ahead<T>(t.dx, at, length, t.stream), [&](auto which, int64_t k) { return which.load(t.x, at + k); },
+      [&](auto which, int64_t k, V x) {
+        const V mean = which.coefficient(c, a.mean, k);
+        const V dz = preactivation_grad<T, A, Residual>(t, a, which, c, at + k, k, x);
+        if constexpr (Residual && A != Activation::none) which.store(t.dresidual, at + k, dz, t.stream);
+        V rest = affine(x, mean, which.coefficient(c, s.slope, k), which.coefficient(c, s.offset, k));
+        if (weights.values) {
+          Doubles wide[Sum<V>::parts];
+          weights.load<V>(which, k, wide);
+          const V weight = narrowed<V>(wide);
+          rest = weight != 0 ? weight * rest : V{};
+        }
+        which.store(t.dx, at + k, dz * which.coefficient(c, a.scale, k) + rest, t.stream);
+      });
 }
 
 // --- walks -----------------------------------------------------------------------------------------------------------
@@ -136,8 +139,10 @@ void moments(const Walk& w, const void* x, const Weights& weights, const double*
       if (const int64_t n = length - i; n > 0) {
         if constexpr (Weighted)  // the lanes that are not there have no weight
           add(odd, Part<T>{n}, at + i, i, pivot, its);
-        else  // or are the pivot: they add nothing
-          odd.add(first_lanes(Part<T>{n}.load(x, at + i), n, splat<V>(pivots[channel])), pivot);
+        else if (length < lanes)  // or are the pivot: they add nothing
+          odd.add(first_lanes(Part<T>{n}.load(x, at), n, splat<V>(pivots[channel])), pivot);
+        else  // and so do those that were added before
+          odd.add(first_lanes(splat<V>(pivots[channel]), lanes - n, Whole<T>::load(x, at + length - lanes)), pivot);
       }
       even.add(odd);
       sums.first[channel] += total(even.first), sums.second[channel] += total(even.second);
@@ -146,7 +151,7 @@ void moments(const Walk& w, const void* x, const Weights& weights, const double*
   }
   for_each_group(w, begin, end, [&](int64_t at, auto rows) {
     const RunWeights its = weights_of(w, weights, at);
-    for_each_step<T>(w.channels, 0, [&](auto which, int64_t c) {
+    for_each_step<T>(w.channels, [&](auto which, int64_t c) {
       MomentSums<V> m;
       Doubles pivot[Sum<V>::parts];
       load_doubles(which, pivots + c, pivot);
@@ -166,21 +171,38 @@ void any_moments(const Walk& w, const void* x, Weights weights, const double* pi
 }
 
 template <class T, Activation A, bool Residual>
-void sums(const Walk& w, const Backward& t, const Affine& a, int64_t begin, int64_t end, Sums sums) {
+void sums(const Walk& walk, const Backward& tensors, const Affine& affine, int64_t begin, int64_t end, Sums sums) {
+  const Walk w = walk;
+  const Backward t = tensors;
+  const Affine a = affine;
   using V = Vector<T>;
   constexpr int64_t lanes = kLanes<V>;
   if (!w.rows()) {
     for_each_run(w, begin, end, [&](int64_t channel, int64_t at, int64_t length) {
       const Broadcast<V> c{channel};
       Sum<V> first, second;
-      for (int64_t i = 0; i < length; i += kGroup * lanes) {
+      // Of the values at k, the first `taken` were added before.
+      const auto add = [&](V& f, V& s, auto which, int64_t k, int64_t taken) {
+        const V x = which.load(t.x, at + k);
+        V dz = preactivation_grad<T, A, Residual>(t, a, which, c, at + k, k, x);
+        if (taken > 0) dz = first_lanes(V{}, taken, dz);
+        f += dz;
+        s += product(t, dz, x - c(a.mean, 0));
+      };
+      const int64_t whole = length / lanes * lanes, n = length - whole;
+      for (int64_t i = 0; i < whole; i += kGroup * lanes) {
+        const int64_t end = whole - i < kGroup * lanes ? whole : i + kGroup * lanes;
         V f{}, s{};
-        for_each_step<T>(length - i < kGroup * lanes ? length - i : kGroup * lanes, 0, [&](auto which, int64_t j) {
-          const V x = which.load(t.x, at + i + j);
-          const V dz = preactivation_grad<T, A, Residual>(t, a, which, c, at + i + j, i + j, x);
-          f += dz;
-          s += product(t, dz, x - c(a.mean, 0));
-        });
+        for (int64_t k = i; k < end; k += lanes) add(f, s, Whole<T>{}, k, 0);
+        first.add(f);
+        second.add(s);
+      }
+      if (n > 0) {
+        V f{}, s{};
+        if (length < lanes)
+          add(f, s, Part<T>{n}, 0, 0);
+        else
+          add(f, s, Whole<T>{}, length - lanes, lanes - n);
         first.add(f);
         second.add(s);
       }
@@ -190,7 +212,7 @@ void sums(const Walk& w, const Backward& t, const Affine& a, int64_t begin, int6
   }
   const Elementwise<V> coefficients;
   for_each_group(w, begin, end, [&](int64_t at, auto rows) {
-    for_each_step<T>(w.channels, 0, [&](auto which, int64_t c) {
+    for_each_step<T>(w.channels, [&](auto which, int64_t c) {
       V f{}, s{};
 #pragma GCC unroll 8
       for (int64_t r = 0; r < rows.value; ++r) {
@@ -210,7 +232,10 @@ void sums(const Walk& w, const Backward& t, const Affine& a, int64_t begin, int6
 }
 
 template <class T, Activation A, bool Residual>
-void apply(const Walk& w, const Forward& t, const Affine& a, int64_t begin, int64_t end) {
+void apply(const Walk& walk, const Forward& tensors, const Affine& affine, int64_t begin, int64_t end) {
+  const Walk w = walk;
+  const Forward t = tensors;
+  const Affine a = affine;
   if (w.rows())
     for (; begin < end; begin += w.channels) apply_run<T, A, Residual>(t, a, Elementwise<Vector<T>>{}, begin, w.channels);
   else
@@ -220,7 +245,11 @@ void apply(const Walk& w, const Forward& t, const Affine& a, int64_t begin, int6
 }
 
 template <class T, Activation A, bool Residual>
-void grad(const Walk& w, const Backward& t, const Affine& a, const Slopes& s, int64_t begin, int64_t end) {
+void grad(const Walk& walk, const Backward& tensors, const Affine& affine, const Slopes& slopes, int64_t begin, int64_t end) {
+  const Walk w = walk;
+  const Backward t = tensors;
+  const Affine a = affine;
+  const Slopes s = slopes;
   if (w.rows())
     for (; begin < end; begin += w.channels)
       grad_run<T, A, Residual>(t, a, s, weights_of(w, t.weights, begin), Elementwise<Vector<T>>{}, begin, w.channels);

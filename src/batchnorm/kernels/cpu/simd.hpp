@@ -137,6 +137,10 @@ struct Element<Float16> {
 template <class T>
 using Vector = typename Element<T>::Vector;
 
+#if defined(__AVX2__)
+constexpr int32_t kFirstFew[16] = {-1, -1, -1, -1, -1, -1, -1, -1};  // from 8 - n on, a mask of the first n
+#endif
+
 // The first n < kLanes values, and zeros; and back.
 template <class T>
 BN_INLINE Vector<T> load_part(const T* p, int64_t n) {
@@ -145,6 +149,9 @@ BN_INLINE Vector<T> load_part(const T* p, int64_t n) {
   if constexpr (sizeof(T) == 8) return _mm512_maskz_loadu_pd((1u << n) - 1, p);
   if constexpr (sizeof(T) == 2)
     return Element<T>::widened(reinterpret_cast<Halves>(_mm256_maskz_loadu_epi16((1u << n) - 1, p)));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return _mm256_maskload_ps(p, load_raw<__m256i>(kFirstFew + 8 - n));
+  if constexpr (sizeof(T) == 8) return _mm256_maskload_pd(p, load_raw<__m256i>(kFirstFew + 8 - 2 * n));
 #endif
   T values[kLanes<Vector<T>>] = {};
   std::memcpy(values, p, n * sizeof(T));

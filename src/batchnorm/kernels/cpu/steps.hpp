@@ -65,6 +65,12 @@ struct Whole {
   }
 };
 
+// A vector that does not begin where a whole one would: its address is any.
+template <class T>
+struct Overlapping : Whole<T> {
+  static BN_INLINE void store(void* p, int64_t i, Vector<T> v, bool) { Whole<T>::store(p, i, v, false); }
+};
+
 template <class T>
 struct Part {
   int64_t n;
@@ -139,11 +145,24 @@ BN_INLINE int64_t ahead(const void* output, int64_t at, int64_t length, bool str
   return n < length ? n : length;
 }
 
-// step(which, i) for every step of a run; the first is of `head` values.
-template <class T, class Step>
-BN_INLINE void for_each_step(int64_t length, int64_t head, Step step) {
+// step(which, i, load(which, i)) for every step of a run, whose results are the same however often they are taken: so the
+// ends of a run are whole vectors too, which overlap their neighbours. `head` is the first aligned vector's offset.
+template <class T, class Load, class Step>
+BN_INLINE void for_each_overlapping_step(int64_t length, int64_t head, Load load, Step step) {
+  constexpr int64_t lanes = kLanes<Vector<T>>;
+  if (length < lanes) return step(Part<T>{length}, 0, load(Part<T>{length}, 0));
+  const Overlapping<T> end;
+  const auto last = load(end, length - lanes);  // in place, before the vector ahead of it is written
+  if (head > 0) step(end, 0, load(end, 0));
   int64_t i = head;
-  if (head > 0) step(Part<T>{head}, 0);
+  for (; i + lanes <= length; i += lanes) step(Whole<T>{}, i, load(Whole<T>{}, i));
+  if (i < length) step(end, length - lanes, last);
+}
+
+// step(which, i) for every step of a run, each value once.
+template <class T, class Step>
+BN_INLINE void for_each_step(int64_t length, Step step) {
+  int64_t i = 0;
   for (; i + kLanes<Vector<T>> <= length; i += kLanes<Vector<T>>) step(Whole<T>{}, i);
   if (i < length) step(Part<T>{length - i}, i);
 }
