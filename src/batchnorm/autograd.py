@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 
 from batchnorm import ops
 from batchnorm.kernels import reference
-from batchnorm.recipe import Recipe
+from batchnorm.recipe import Recipe, Running
 
 
 def _implementation(x: Tensor, mask: Tensor | None) -> Any:  # noqa: ANN401 - operators, or a module
@@ -19,7 +19,7 @@ def _implementation(x: Tensor, mask: Tensor | None) -> Any:  # noqa: ANN401 - op
 
 
 class _BatchNorm(torch.autograd.Function):
-    """Both modes. Without given statistics they are the batch's, and come back as count, mean and m2."""
+    """Both modes. Without given statistics they are the batch's: committed, or returned as count, mean and m2."""
 
     @staticmethod
     def forward(
@@ -32,6 +32,7 @@ class _BatchNorm(torch.autograd.Function):
         residual: Tensor | None,
         mask: Tensor | None,
         options: tuple[float, int, str | None],  # the rest of a Recipe: torch looks for tensors among arguments alone
+        running: Running | None = None,
     ) -> Any:  # noqa: ANN401 - y, and by the batch its moments
         implementation = _implementation(x, mask)
         ctx.set_materialize_grads(False)
@@ -41,6 +42,10 @@ class _BatchNorm(torch.autograd.Function):
         if mean is not None and var is not None:
             ctx.save_for_backward(x, None, mean, var, weight, bias, kept, None)
             return implementation.normalize(x, mean, var, weight, bias, residual, *options)
+        if running is not None:
+            y, count, mean, m2 = implementation.forward_commit(x, weight, bias, residual, *options, mask, *running)
+            ctx.save_for_backward(x, count, mean, m2, weight, bias, kept, mask)
+            return y
         y, count, mean, m2 = implementation.forward(x, weight, bias, residual, *options, mask)
         ctx.mark_non_differentiable(count, mean, m2)
         ctx.save_for_backward(x, count, mean, m2, weight, bias, kept, mask)
@@ -49,7 +54,7 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:  # noqa: ANN401 - the context
         if dy is None:
-            return (None,) * 8
+            return (None,) * 9
         x, count, mean, spread, weight, bias, residual, mask = ctx.saved_tensors
         needs_x, _, _, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
         by_batch = count is not None
@@ -76,6 +81,7 @@ class _BatchNorm(torch.autograd.Function):
             dweight if needs_weight else None,
             dbias if needs_bias else None,
             dresidual if needs_residual else None,
+            None,
             None,
             None,
         )

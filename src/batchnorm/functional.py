@@ -12,7 +12,7 @@ from batchnorm.autograd import apply, transformed
 from batchnorm.errors import CountError, OptionError, ShapeError, TransformError
 from batchnorm.kernels import reference
 from batchnorm.moments import Moments, check_weights, joined, statistics_dtype
-from batchnorm.recipe import Recipe, check, check_virtual_batch_size
+from batchnorm.recipe import Recipe, Running, check, check_virtual_batch_size
 
 
 def batch_norm(
@@ -80,9 +80,14 @@ def batch_norm(
         for name, buffer in (("running_mean", running_mean), ("running_var", running_var)):
             if input.dim() >= 2:
                 layout.check_vector(buffer, name, input.shape[layout.channel_axis(input.dim(), channel_dim)])
-        output, moments = normalize_by_batch(input, recipe, mask=mask, virtual_batch_size=virtual_batch_size)
-        if moments is not None and running_mean is not None and running_var is not None and not replayed():
-            commit(moments, running_mean, running_var, None, None, momentum)
+        running = None
+        if running_mean is not None and running_var is not None and not replayed():
+            running = Running(running_mean, running_var, None, None, momentum)
+        output, moments = normalize_by_batch(
+            input, recipe, mask=mask, virtual_batch_size=virtual_batch_size, running=running
+        )
+        if moments is not None and running is not None:
+            commit(moments, running)
         return output
     if running_mean is None or running_var is None:
         raise ShapeError(
@@ -99,6 +104,7 @@ def normalize_by_batch(
     mask: Tensor | None = None,
     virtual_batch_size: int | None = None,
     correct: Callable[[Moments], tuple[Tensor, Tensor]] | None = None,
+    running: Running | None = None,
 ) -> tuple[Tensor, Moments | None]:
     """`batch_norm` in training mode, with the batch's moments as a value: what a layer proposes.
 
@@ -109,9 +115,10 @@ def normalize_by_batch(
         virtual_batch_size: as `batch_norm`'s.
         correct: from the batch's moments to r and d of batch renormalization, (C,) each: what is normalised becomes
             normalised * r + d.
+        running: where the moments are committed on the way, if one operation can do both: no moments come back then.
 
     Returns:
-        The output, and the moments of `x`, or None where x is empty.
+        The output, and the moments of `x`, or None where x is empty or they are committed.
 
     Raises: as `batch_norm`.
     """
@@ -139,6 +146,9 @@ def normalize_by_batch(
         recipe = recipe._replace(
             weight=r if weight is None else weight * r, bias=shift if bias is None else bias + shift
         )
+    # A compiled graph wants to see what changes.
+    if running is not None and not (torch.compiler.is_compiling() or transformed()):
+        return apply(x, None, None, *recipe[:3], mask, recipe[3:], running), None
     return _by_batch(x, recipe, mask)
 
 
@@ -251,23 +261,15 @@ def replayed() -> bool:
     return not torch.compiler.is_compiling() and _current_graph_task() != -1
 
 
-def commit(
-    moments: Moments,
-    running_mean: Tensor,
-    running_var: Tensor,
-    num_batches_tracked: Tensor | None,
-    num_held_back: Tensor | None,
-    momentum: float | None,
-) -> None:
+def commit(moments: Moments, running: Running) -> None:
     """Blend moments into running statistics, in place: `kernels.reference.commit`."""
     values = moments.count, moments.mean, moments.m2
     if not transformed():
-        implementation = ops.implementation(running_mean)
-        implementation.commit(running_mean, running_var, num_batches_tracked, num_held_back, *values, momentum)
+        ops.implementation(running.mean).commit(*running[:4], *values, running.momentum)
         return
     try:
         # Without the counter: it is not among torch's buffers, so that callers may not have given it to the transform.
-        reference.commit(running_mean, running_var, num_batches_tracked, None, *values, momentum)
+        reference.commit(*running[:3], None, *values, running.momentum)
     except RuntimeError as error:
         raise TransformError(
             "got running statistics that this transform of torch.func may not change in place. Make them arguments of "

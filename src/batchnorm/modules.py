@@ -15,7 +15,7 @@ from typing_extensions import Self
 from batchnorm import functional, layout
 from batchnorm.errors import BatchNormError, OptionError, ShapeError
 from batchnorm.moments import Moments
-from batchnorm.recipe import Recipe, check_activation, check_virtual_batch_size
+from batchnorm.recipe import Recipe, Running, check_activation, check_virtual_batch_size
 from batchnorm.renorm import Renorm, corrections
 
 _STATISTICS = ("running_mean", "running_var")
@@ -144,6 +144,7 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         weight: Tensor | None = self.weight
         bias: Tensor | None = self.bias
         frozen = self.frozen
+        moves = self.track_running_stats and not frozen.statistics
         if frozen.affine:
             weight, bias = (None if t is None else t.detach() for t in (weight, bias))
         recipe = Recipe(weight, bias, residual, self.eps, self.channel_dim, self.activation)
@@ -169,10 +170,11 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
                 mask=mask,
                 virtual_batch_size=self.virtual_batch_size,
                 correct=None if self.renorm is None else self._correction,
+                running=self._running() if self._receiver is None and moves and not functional.replayed() else None,
             )
         except BatchNormError as error:
             raise error.within(f"{type(self).__name__}({self.num_features})") from None
-        if proposal is not None and self.track_running_stats and not frozen.statistics:
+        if proposal is not None and moves:
             self._propose(proposal)
         return output
 
@@ -195,14 +197,17 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         if not functional.replayed():
             (self._receiver or self._commit)(proposal)
 
-    def _commit(self, proposal: Moments) -> None:
-        """Blend moments into the running statistics, and count one batch."""
+    def _running(self) -> Running | None:
         buffers = self._buffers  # a third of the time of attributes, which small inputs feel
         mean, var = buffers["running_mean"], buffers["running_var"]
-        if mean is not None and var is not None:
-            functional.commit(
-                proposal, mean, var, buffers["num_batches_tracked"], buffers["num_held_back"], self.momentum
-            )
+        if mean is None or var is None:
+            return None
+        return Running(mean, var, buffers["num_batches_tracked"], buffers["num_held_back"], self.momentum)
+
+    def _commit(self, proposal: Moments) -> None:
+        """Blend moments into the running statistics, and count one batch."""
+        if (running := self._running()) is not None:
+            functional.commit(proposal, running)
 
     def reset_running_stats(self) -> None:
         """torch's, and the counter of what was held back. Frozen statistics stay: `update_bn` begins with this."""

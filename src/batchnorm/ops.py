@@ -21,6 +21,7 @@ from batchnorm.kernels import reference
 from batchnorm.moments import statistics_dtype
 
 _STATISTICS = "Tensor mean, Tensor var"
+_RUNNING = "Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches_tracked, Tensor(d!)? num_held_back"
 _AFFINE = "Tensor? weight, Tensor? bias, Tensor? residual, float eps, int channel_dim, str? activation"
 SCHEMAS = {
     "batch_moments": "(Tensor x, int channel_dim, Tensor? mask=None) -> (Tensor count, Tensor mean, Tensor m2)",
@@ -33,8 +34,9 @@ SCHEMAS = {
     "Tensor? mask=None) -> (Tensor dx, Tensor dresidual)",
     "backward": f"(Tensor dy, Tensor x, Tensor count, Tensor mean, Tensor m2, {_AFFINE}, Tensor? mask=None)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
-    "commit": "(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches_tracked, "
-    "Tensor(d!)? num_held_back, Tensor count, Tensor mean, Tensor m2, float? momentum) -> ()",
+    "commit": f"({_RUNNING}, Tensor count, Tensor mean, Tensor m2, float? momentum) -> ()",
+    "forward_commit": f"(Tensor x, {_AFFINE}, Tensor? mask, {_RUNNING}, float? momentum)"
+    " -> (Tensor y, Tensor count, Tensor mean, Tensor m2)",
 }
 
 
@@ -60,6 +62,7 @@ def _fake_forward(
     channel_dim: int,
     activation: str | None,
     mask: Tensor | None = None,
+    *_: Any,  # noqa: ANN401 - the running statistics of `forward_commit`
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.empty_like(x), *_fake_batch_moments(x, channel_dim, mask)
 
@@ -127,6 +130,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "backward_input": _fake_backward_input,
     "backward": _fake_backward,
     "commit": _fake_nothing,
+    "forward_commit": _fake_forward,
 }
 
 _library = torch.library.Library("batchnorm", "DEF")

@@ -22,6 +22,16 @@ class Recipe(NamedTuple):
     activation: str | None
 
 
+class Running(NamedTuple):
+    """Running statistics, and how much new ones weigh: what `kernels.reference.commit` takes besides the moments."""
+
+    mean: Tensor
+    var: Tensor
+    num_batches_tracked: Tensor | None
+    num_held_back: Tensor | None
+    momentum: float | None
+
+
 def check(x: Tensor, recipe: Recipe) -> int:
     """An input and a recipe fit each other.
 

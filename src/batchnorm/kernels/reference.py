@@ -235,6 +235,27 @@ def commit(
         num_batches_tracked.copy_(batches)  # last: a refused update is not counted
 
 
+def forward_commit(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    channel_dim: int,
+    activation: str | None,
+    mask: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor | None,
+    num_held_back: Tensor | None,
+    momentum: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`forward`, and `commit` of its moments: one call where small inputs would feel two."""
+    y, count, mean, m2 = forward(x, weight, bias, residual, eps, channel_dim, activation, mask)
+    commit(running_mean, running_var, num_batches_tracked, num_held_back, count, mean, m2, momentum)
+    return y, count, mean, m2
+
+
 def _weights(mask: Tensor | None, x: Tensor, axis: int) -> Tensor | None:
     """The mask with x's rank: one that lacks the channel dimension gets it."""
     return mask.unsqueeze(axis) if mask is not None and mask.dim() < x.dim() else mask
