@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,6 +155,7 @@ def _load_native() -> tuple[ctypes.CDLL | None, str]:
     native = ctypes.CDLL(spec.origin)
     native.batchnorm_levels.restype = ctypes.c_char_p
     native.batchnorm_level.restype = ctypes.c_char_p
+    native.batchnorm_use_pool.argtypes, native.batchnorm_use_pool.restype = (ctypes.c_bool,), ctypes.c_bool
     return native, ""
 
 
@@ -179,6 +181,22 @@ def use_cpu_level(level: str) -> None:
     """Have the native kernels use one of `cpu_levels()`. The best is chosen when the package is imported."""
     if _native is None or not _native.batchnorm_use_level(level.encode()):
         raise ValueError(f"got level {level!r}; this machine has {cpu_levels()}")
+
+
+@contextmanager
+def resizable_outputs() -> Iterator[None]:
+    """Inside, in all threads, outputs lie in torch's own memory, whose storages can be resized.
+
+    Memory that is kept from one output for the next cannot.
+    """
+    if _native is None:
+        yield
+        return
+    before = _native.batchnorm_use_pool(False)
+    try:
+        yield
+    finally:
+        _native.batchnorm_use_pool(before)
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,18 @@ def test_outputs_go_where_other_tensors_go(tmp_path: object) -> None:
     assert torch.equal(y.share_memory_(), before)
 
 
+def test_outputs_can_be_resized_where_that_is_wanted() -> None:
+    with pytest.raises(RuntimeError, match="not resizable"):
+        normalized(LARGE).untyped_storage().resize_(0)
+    with ops.resizable_outputs():
+        y = normalized(LARGE)
+        with ops.resizable_outputs():
+            pass
+        assert normalized(LARGE).untyped_storage().resizable()
+    y.untyped_storage().resize_(0)
+    assert not normalized(LARGE).untyped_storage().resizable()
+
+
 PROCESS = """
 import os, resource, sys, torch, batchnorm
 x, one = torch.ones(8, 16, 64, 64), torch.ones(16, dtype=torch.float64)

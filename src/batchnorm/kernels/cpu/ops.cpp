@@ -155,3 +155,8 @@ STABLE_TORCH_LIBRARY_IMPL(batchnorm, CPU, m) {
   m.impl("commit", TORCH_BOX(&batchnorm::commit));
   m.impl("forward_commit", TORCH_BOX(&batchnorm::forward_commit));
 }
+
+// For Python, by ctypes: whether outputs lie in the pool from now on. Returns what was.
+extern "C" __attribute__((visibility("default"))) bool batchnorm_use_pool(bool use) {
+  return batchnorm::Pool::instance().serves.exchange(use);
+}

@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -35,6 +36,8 @@ class Pool {
     bool used = false;  // before: its pages are there
   };
 
+  std::atomic<bool> serves = true;
+
   // The process's pool. Never destroyed: tensors may be freed after everything else.
   static Pool& instance() {
     static Pool* pool = new Pool;
@@ -45,7 +48,7 @@ class Pool {
   // says whether its pages are there.
   AtenTensorHandle tensor(size_t bytes, int64_t rank, const int64_t* sizes, const int64_t* strides, int32_t dtype,
                           bool& used) {
-    if (torch_from_blob == nullptr || bytes < kSmallestBlock || bytes > limit_) return nullptr;
+    if (torch_from_blob == nullptr || bytes < kSmallestBlock || bytes > limit_ || !serves) return nullptr;
     const Block block = take(bytes);
     if (block.data == nullptr) return nullptr;
     used = block.used;
