@@ -124,7 +124,10 @@ def check_weights(mask: Tensor) -> None:
     Raises:
         OptionError: a weight that is negative or not finite.
     """
-    if mask.dtype != torch.bool and not bool(((mask >= 0) & (mask < float("inf"))).all()):
+    if mask.dtype == torch.bool or mask.numel() == 0:
+        return
+    least, most = mask.aminmax()  # in one sweep; NaN comes out of it as both
+    if not (least.item() >= 0 and most.item() < float("inf")):
         raise OptionError(
             "got a mask with negative weights or such that are not finite; weights must be >= 0. Use 0 for what is not "
             "to count"

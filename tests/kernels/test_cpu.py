@@ -106,10 +106,10 @@ def masks(sample: Sample) -> dict[str, Tensor]:
     some.view(-1)[0] = False  # the first value of every channel does not count
     some.view(-1)[-1] = True
     weights = torch.rand(shape, generator=generator, dtype=torch.float64) * some
-    return {"bool": some, "float32": weights.float(), "float64": weights}
+    return {"bool": some, "float16": weights.half(), "float32": weights.float(), "float64": weights}
 
 
-@pytest.mark.parametrize("kind", ["bool", "float32", "float64"])
+@pytest.mark.parametrize("kind", ["bool", "float16", "float32", "float64"])
 @pytest.mark.parametrize("sample", NATIVE[::3] + NATIVE[-2:], ids=lambda s: s.name)
 def test_masked_operations_are_the_oracles(sample: Sample, kind: str, level: str) -> None:
     t = sample.tensors()
@@ -143,6 +143,34 @@ def test_masked_operations_are_the_oracles(sample: Sample, kind: str, level: str
         close_rounded(actual_dresidual, dz, sample.dtype)
 
 
+@pytest.mark.parametrize("kind", ["bool", "float16", "float64"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_a_mask_may_lie_in_memory_as_it_likes(layout: Layout, kind: str, level: str) -> None:
+    sample = Sample(layout, "relu", False)
+    t, mask = sample.tensors(), masks(sample)[kind]
+    affine = (t["weight"], t["bias"], None, EPS, layout.channel_dim, "relu")
+    dims = tuple(range(mask.dim()))
+    every_second = torch.zeros(*mask.shape, 2, dtype=mask.dtype)
+    every_second[..., 1] = mask
+    for same in (mask.permute(dims[::-1]).contiguous().permute(dims[::-1]), every_second[..., 1]):
+        assert_the_same_bits(masked_step(t, affine, same), masked_step(t, affine, mask))
+    one = mask[-1:]  # of every sample the same positions
+    assert_the_same_bits(
+        masked_step(t, affine, one.expand_as(mask)), masked_step(t, affine, one.expand_as(mask).contiguous())
+    )
+
+
+def masked_step(t: dict[str, Tensor], affine: tuple[object, ...], mask: Tensor | None) -> list[Tensor]:
+    """All that both directions give."""
+    y, *moments = native.forward(t["x"], *affine, mask)
+    return [y, *moments, *native.backward(t["dy"], t["x"], *moments, *affine, mask)]
+
+
+def assert_the_same_bits(actual: list[Tensor], expected: list[Tensor]) -> None:
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 @pytest.mark.parametrize("activation", ["relu", "silu", None])
 def test_what_a_mask_leaves_out_may_be_anything(layout: Layout, activation: str | None, level: str) -> None:
@@ -156,10 +184,9 @@ def test_what_a_mask_leaves_out_may_be_anything(layout: Layout, activation: str 
         x = t["x"].clone().masked_fill_(out, padding)
         y, *moments = native.forward(x, *affine, mask)
         dx, *sums, _ = native.backward(dy, x, *moments, *affine, mask)
-        results.append((y.masked_fill(out, 0), *moments, dx, *sums))
+        results.append([y.masked_fill(out, 0), *moments, dx, *sums])
     for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            assert torch.equal(a, b)
+        assert_the_same_bits(other, results[0])
 
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0, 1e1, 1e2, 1e3, 1e4])
@@ -220,10 +247,11 @@ def test_the_same_bits_with_any_number_of_threads(layout: Layout, level: str, th
         torch.set_num_threads(number)
         y, count, mean, m2 = native.forward(t["x"], *affine)
         gradients = native.backward(t["dy"], t["x"], count, mean, m2, *affine)
-        results.append((y, mean, m2, *native.backward_sums(t["dy"], t["x"], mean, m2, *affine), *gradients))
+        masked = [v for mask in masks(sample).values() for v in masked_step(t, affine, mask)]
+        sums = native.backward_sums(t["dy"], t["x"], mean, m2, *affine)
+        results.append([y, mean, m2, *sums, *gradients, *masked])
     for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            assert torch.equal(a, b)
+        assert_the_same_bits(other, results[0])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

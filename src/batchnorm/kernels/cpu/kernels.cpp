@@ -8,6 +8,7 @@
 #include "activations.hpp"
 #include "simd.hpp"
 #include "steps.hpp"
+#include "weighing.hpp"
 
 namespace {
 
@@ -21,7 +22,7 @@ BN_INLINE Vector<T> preactivation_grad(const Backward& t, const Affine& a, Which
                                        Vector<T> x) {
   const Vector<T> dy = loaded(which.load(t.dy, i));
   if constexpr (A == Activation::none) return dy;
-  if (t.weights.values) x = dy != 0 ? x : which.coefficient(c, a.mean, k);  // padding that nobody looked at
+  if (t.weights) x = dy != 0 ? x : which.coefficient(c, a.mean, k);  // padding that nobody looked at
   Vector<T> z = affine(x, which.coefficient(c, a.mean, k), which.coefficient(c, a.scale, k),
                        which.coefficient(c, a.shift, k));
   if constexpr (Residual) z += which.load(t.residual, i);
@@ -32,7 +33,7 @@ BN_INLINE Vector<T> preactivation_grad(const Backward& t, const Affine& a, Which
 template <class V>
 BN_INLINE V product(const Backward& t, V dz, V deviation) {
   const V p = dz * deviation;
-  return t.weights.values ? (dz != 0 ? p : V{}) : p;
+  return t.weights ? (dz != 0 ? p : V{}) : p;
 }
 
 template <class T, Activation A, bool Residual, class C>
@@ -58,12 +59,7 @@ BN_INLINE void grad_run(const Backward& t, const Affine& a, const Slopes& s, Run
         const V dz = preactivation_grad<T, A, Residual>(t, a, which, c, at + k, k, x);
         if constexpr (Residual && A != Activation::none) which.store(t.dresidual, at + k, dz, t.stream);
         V rest = affine(x, mean, which.coefficient(c, s.slope, k), which.coefficient(c, s.offset, k));
-        if (weights.values) {
-          Doubles wide[Sum<V>::parts];
-          weights.load<V>(which, k, wide);
-          const V weight = narrowed<V>(wide);
-          rest = weight != 0 ? weight * rest : V{};
-        }
+        if (t.weights) rest = weights.times(which, k, rest);
         which.store(t.dx, at + k, dz * which.coefficient(c, a.scale, k) + rest, t.stream);
       });
 }
@@ -92,8 +88,8 @@ constexpr int64_t kGroup = 8;
 
 // group(offset of the first row, Fixed<how many rows>) for the range.
 template <class Group>
-BN_INLINE void for_each_group(const Walk& w, int64_t begin, int64_t end, Group group) {
-  for (; begin + kGroup * w.channels <= end; begin += kGroup * w.channels) group(begin, Fixed<kGroup>{});
+BN_INLINE void for_each_group(const Walk& w, int64_t begin, int64_t end, bool single, Group group) {
+  for (; !single && begin + kGroup * w.channels <= end; begin += kGroup * w.channels) group(begin, Fixed<kGroup>{});
   for (; begin < end; begin += w.channels) group(begin, Fixed<1>{});
 }
 
@@ -110,54 +106,69 @@ BN_INLINE void spill(Part<T> part, const S& sum, double* p) {
   for (int64_t i = 0; i < part.n; ++i) p[i] += values[i];
 }
 
-template <class T, bool Weighted>
-void moments(const Walk& w, const void* x, const Weights& weights, const double* pivots, int64_t begin, int64_t end,
+// A channel's or several channels' pivots, in the values' type and in float64: the same numbers, being values.
+template <class V>
+struct Pivot {
+  V value;
+  Doubles wide[Sum<V>::parts];
+};
+
+template <class T, WeightType W>
+void moments(const Walk& walk, const void* x, Weights weights, const double* pivots, int64_t begin, int64_t end,
              Sums sums) {
+  const Walk w = walk;
   using V = Vector<T>;
   constexpr int64_t lanes = kLanes<V>;
-  const auto add = [&](MomentSums<V>& m, auto which, int64_t i, int64_t k, const auto& pivot, const RunWeights& its) {
-    if constexpr (Weighted) {
+  weights.type = W;  // known to the compiler
+  Spread room;
+  // The values of the step at k. What equals the pivot adds nothing, whatever it weighs.
+  const auto add = [&](MomentSums<V>& m, auto which, int64_t k, V value, const Pivot<V>& pivot, const RunWeights& its) {
+    if constexpr (W == WeightType::none) {
+      m.add(value, pivot.wide);
+    } else if constexpr (W == WeightType::boolean) {
+      m.add(its.counted<V>(which, k) ? value : pivot.value, pivot.wide);
+    } else {
       Doubles weight[Sum<V>::parts];
       its.load<V>(which, k, weight);
-      m.add(which.load(x, i), pivot, weight);
-    } else {
-      m.add(which.load(x, i), pivot);
+      m.add(value, pivot.wide, weight);
     }
   };
   if (!w.rows()) {
     for_each_run(w, begin, end, [&](int64_t channel, int64_t at, int64_t length) {
-      const RunWeights its = weights_of(w, weights, at);
+      const RunWeights its = weights_of(w, weights, at, 1, room);
       MomentSums<V> even, odd;  // two, because an addition waits for the one before it
-      Doubles pivot[Sum<V>::parts];
-      for (auto& p : pivot) p = splat<Doubles>(pivots[channel]);
+      Pivot<V> pivot;
+      pivot.value = splat<V>(pivots[channel]);
+      widen(pivot.value, pivot.wide);
+      const auto whole = [&](int64_t k) { return Whole<T>::load(x, at + k); };
       int64_t i = 0;
       for (; i + 2 * lanes <= length; i += 2 * lanes) {
-        add(even, Whole<T>{}, at + i, i, pivot, its);
-        add(odd, Whole<T>{}, at + i + lanes, i + lanes, pivot, its);
+        add(even, Whole<T>{}, i, whole(i), pivot, its);
+        add(odd, Whole<T>{}, i + lanes, whole(i + lanes), pivot, its);
       }
-      if (i + lanes <= length) add(even, Whole<T>{}, at + i, i, pivot, its), i += lanes;
+      if (i + lanes <= length) add(even, Whole<T>{}, i, whole(i), pivot, its), i += lanes;
       if (const int64_t n = length - i; n > 0) {
-        if constexpr (Weighted)  // the lanes that are not there have no weight
-          add(odd, Part<T>{n}, at + i, i, pivot, its);
-        else if (length < lanes)  // or are the pivot: they add nothing
-          odd.add(first_lanes(Part<T>{n}.load(x, at), n, splat<V>(pivots[channel])), pivot);
-        else  // and so do those that were added before
-          odd.add(first_lanes(splat<V>(pivots[channel]), lanes - n, Whole<T>::load(x, at + length - lanes)), pivot);
+        if (length < lanes)  // the lanes that are not there are the pivot
+          add(odd, Part<T>{n}, 0, first_lanes(Part<T>{n}.load(x, at), n, pivot.value), pivot, its);
+        else  // and so are those that were added before
+          add(odd, Whole<T>{}, length - lanes, first_lanes(pivot.value, lanes - n, whole(length - lanes)), pivot, its);
       }
       even.add(odd);
       sums.first[channel] += total(even.first), sums.second[channel] += total(even.second);
     });
     return;
   }
-  for_each_group(w, begin, end, [&](int64_t at, auto rows) {
-    const RunWeights its = weights_of(w, weights, at);
+  const bool single = joined(w, weights) && kGroup * w.channels > kWidestJoined;
+  for_each_group(w, begin, end, single, [&](int64_t at, auto rows) {
+    const RunWeights its = weights_of(w, weights, at, rows.value, room);
     for_each_step<T>(w.channels, [&](auto which, int64_t c) {
       MomentSums<V> m;
-      Doubles pivot[Sum<V>::parts];
-      load_doubles(which, pivots + c, pivot);
+      Pivot<V> pivot;
+      load_doubles(which, pivots + c, pivot.wide);
+      pivot.value = narrowed(pivot.wide);
 #pragma GCC unroll 8
       for (int64_t r = 0; r < rows.value; ++r)
-        add(m, which, at + r * w.channels + c, c, pivot, Weighted ? row_weights(its, w, r) : its);
+        add(m, which, c, which.load(x, at + r * w.channels + c), pivot, row_weights(its, w, r));
       spill(which, m.first, sums.first + c);
       spill(which, m.second, sums.second + c);
     });
@@ -167,7 +178,9 @@ void moments(const Walk& w, const void* x, const Weights& weights, const double*
 template <class T>
 void any_moments(const Walk& w, const void* x, Weights weights, const double* pivots, int64_t begin, int64_t end,
                  Sums sums) {
-  (weights.values ? moments<T, true> : moments<T, false>)(w, x, weights, pivots, begin, end, sums);
+  static constexpr decltype(&any_moments<T>) table[] = {moments<T, WeightType::none>, moments<T, WeightType::boolean>,
+                                                        moments<T, WeightType::float32>, moments<T, WeightType::float64>};
+  table[static_cast<int>(weights.type)](w, x, weights, pivots, begin, end, sums);
 }
 
 template <class T, Activation A, bool Residual>
@@ -211,7 +224,7 @@ void sums(const Walk& walk, const Backward& tensors, const Affine& affine, int64
     return;
   }
   const Elementwise<V> coefficients;
-  for_each_group(w, begin, end, [&](int64_t at, auto rows) {
+  for_each_group(w, begin, end, false, [&](int64_t at, auto rows) {
     for_each_step<T>(w.channels, [&](auto which, int64_t c) {
       V f{}, s{};
 #pragma GCC unroll 8
@@ -250,12 +263,15 @@ void grad(const Walk& walk, const Backward& tensors, const Affine& affine, const
   const Backward t = tensors;
   const Affine a = affine;
   const Slopes s = slopes;
+  Spread room;
   if (w.rows())
     for (; begin < end; begin += w.channels)
-      grad_run<T, A, Residual>(t, a, s, weights_of(w, t.weights, begin), Elementwise<Vector<T>>{}, begin, w.channels);
+      grad_run<T, A, Residual>(t, a, s, weights_of(w, t.weights, begin, 1, room), Elementwise<Vector<T>>{}, begin,
+                               w.channels);
   else
     for_each_run(w, begin, end, [&](int64_t channel, int64_t at, int64_t length) {
-      grad_run<T, A, Residual>(t, a, s, weights_of(w, t.weights, at), Broadcast<Vector<T>>{channel}, at, length);
+      grad_run<T, A, Residual>(t, a, s, weights_of(w, t.weights, at, 1, room), Broadcast<Vector<T>>{channel}, at,
+                               length);
     });
 }
 

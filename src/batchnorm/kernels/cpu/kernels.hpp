@@ -40,12 +40,20 @@ struct Slopes {
   PerChannel slope, offset;
 };
 
-// How much each position counts: of planes and rows a value for each of outer x inner positions, or, where rows were
-// joined, a value for each value of x. Null: all count 1.
+// What a weight is kept as; a boolean is a byte, and counts 1 where it is not 0.
+enum class WeightType { none, boolean, float32, float64 };
+
+// How much each of the outer x inner positions counts, in the order in which they lie in memory. None: all count 1. A
+// row of more channels than a position has was joined from several positions.
 struct Weights {
-  const double* values = nullptr;
-  bool each_value = false;
+  WeightType type = WeightType::none;
+  const void* values = nullptr;
+  int64_t channels = 0;  // of a position
+
+  explicit operator bool() const { return type != WeightType::none; }
 };
+
+constexpr int64_t kWidestJoined = 1 << 12;  // values: no joined row is longer
 
 // Inputs and outputs of the two directions, all of one dtype; residual and dresidual may be null. `stream`: outputs go
 // past the caches.

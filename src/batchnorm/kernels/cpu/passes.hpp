@@ -27,12 +27,13 @@ void zero(const Tensor& t) { std::fill_n(t.mutable_data_ptr<double>(), t.numel()
 class MomentsOf {
  public:
   MomentsOf(const Input& input, int64_t channel_dim, int64_t repeat, const OptionalTensor& mask)
-      : weights_(input, channel_dim, repeat, mask),
-        count(weights_.count(input)),
+      : weights_(input, channel_dim, mask),
+        counted_(weights_.counted()),
+        count(counted_.tensor()),
         mean(input.statistic()),
         m2(input.statistic()),
         data_(input.data()),
-        n_(weights_.sum(input)),
+        n_(counted_.sum),
         kernels_(kernels(input.dtype)),
         pivots_(input.walk.channels * repeat),
         means_(mean.mutable_data_ptr<double>()),
@@ -41,7 +42,7 @@ class MomentsOf {
       zero(mean), zero(m2);
       return;
     }
-    input.values_at(weights_.first(), pivots_.data());
+    input.values_at(counted_.first, pivots_.data());
     for (size_t i = input.walk.channels; i < pivots_.size(); ++i) pivots_[i] = pivots_[i - input.walk.channels];
   }
 
@@ -64,6 +65,7 @@ class MomentsOf {
 
  private:
   PositionWeights weights_;
+  Counted counted_;
 
  public:
   Tensor count, mean, m2;
@@ -125,7 +127,7 @@ struct Gradient {
         affine(norm.affine()),
         slope(input, schedule.repeat()),
         offset(input, schedule.repeat()),
-        weights(input, channel_dim, schedule.repeat(), mask) {
+        weights(input, channel_dim, mask) {
     norm.set_all(mean, spread, divisor);
   }
 

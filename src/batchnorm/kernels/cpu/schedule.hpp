@@ -22,6 +22,7 @@ constexpr int64_t kMaxParts = 32;           // each has sums of its own for ever
 constexpr int64_t kGrain = 1 << 15;         // values that are worth a thread
 constexpr int64_t kAlign = 64;              // parts of planes begin at multiples of this many values
 constexpr int64_t kFewChannels = 256;       // rows of fewer are joined to wider ones where that fills whole vectors
+static_assert(16 * kFewChannels <= kWidestJoined);
 constexpr int64_t kBlocked = 1 << 25;       // bytes: smaller inputs stay in a last-level cache between two sweeps
 constexpr int64_t kBlock = 1 << 20;         // bytes of a block, a share of the last-level cache for each core
 constexpr int64_t kLargestBlock = 1 << 21;  // bytes that one channel may need

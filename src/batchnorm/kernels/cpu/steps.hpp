@@ -82,56 +82,25 @@ struct Part {
   }
 };
 
-// float64 vectors as one of the values' type.
-template <class V>
-BN_INLINE V narrowed(const Doubles (&wide)[Sum<V>::parts]) {
-  if constexpr (Sum<V>::parts == 1) {
-    return wide[0];
-  } else {
-    V v;
-    HalfFloats halves[2] = {__builtin_convertvector(wide[0], HalfFloats), __builtin_convertvector(wide[1], HalfFloats)};
-    std::memcpy(&v, halves, sizeof v);
-    return v;
-  }
-}
-
+// Values of another type, as float64.
 template <class T>
 BN_INLINE void load_doubles(Whole<T>, const double* p, Doubles (&wide)[Sum<Vector<T>>::parts]) {
   for (int i = 0; i < Sum<Vector<T>>::parts; ++i) wide[i] = load_raw<Doubles>(p + i * kLanes<Doubles>);
 }
 
 template <class T>
-BN_INLINE void load_doubles(Part<T> part, const double* p, Doubles (&wide)[Sum<Vector<T>>::parts]) {
-  double values[kLanes<Vector<T>>] = {};
-  std::memcpy(values, p, part.n * sizeof(double));
+BN_INLINE void load_doubles(Whole<T>, const float* p, Doubles (&wide)[Sum<Vector<T>>::parts]) {
+  if constexpr (Sum<Vector<T>>::parts == 1)
+    wide[0] = __builtin_convertvector(load_raw<HalfFloats>(p), Doubles);
+  else
+    widen(load_raw<Floats>(p), wide);
+}
+
+template <class T, class S>
+BN_INLINE void load_doubles(Part<T> part, const S* p, Doubles (&wide)[Sum<Vector<T>>::parts]) {
+  S values[kLanes<Vector<T>>] = {};
+  std::memcpy(values, p, part.n * sizeof(S));
   load_doubles(Whole<T>{}, values, wide);
-}
-
-// The weights of a run's or a row's values.
-struct RunWeights {
-  const double* values;  // where they begin; null: all are 1
-  bool same;             // one weight for all: a row's
-
-  // Those of the step at k, for values that are computed in V.
-  template <class V, class Which>
-  BN_INLINE void load(Which which, int64_t k, Doubles (&wide)[Sum<V>::parts]) const {
-    if (same)
-      for (auto& w : wide) w = splat<Doubles>(*values);
-    else
-      load_doubles(which, values + k, wide);
-  }
-};
-
-// Those of a later row.
-BN_INLINE RunWeights row_weights(const RunWeights& first, const Walk& w, int64_t row) {
-  return {first.values + (first.same ? row : row * w.channels), first.same};
-}
-
-BN_INLINE RunWeights weights_of(const Walk& w, const Weights& weights, int64_t at) {
-  if (!weights.values) return {nullptr, false};
-  if (weights.each_value) return {weights.values + at, false};
-  if (w.rows()) return {weights.values + at / w.channels, true};
-  return {weights.values + at / (w.channels * w.inner) * w.inner + at % w.inner, false};
 }
 
 // So many values of a run come before the first whole vector of an output that is streamed, whose address must be a

@@ -1,9 +1,12 @@
 // How much each position of an input counts.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
 #include <algorithm>
 #include <cstdint>
-#include <utility>
+#include <numeric>
+#include <type_traits>
 #include <vector>
 
 #include "kernels.hpp"
@@ -12,86 +15,132 @@
 namespace batchnorm {
 namespace {
 
-// The weights of a mask in the order in which the input's positions lie in memory; one for each of its values where
-// rows are joined (`repeat` > 1), whose neighbours belong to different positions.
-class PositionWeights {
- public:
-  PositionWeights(const Input& input, int64_t channel_dim, int64_t repeat, const OptionalTensor& mask) {
-    if (!mask) return;
-    const Tensor& x = input.tensor;
-    const int64_t axis = channel_dim < 0 ? channel_dim + x.dim() : channel_dim;
-    bool fits = mask->is_cpu() && mask->dim() == x.dim() - 1;
-    for (int64_t d = 0; fits && d < mask->dim(); ++d) fits = mask->size(d) == x.size(d < axis ? d : d + 1);
-    STD_TORCH_CHECK(fits, "batchnorm: mask must have x's shape without the channels, on the CPU");
-    std::vector<Dimension> order;
-    for (int64_t d = 0; d < mask->dim(); ++d)
-      if (mask->size(d) != 1) order.push_back({x.stride(d < axis ? d : d + 1), mask->size(d), mask->stride(d)});
-    std::sort(order.begin(), order.end(), [](const Dimension& a, const Dimension& b) { return a.place > b.place; });
-    values_.resize(mask->numel());
-    double* to = values_.data();
-    if (mask->scalar_type() == ScalarType::Bool)
-      copy(static_cast<const uint8_t*>(mask->const_data_ptr()), order, 0, to);
+// --- counts ----------------------------------------------------------------------------------------------------------
+
+// What counts of an input.
+struct Counted {
+  double sum;           // of the weights
+  int64_t first = 0;    // a position that counts, if any does
+  bool integral = true; // without weights, or by booleans
+
+  // `Moments.count`.
+  Tensor tensor() const {
+    Tensor t = allocate(0, nullptr, nullptr, integral ? aoti_torch_dtype_int64() : aoti_torch_dtype_float64());
+    if (integral)
+      *t.mutable_data_ptr<int64_t>() = static_cast<int64_t>(sum);
     else
-      with_element(*mask, "mask", [&](auto* type) {
-        copy(static_cast<decltype(type)>(mask->const_data_ptr()), order, 0, to);
-      });
-    for (const double w : values_) total_ += w;
-    first_ = std::find_if(values_.begin(), values_.end(), [](double w) { return w > 0; }) - values_.begin();
-    if (total_ == 0) first_ = 0;
-    integral_ = mask->scalar_type() == ScalarType::Bool;
-    if (repeat > 1) {
-      each_value_ = true;
-      std::vector<double> spread(values_.size() * input.walk.channels);
-      for (size_t i = 0; i < values_.size(); ++i)
-        std::fill_n(spread.begin() + i * input.walk.channels, input.walk.channels, values_[i]);
-      values_ = std::move(spread);
-    }
-  }
-
-  Weights view() const { return {values_.empty() ? nullptr : values_.data(), each_value_}; }
-
-  // A position that counts, if any does.
-  int64_t first() const { return first_; }
-
-  // How many positions count, or their weights' sum: `Moments.count`.
-  Tensor count(const Input& input) const {
-    const double n = sum(input);
-    Tensor t = allocate(0, nullptr, nullptr, integral_ ? aoti_torch_dtype_int64() : aoti_torch_dtype_float64());
-    if (integral_)
-      *t.mutable_data_ptr<int64_t>() = static_cast<int64_t>(n);
-    else
-      *t.mutable_data_ptr<double>() = n;
+      *t.mutable_data_ptr<double>() = sum;
     return t;
   }
+};
 
-  double sum(const Input& input) const {
-    return values_.empty() ? static_cast<double>(input.walk.count()) : total_;
+// How many of n booleans are set: counted in bytes as long as that fits, which the compiler does by whole vectors.
+double total(const uint8_t* p, int64_t n) {
+  int64_t sum = 0;
+  while (n > 0) {
+    const int64_t some = std::min<int64_t>(n, 240);
+    uint8_t set = 0;
+    for (int64_t i = 0; i < some; ++i) set += p[i] != 0;
+    sum += set, p += some, n -= some;
+  }
+  return static_cast<double>(sum);
+}
+
+// The sum of n weights: several at once, because an addition waits for the one before it.
+template <class W>
+double total(const W* p, int64_t n) {
+  constexpr int64_t several = 8;
+  double sums[several] = {};
+  for (; n >= several; p += several, n -= several)
+    for (int64_t i = 0; i < several; ++i) sums[i] += static_cast<double>(p[i]);
+  for (int64_t i = 0; i < n; ++i) sums[i] += static_cast<double>(p[i]);
+  return std::accumulate(sums, sums + several, 0.0);
+}
+
+// On all threads; in parts of a fixed size, so that the sum does not depend on how many they are.
+template <class W>
+Counted counted(const W* values, int64_t n) {
+  constexpr int64_t part = 1 << 16;
+  std::vector<double> sums((n + part - 1) / part);
+  torch::stable::parallel_for(0, static_cast<int64_t>(sums.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) sums[i] = total(values + i * part, std::min(part, n - i * part));
+  });
+  const auto counts = [](auto weight) { return weight > 0; };
+  const auto first_part = std::find_if(sums.begin(), sums.end(), counts);
+  Counted result{std::accumulate(sums.begin(), sums.end(), 0.0)};
+  if (first_part != sums.end())
+    result.first = std::find_if(values + (first_part - sums.begin()) * part, values + n, counts) - values;
+  result.integral = std::is_same_v<W, uint8_t>;
+  return result;
+}
+
+// --- weights ---------------------------------------------------------------------------------------------------------
+
+// The weights of a mask in the order in which the input's positions lie in memory: the mask's own values where they have
+// that order, or one copy.
+class PositionWeights {
+ public:
+  PositionWeights(const Input& input, int64_t channel_dim, const OptionalTensor& mask) : positions_(input.walk.count()) {
+    if (!mask) return;
+    values_ = in_order(*mask, input.tensor, channel_dim < 0 ? channel_dim + input.tensor.dim() : channel_dim);
+    view_ = {type_of(*values_), values_->const_data_ptr(), input.walk.channels};
+  }
+
+  const Weights& view() const { return view_; }
+
+  Counted counted() const {
+    switch (view_.type) {
+      case WeightType::boolean: return counted<uint8_t>();
+      case WeightType::float32: return counted<float>();
+      case WeightType::float64: return counted<double>();
+      default: return {static_cast<double>(positions_)};
+    }
   }
 
  private:
-  struct Dimension {
-    int64_t place, size, stride;  // x's stride; the mask's size and stride
-  };
+  template <class W>
+  Counted counted() const {
+    return batchnorm::counted(static_cast<const W*>(view_.values), positions_);
+  }
 
-  template <class T>
-  static void copy(const T* from, const std::vector<Dimension>& order, size_t depth, double*& to) {
-    if (depth == order.size()) {
-      *to++ = static_cast<double>(*from);
-      return;
-    }
-    const auto [place, size, stride] = order[depth];
-    if (depth + 1 < order.size()) {
-      for (int64_t i = 0; i < size; ++i) copy(from + i * stride, order, depth + 1, to);
-    } else {
-      for (int64_t i = 0; i < size; ++i) to[i] = static_cast<double>(from[i * stride]);
-      to += size;
+  static WeightType type_of(const Tensor& values) {
+    switch (values.scalar_type()) {
+      case ScalarType::Bool: return WeightType::boolean;
+      case ScalarType::Double: return WeightType::float64;
+      default: return WeightType::float32;
     }
   }
 
-  std::vector<double> values_;
-  double total_ = 0;
-  int64_t first_ = 0;
-  bool integral_ = true, each_value_ = false;
+  static Tensor in_order(const Tensor& mask, const Tensor& x, int64_t axis) {
+    const int64_t rank = mask.dim();
+    const auto its = [&](int64_t d) { return d < axis ? d : d + 1; };  // x's dimension for the mask's
+    bool fits = mask.is_cpu() && rank == x.dim() - 1;
+    for (int64_t d = 0; fits && d < rank; ++d) fits = mask.size(d) == x.size(its(d));
+    STD_TORCH_CHECK(fits, "batchnorm: mask must have x's shape without the channels, on the CPU");
+
+    std::vector<int64_t> order(rank), strides(rank);
+    std::iota(order.begin(), order.end(), 0);
+    std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return x.stride(its(a)) < x.stride(its(b)); });
+    bool same = true;
+    int64_t stride = 1;
+    for (const int64_t d : order) {
+      strides[d] = stride;
+      stride *= mask.size(d);
+      same &= mask.size(d) == 1 || mask.stride(d) == strides[d];
+    }
+    int32_t dtype = dtype_code(mask);
+    if (mask.scalar_type() != ScalarType::Bool)
+      with_element(mask, "mask", [&](auto* type) {  // float32 holds half precision exactly
+        if (sizeof(*type) < sizeof(float)) dtype = aoti_torch_dtype_float32();
+      });
+    if (same && dtype == dtype_code(mask)) return mask;
+    Tensor copy = allocate(rank, mask.sizes().data(), strides.data(), dtype);
+    return torch::stable::copy_(copy, mask);
+  }
+
+  int64_t positions_;
+  OptionalTensor values_;
+  Weights view_;
 };
 
 }  // namespace
