@@ -6,6 +6,8 @@ from batchnorm.errors import BatchNormError
 from batchnorm.modules import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.moments import Moments
 from batchnorm.ops import kernels
+from batchnorm.population.recalibrate import recalibrate
+from batchnorm.population.result import Recalibration
 from batchnorm.renorm import Renorm
 from batchnorm.surgery.convert import convert
 from batchnorm.surgery.freeze import freeze, unfreeze
@@ -20,6 +22,7 @@ __all__ = [
     "BatchNormError",
     "Moments",
     "Pending",
+    "Recalibration",
     "Renorm",
     "convert",
     "deferred",
@@ -27,5 +30,6 @@ __all__ = [
     "freeze",
     "functional",
     "kernels",
+    "recalibrate",
     "unfreeze",
 ]

@@ -8,6 +8,9 @@
     ├── CountError    (ValueError)                too few values for the statistic that was asked for
     ├── OptionError   (ValueError, RuntimeError)  an argument is outside what it may be
     ├── TransformError (RuntimeError)             a transform of torch.func cannot do what was asked
+    ├── OrderError    (RuntimeError)              layers are called in an order that the method cannot work with
+    ├── NonFiniteError (ArithmeticError)          activations, or statistics, are inf or NaN
+    ├── ProcessError  (RuntimeError)              another process of the group failed, or does something else
     └── UsageError                                the command line was used wrongly
 
 The built-in types beside each are those that torch raises for the same mistake, so that code written for
@@ -43,6 +46,18 @@ class OptionError(BatchNormError, ValueError, RuntimeError):
 
 class TransformError(BatchNormError, RuntimeError):
     """A transform of `torch.func` cannot do what was asked of it."""
+
+
+class OrderError(BatchNormError, RuntimeError):
+    """Layers are called in an order, or so often, that the method cannot work with."""
+
+
+class NonFiniteError(BatchNormError, ArithmeticError):
+    """Activations, or statistics in the dtype that they are kept in, are not finite."""
+
+
+class ProcessError(BatchNormError, RuntimeError):
+    """Another process of the group failed, is gone, or does something else than this one."""
 
 
 class UsageError(BatchNormError):

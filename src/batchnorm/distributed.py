@@ -1,0 +1,105 @@
+"""Processes that work together: they meet, compare where they are, and hand each other tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor
+
+from batchnorm.errors import OptionError, OrderError, ProcessError
+
+
+class _Message(NamedTuple):
+    """What one process tells all others when they meet."""
+
+    place: str | None
+    failure: str | None
+    tensors: list[Tensor]
+
+
+class Group:
+    """The processes of a group; this process alone, where there is no group.
+
+    Args:
+        process_group: None for the default group where torch.distributed is initialised, and this process otherwise.
+
+    Attributes:
+        rank: this process's place in the group, from 0.
+        size: how many processes there are.
+
+    Raises:
+        OptionError: this process is not in `process_group`.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
+        together = process_group is not None or (dist.is_available() and dist.is_initialized())
+        self._group = process_group
+        self.rank = dist.get_rank(process_group) if together else 0
+        self.size = dist.get_world_size(process_group) if together else 1
+        self._parted = False
+        if self.rank < 0:
+            raise OptionError("got a process group that this process is not in; only its members may call this")
+
+    def meet(self, place: str | None, tensors: Sequence[Tensor] = ()) -> tuple[str | None, list[list[Tensor]]]:
+        """Wait for all processes, check that they have come to the same place, and hand out what each brought.
+
+        Args:
+            place: where this process is, in words; None where it has nothing to do and goes wherever the others are.
+            tensors: what it brings. Of any shapes, and any number of them.
+
+        Returns:
+            The place, None where nobody has anything to do; and the tensors of every process, in the order of ranks,
+            so that all compute the same bits from them. With more than one process they are on the CPU.
+
+        Raises:
+            OrderError: the processes are at different places; the same error in all of them.
+            ProcessError: another process failed, or is gone.
+        """
+        if self.size == 1:
+            return place, [list(tensors)]
+        messages = self._exchange(_Message(place, None, [t.detach().cpu() for t in tensors]))
+        failures = [f"rank {rank} with {m.failure}" for rank, m in enumerate(messages) if m.failure is not None]
+        places: dict[str, list[int]] = {}
+        for rank, message in enumerate(messages):
+            if message.place is not None:
+                places.setdefault(message.place, []).append(rank)
+        if failures or len(places) > 1:
+            self._parted = True
+        if failures:
+            raise ProcessError(f"other processes failed: {'; '.join(failures)}. Nothing was changed in this one")
+        if len(places) > 1:
+            where = "; ".join(f"{_ranks(ranks)} at {there}" for there, ranks in places.items())
+            raise OrderError(
+                f"got processes at different places: {where}; all must call the same layers in the same order. Give "
+                f"every process the same model, and batches that take the same way through it"
+            )
+        return next(iter(places), None), [message.tensors for message in messages]
+
+    @contextmanager
+    def reporting(self) -> Iterator[None]:
+        """An exception inside is told to the others, who would wait for this process otherwise."""
+        try:
+            yield
+        except BaseException as error:
+            if self.size > 1 and not self._parted:
+                self._exchange(_Message(None, f"{type(error).__name__}: {error}", []))
+            raise
+
+    def _exchange(self, message: _Message) -> list[_Message]:
+        messages: list[_Message | None] = [None] * self.size
+        self._parted = True  # until it has succeeded: after an exchange that was cut off there can be no other
+        try:
+            dist.all_gather_object(messages, message, group=self._group)
+        except RuntimeError as error:
+            raise ProcessError(
+                f"another process of the group is gone, or later than the group's timeout: {error}"
+            ) from error
+        self._parted = message.failure is not None
+        return [m for m in messages if m is not None]
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))}"

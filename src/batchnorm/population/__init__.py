@@ -1,0 +1,1 @@
+"""Population statistics: what inference is to normalise by, from data."""

@@ -1,0 +1,143 @@
+"""Batches: what they hold, how they are cut, moved and given to a model, and the reading of an iterable of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from batchnorm.errors import CountError, OptionError
+
+Forward = Callable[[nn.Module, Any], object]
+
+
+def tensors(value: object) -> Iterator[Tensor]:
+    """The tensors in tuples, lists and dicts of any depth, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors(item)
+
+
+def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:  # noqa: ANN401 - batches are of any type
+    """The same tuples, lists and dicts with every tensor changed; everything else as it is."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, (tuple, list)):
+        items = [mapped(item, change) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, Mapping):
+        other: Any = copy.copy(value)
+        for key, item in value.items():
+            other[key] = mapped(item, change)
+        return other
+    return value
+
+
+def samples(batch: object) -> int | None:
+    """The size of the first dimension of a batch's first tensor that has one; None where there is no such tensor."""
+    return next((t.shape[0] for t in tensors(batch) if t.dim()), None)
+
+
+def cut(batch: Any, n: int) -> Any:  # noqa: ANN401 - as `mapped`
+    """A batch's first n samples: every tensor that has as many rows as the batch has samples loses the others."""
+    size = samples(batch)
+    return mapped(batch, lambda t: t[:n] if t.dim() and t.shape[0] == size else t)
+
+
+def default_forward(model: nn.Module, batch: object) -> object:
+    """A tensor, the first item of a tuple or list, or a dict as keywords, on the model's device.
+
+    Raises:
+        OptionError: the batch is none of these.
+    """
+    home = next((t.device for t in [*model.parameters(), *model.buffers()]), None)
+    there: Callable[[Tensor], Tensor] = lambda t: t if home is None else t.to(home)  # noqa: E731 - one expression
+    if isinstance(batch, Mapping):
+        return model(**{key: mapped(value, there) for key, value in batch.items()})
+    first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if not isinstance(first, Tensor):
+        raise OptionError(
+            f"got a batch of type {type(batch).__name__}; the model is called with a tensor, the first item of a tuple "
+            f"or list if that is a tensor, or a dict as keywords. Pass forward=lambda model, batch: ... for others"
+        )
+    return model(there(first))
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One item of the iterable.
+
+    Attributes:
+        index: its place in the iterable, from 0.
+        content: what the iterable gave, cut where only a part of it is wanted.
+    """
+
+    index: int
+    content: Any
+
+
+class Batches:
+    """An iterable of batches, read once, one at a time; empty ones are left out.
+
+    Attributes:
+        expected: how many the iterable says there are, or None.
+        read: how many items were read.
+        used: how many of them held samples.
+        samples: how many samples these held; None where a batch has no tensor to count by.
+    """
+
+    def __init__(self, iterable: Iterable[Any], max_samples: int | None) -> None:
+        if max_samples is not None and (not isinstance(max_samples, int) or max_samples < 1):
+            raise OptionError(f"got max_samples={max_samples}; it must be a positive number of samples, or None")
+        self._items = iterable
+        self._limit = max_samples
+        # With a limit, how many batches there will be depends on their sizes.
+        self.expected = len(iterable) if max_samples is None and isinstance(iterable, Sized) else None
+        self.read = 0
+        self.used = 0
+        self.samples: int | None = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        for index, content in enumerate(self._items):
+            n = samples(content)
+            if self._limit is not None:
+                content, n = self._within_limit(content, n)
+            self.read += 1
+            if n != 0:
+                self.used += 1
+                self.samples = None if n is None or self.samples is None else self.samples + n
+                yield Batch(index, content)
+            if self._limit is not None and self.samples == self._limit:
+                return
+
+    def _within_limit(self, content: Any, n: int | None) -> tuple[Any, int]:  # noqa: ANN401 - as `mapped`
+        assert self._limit is not None
+        assert self.samples is not None
+        if n is None:
+            raise OptionError(
+                f"got max_samples={self._limit} and a batch of type {type(content).__name__} without a tensor to count "
+                f"its samples by. Leave max_samples out, and give fewer batches"
+            )
+        left = self._limit - self.samples
+        return (content, n) if n <= left else (cut(content, left), left)
+
+
+def nothing_to_learn_from(read: int) -> CountError:
+    """The error for data without samples."""
+    return CountError(
+        f"got {read} batches without a sample; population statistics need data. Check the data, and that an iterator "
+        f"was not used up before"
+    )
+
+
+def device_types(model: nn.Module) -> set[str]:
+    """The kinds of devices that a model's tensors are on, and the CPU."""
+    return {"cpu"} | {t.device.type for t in [*model.parameters(), *model.buffers()]} - {"meta"}

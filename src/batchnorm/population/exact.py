@@ -1,0 +1,143 @@
+"""Method "exact": every forward pass waits at each layer until all have come there, and goes on by all their moments.
+
+So every layer sees what inference will show it, in one pass over the data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchnorm.errors import OrderError
+from batchnorm.moments import Moments, joined
+from batchnorm.population.batches import Batch, cut, nothing_to_learn_from, samples
+from batchnorm.population.job import Job, Outcome, check_finite, population
+from batchnorm.population.layers import Layer, listening
+from batchnorm.population.lockstep import Lockstep, Pass
+from batchnorm.population.result import Population
+from batchnorm.population.surroundings import Surroundings
+
+_END = "the end of the forward pass"
+
+
+def exact(job: Job) -> Outcome:
+    """Each layer's moments over all batches, where layers upstream normalise by their own.
+
+    Raises:
+        OrderError: a layer is called twice in a forward pass, or batches call layers in different orders.
+    """
+    named = {layer.name: layer for layer in job.layers}
+    solved: dict[Layer, Population | None] = {}
+
+    def receive(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        one = steps.current
+        assert one is not None
+        if layer in one.called:
+            raise _called_twice(one.batch)
+        one.called.append(layer)
+        if layer not in solved:  # otherwise the pass is being repeated
+            one.at, one.moments = layer, layer.moments(args, kwargs)
+            steps.wait()
+
+    unread = iter(job.batches)
+    first = list(itertools.islice(unread, 1))
+    for batch in first:
+        job.progress.calls = _look_ahead(job, batch)
+    with (
+        listening(job.model, job.layers, receive, lambda: steps.current is not None) as calls,
+        Lockstep(lambda batch: job.run(batch, calls), job.devices) as steps,
+    ):
+        for batch in itertools.chain(first, unread):
+            steps.begin(batch)
+        job.progress.batches = len(steps.passes)
+        while True:
+            here = _where(steps.passes)
+            place, shares = job.group.meet(here, _joined(steps.passes) if here in named else [])
+            if place is None:
+                raise nothing_to_learn_from(job.batches.read)
+            if place == _END:
+                break
+            layer, parts = named[place], [Moments(*share) for share in shares if share]
+            new = solved[layer] = population(layer, sum(parts[1:], start=parts[0]))
+            if new is not None:
+                layer.settle(new.mean, new.var)
+            for one in steps.passes:
+                steps.proceed(one)
+                job.progress.advance(1)
+    return Outcome({layer: new for layer, new in solved.items() if new is not None})
+
+
+def _look_ahead(job: Job, first: Batch) -> int | None:
+    """Run the first sample alone, to see which layers are called: what cannot work is refused before it costs anything.
+
+    Returns:
+        How many calls a forward pass makes; None where that cannot be seen.
+    """
+    if not samples(first.content):
+        return None
+    called: list[Layer] = []
+    before = Surroundings.here(job.devices)
+    ended = False
+    # A model may not take one sample; if it is wrong in another way, the batch itself will tell.
+    with (
+        contextlib.suppress(Exception),
+        listening(job.model, job.layers, lambda layer, *_: called.append(layer), lambda: job.running) as calls,
+    ):
+        job.run(Batch(first.index, cut(first.content, 1)), calls)
+        ended = True
+    before.restore()
+    for layer, times in Counter(called).items():
+        if times > 1:
+            raise _called_twice(first).within(f'layer "{layer.name}"')
+    return len(called) if ended else None
+
+
+def _called_twice(batch: Batch) -> OrderError:
+    return OrderError(
+        f"called twice in the forward pass of batch {batch.index}; what comes into the second call depends on the very "
+        f'statistics that are computed from both, so that method "exact" has no answer in one pass. Use '
+        f'method="pooled", which joins all calls, or a layer for each place'
+    )
+
+
+def _where(passes: Sequence[Pass]) -> str | None:
+    """The name of the layer that all passes wait at, or their end; None without passes.
+
+    Raises:
+        OrderError: they are at different places.
+    """
+    places = Counter(_place(one) for one in passes)
+    if len(places) > 1:
+        usual = places.most_common(1)[0][0]
+        odd = next(one for one in passes if _place(one) != usual)
+        raise OrderError(
+            f"got batch {odd.batch.index} at {_place(odd)} where {places[usual]} other batches are at {usual}; method "
+            f'"exact" needs batches that call the same layers in the same order. Use method="pooled", which needs no '
+            f"order, or recalibrate with batches that take the same way"
+        )
+    return next(iter(places), None)
+
+
+def _place(one: Pass) -> str:
+    return _END if one.at is None else one.at.name
+
+
+def _joined(passes: Sequence[Pass]) -> list[Tensor]:
+    """Count, mean and m2 of all inputs to the layer that passes wait at.
+
+    Raises:
+        NonFiniteError: an input is not finite.
+    """
+    waiting = [(one.at, one.moments, one.batch.index) for one in passes if one.at and one.moments]
+    inputs = [moments for _, moments, _ in waiting]
+    counts, means, squares = (torch.stack([getattr(m, name) for m in inputs]) for name in ("count", "mean", "m2"))
+    if not bool((means.isfinite() & squares.isfinite()).all()):  # one look for all batches: it waits for the device
+        check_finite(waiting)
+    whole = joined(counts, means, squares)
+    return [whole.count, whole.mean, whole.m2]

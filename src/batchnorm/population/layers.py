@@ -1,0 +1,190 @@
+"""The layers that take part: which they are, how their input is read and their statistics are written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from batchnorm import functional, layout
+from batchnorm.autograd import transformed
+from batchnorm.errors import BatchNormError, NonFiniteError, OptionError, OrderError
+from batchnorm.modules import BatchNorm
+from batchnorm.moments import Moments
+from batchnorm.population.result import LeftAlone
+from batchnorm.recipe import Recipe, check
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A layer that takes part.
+
+    Attributes:
+        name: its first path in the model.
+        module: the layer itself.
+        mean: (C,) its buffer.
+        var: (C,) its buffer.
+    """
+
+    name: str
+    module: nn.modules.batchnorm._BatchNorm
+    mean: Tensor
+    var: Tensor
+
+    @property
+    def num_channels(self) -> int:
+        """C."""
+        return self.mean.shape[0]
+
+    def moments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Moments:
+        """The moments of what the layer is called with, under the layer's own mask; empty where that is empty.
+
+        Raises:
+            ShapeError, DTypeError, OptionError: the layer cannot be called like this.
+        """
+        x = args[0] if args else kwargs["input"]
+        ours = self.module if isinstance(self.module, BatchNorm) else None
+        recipe = Recipe(None, None, None, self.module.eps, 1 if ours is None else ours.channel_dim, None)
+        self._check_unmoved()
+        check(x, recipe)
+        layout.check_vector(self.mean, "running_mean", x.shape[layout.channel_axis(x.dim(), recipe.channel_dim)])
+        moments = functional.batch_moments(x, recipe, None if ours is None else kwargs.get("mask"))
+        return Moments.empty(self.num_channels, device=x.device) if moments is None else moments
+
+    def write(self, mean: Tensor, var: Tensor) -> None:
+        """Have the layer normalise by these, (C,) each."""
+        with torch.inference_mode() if self.mean.is_inference() else torch.no_grad():
+            self.mean.copy_(mean)
+            self.var.copy_(var)
+
+    def settle(self, mean: Tensor, var: Tensor) -> None:
+        """`write`, for good.
+
+        Raises:
+            NonFiniteError: rounded to the buffers' dtype they are not finite.
+        """
+        self.write(mean, var)
+        if not bool((self.mean.isfinite() & self.var.isfinite()).all()):
+            raise NonFiniteError(
+                f'layer "{self.name}": got statistics up to {float(mean.abs().max()):.3g} and {float(var.max()):.3g} '
+                f"that {self.var.dtype} cannot hold; they must be finite. Keep running statistics in float32: "
+                f"batchnorm.convert(model)"
+            )
+
+    def _check_unmoved(self) -> None:
+        """What is written has to be what the layer reads: not so in a replica, or under `functional_call`."""
+        if transformed() or self.module.running_mean is not self.mean or self.module.running_var is not self.var:
+            raise OptionError(
+                "got a call with other buffers than the model's own, or inside a transform of torch.func; "
+                "recalibration writes the model's buffers. Call the model itself: not a replica of DataParallel's, and "
+                "not through torch.func"
+            )
+
+
+def statistics_of(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """A layer's running mean and variance."""
+    return module._buffers.get("running_mean"), module._buffers.get("running_var")
+
+
+def find(model: nn.Module) -> tuple[list[Layer], list[LeftAlone]]:
+    """A model's layers that take part, and those that do not.
+
+    A layer that the model holds more than once is one, under its first name. Layers that have not been initialised yet
+    are told by `refuse_uninitialized`.
+
+    Raises:
+        OptionError: statistics without data, on the device "meta".
+    """
+    layers, left = [], []
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            continue
+        name = path or "the model itself"
+        mean, var = statistics_of(module)
+        if isinstance(module, BatchNorm) and module.frozen.statistics:
+            left.append(LeftAlone(name, "frozen"))
+        elif mean is None or var is None:
+            left.append(LeftAlone(name, "no running statistics"))
+        elif _uninitialized(module):
+            left.append(LeftAlone(name, "not initialised yet"))
+        elif mean.is_meta:
+            raise OptionError(
+                f'layer "{name}": got statistics on the device "meta", which hold no data; they are to be written. '
+                f"Load the model's weights first"
+            )
+        else:
+            layers.append(Layer(name, module, mean, var))
+    return layers, left
+
+
+Receive = Callable[[Layer, tuple[Any, ...], dict[str, Any]], None]
+
+
+class Calls:
+    """The layers' calls, as hooks see them.
+
+    Args:
+        receive: what is called before each layer's forward.
+        expected: whether a forward pass of ours runs: other calls have no place here.
+
+    Attributes:
+        refused: the first of our own errors that was raised in a call. A model may catch it; it is raised again.
+    """
+
+    def __init__(self, receive: Receive, expected: Callable[[], bool]) -> None:
+        self._receive = receive
+        self._expected = expected
+        self.refused: BatchNormError | None = None
+
+    def hook(self, layer: Layer, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """What each layer calls before its own forward."""
+        self.check()
+        try:
+            if not self._expected():
+                raise OrderError(
+                    "got a call while no batch's forward pass was running; its statistics are in the making. Compute "
+                    "what the batches need with another copy of the model, or beforehand"
+                )
+            self._receive(layer, args, kwargs)
+        except BatchNormError as error:
+            self.refused = error.within(f'layer "{layer.name}"')
+            raise self.refused from error
+
+    def check(self) -> None:
+        """Raise what was refused."""
+        if self.refused is not None:
+            raise self.refused
+
+
+@contextmanager
+def listening(
+    model: nn.Module, layers: Sequence[Layer], receive: Receive, expected: Callable[[], bool]
+) -> Iterator[Calls]:
+    """Inside, `receive(layer, args, kwargs)` is called before each layer's forward, after all other hooks."""
+    calls = Calls(receive, expected)
+    with ExitStack() as handles:
+        for module in model.modules():
+            if _uninitialized(module):  # first of all hooks: the module's own would initialise it
+                hook = module.register_forward_pre_hook(_refuse_uninitialized, prepend=True)
+                handles.callback(hook.remove)
+        for layer in layers:
+            hook = layer.module.register_forward_pre_hook(partial(calls.hook, layer), with_kwargs=True)
+            handles.callback(hook.remove)
+        yield calls
+
+
+def _uninitialized(module: nn.Module) -> bool:
+    return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
+
+
+def _refuse_uninitialized(module: nn.Module, _: object) -> None:
+    raise OptionError(
+        f"got a model with a {type(module).__name__} that has not been initialised yet; recalibration is for models "
+        f"that are ready. Run one batch through the model first"
+    )

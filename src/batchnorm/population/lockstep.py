@@ -1,0 +1,163 @@
+"""Forward passes that take turns: each can wait in the middle, while others run.
+
+A pass is a greenlet: a stack of its own, on this thread, that is left and entered where we say. So passes share what
+torch keeps for a thread, and that is exchanged whenever another one runs.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+import greenlet
+import torch
+from greenlet import GreenletExit
+from typing_extensions import Self
+
+from batchnorm.errors import OrderError
+from batchnorm.moments import Moments
+from batchnorm.population.batches import Batch
+from batchnorm.population.layers import Layer
+from batchnorm.population.surroundings import Surroundings, seed
+
+
+class Pass:
+    """One batch's forward pass.
+
+    Attributes:
+        batch: what it runs on.
+        at: the layer that it waits at; None before it began, and after it ended.
+        moments: of that layer's input.
+        called: the layers that it called, the one that it waits at included.
+        seconds: how long it ran, since it last began.
+        stopping: it is being ended before its end.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+        self.at: Layer | None = None
+        self.moments: Moments | None = None
+        self.called: list[Layer] = []
+        self.seconds = 0.0
+        self.stopping = False
+        self.stack: greenlet.greenlet | None = None
+
+
+class Lockstep:
+    """Passes that take turns. As a context: at its end, those that still wait are ended.
+
+    Args:
+        run: a forward pass.
+        devices: the kinds of devices whose autocast state is exchanged.
+
+    Attributes:
+        passes: in the order in which they began.
+        current: the pass that runs; None outside of all.
+    """
+
+    def __init__(self, run: Callable[[Batch], None], devices: set[str]) -> None:
+        self._run = run
+        self._devices = sorted(devices)
+        self._inference = torch.is_inference_mode_enabled()
+        self._modes = _modes()
+        # Each pass has a random stream of its own, that does not depend on when the others run.
+        self._seed = int(torch.randint(2**62, ()))
+        self.passes: list[Pass] = []
+        self.current: Pass | None = None
+
+    def begin(self, batch: Batch) -> Pass:
+        """A new pass, run until it waits or ends."""
+        self.passes.append(Pass(batch))
+        self.proceed(self.passes[-1])
+        return self.passes[-1]
+
+    def proceed(self, one: Pass) -> None:
+        """Let a pass run on, or from its beginning where it has none, until it waits or ends."""
+        outside = Surroundings.here(self._devices)
+        one.at = one.moments = None
+        self.current = one
+        start = time.perf_counter()
+        try:
+            if one.stack is None:
+                one.called, one.seconds = [], 0.0
+                one.stack = greenlet.greenlet(self._run)
+                one.stack.gr_context = contextvars.copy_context()
+                seed(self._seed + one.batch.index)
+                one.stack.switch(one.batch)
+            else:
+                one.stack.switch()
+        finally:
+            one.seconds += time.perf_counter() - start
+            self.current = None
+            outside.restore()
+
+    def wait(self) -> None:
+        """Inside a pass: let others run, until it is let run on.
+
+        Raises:
+            OrderError: what torch keeps for the thread is in a state that cannot be exchanged, or this is another
+                thread than the pass's.
+        """
+        one = self.current
+        if one is None or one.stack is None or one.stack is not greenlet.getcurrent():
+            raise OrderError(
+                'got a call from another thread than the one that the forward pass began in; method "exact" has to '
+                'interrupt it there. Use method="pooled"'
+            )
+        if one.stopping:  # the model caught what was to end it
+            raise GreenletExit
+        if _modes() != self._modes:
+            raise OrderError(
+                'got a call inside a mode of torch that a forward pass cannot be interrupted in, such as "with '
+                'torch.device(...)" or saved_tensors_hooks; method "exact" has to interrupt it there. Enter it around '
+                'the whole of recalibrate, or use method="pooled"'
+            )
+        inside = Surroundings.here(self._devices)
+        try:
+            with torch.inference_mode(self._inference):
+                one.stack.parent.switch()
+        finally:
+            inside.restore()
+
+    def stop(self, one: Pass) -> None:
+        """End a pass where it waits: its `finally`s run, and its memory is free. It can begin anew."""
+        stack, one.stack = one.stack, None
+        if stack is None or stack.dead:
+            return
+        outside = Surroundings.here(self._devices)
+        one.stopping = True
+        self.current, one.stack = one, stack
+        try:
+            stack.throw()
+        finally:
+            self.current = one.stack = None
+            one.stopping = False
+            outside.restore()
+
+    def ended(self, one: Pass) -> bool:
+        """Whether a pass came to its end."""
+        return one.stack is not None and one.stack.dead
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        for one in self.passes:
+            try:
+                self.stop(one)
+            except Exception:
+                # What a model raises while it is cut off must not stand in for the reason that it is cut off for.
+                if error is None:
+                    raise
+        self.passes.clear()
+
+
+def _modes() -> tuple[object, ...]:
+    """What torch keeps for a thread and nobody can exchange, as something to compare."""
+    return (
+        torch._C._len_torch_dispatch_stack(),
+        torch._C._len_torch_function_stack(),
+        torch._C._autograd._top_saved_tensors_default_hooks(True),
+    )
