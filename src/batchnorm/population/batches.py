@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from batchnorm.errors import CountError, OptionError
@@ -52,14 +54,20 @@ def cut(batch: Any, n: int) -> Any:  # noqa: ANN401 - as `mapped`
     return mapped(batch, lambda t: t[:n] if t.dim() and t.shape[0] == size else t)
 
 
+def device(model: nn.Module) -> torch.device:
+    """Where a model's first parameter or buffer is; the CPU for a model without any."""
+    first = next(itertools.chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if first is None else first.device
+
+
 def default_forward(model: nn.Module, batch: object) -> object:
     """A tensor, the first item of a tuple or list, or a dict as keywords, on the model's device.
 
     Raises:
         OptionError: the batch is none of these.
     """
-    home = next((t.device for t in [*model.parameters(), *model.buffers()]), None)
-    there: Callable[[Tensor], Tensor] = lambda t: t if home is None else t.to(home)  # noqa: E731 - one expression
+    home = device(model)
+    there: Callable[[Tensor], Tensor] = lambda t: t.to(home)  # noqa: E731 - one expression
     if isinstance(batch, Mapping):
         return model(**{key: mapped(value, there) for key, value in batch.items()})
     first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch

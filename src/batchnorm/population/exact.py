@@ -6,7 +6,6 @@ So every layer sees what inference will show it, in one pass over the data.
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -16,10 +15,12 @@ from torch import Tensor
 
 from batchnorm.errors import OrderError
 from batchnorm.moments import Moments, joined
-from batchnorm.population.batches import Batch, cut, nothing_to_learn_from, samples
+from batchnorm.population.available import default_limit
+from batchnorm.population.batches import Batch, cut, device, nothing_to_learn_from, samples
 from batchnorm.population.job import Job, Outcome, check_finite, population
 from batchnorm.population.layers import Layer, listening
 from batchnorm.population.lockstep import Lockstep, Pass
+from batchnorm.population.memory import Memory
 from batchnorm.population.result import Population
 from batchnorm.population.surroundings import Surroundings
 
@@ -46,15 +47,18 @@ def exact(job: Job) -> Outcome:
             steps.wait()
 
     unread = iter(job.batches)
-    first = list(itertools.islice(unread, 1))
-    for batch in first:
+    batch = next(unread, None)
+    if batch is not None:
         job.progress.calls = _look_ahead(job, batch)
-    with (
-        listening(job.model, job.layers, receive, lambda: steps.current is not None) as calls,
-        Lockstep(lambda batch: job.run(batch, calls), job.devices) as steps,
-    ):
-        for batch in itertools.chain(first, unread):
-            steps.begin(batch)
+    steps = Lockstep(lambda batch: job.run(batch, calls), job.devices)
+    limit = default_limit(device(job.model)) if job.memory_limit is None else job.memory_limit
+    memory = Memory(steps, job.model, limit)
+    listener = listening(job.model, job.layers, receive, lambda: steps.current is not None)
+    with listener as calls, memory, steps:
+        while batch is not None:
+            memory.proceed(steps.add(batch))
+            with memory.guarding():
+                batch = next(unread, None)
         job.progress.batches = len(steps.passes)
         while True:
             here = _where(steps.passes)
@@ -67,10 +71,11 @@ def exact(job: Job) -> Outcome:
             new = solved[layer] = population(layer, sum(parts[1:], start=parts[0]))
             if new is not None:
                 layer.settle(new.mean, new.var)
+            memory.next_round()
             for one in steps.passes:
-                steps.proceed(one)
+                memory.proceed(one)
                 job.progress.advance(1)
-    return Outcome({layer: new for layer, new in solved.items() if new is not None})
+    return Outcome({layer: new for layer, new in solved.items() if new is not None}, memory.use)
 
 
 def _look_ahead(job: Job, first: Batch) -> int | None:

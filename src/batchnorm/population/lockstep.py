@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextvars
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import TracebackType
 
 import greenlet
@@ -43,6 +44,7 @@ class Pass:
         self.seconds = 0.0
         self.stopping = False
         self.stack: greenlet.greenlet | None = None
+        self.around = ExitStack()
 
 
 class Lockstep:
@@ -53,6 +55,7 @@ class Lockstep:
         devices: the kinds of devices whose autocast state is exchanged.
 
     Attributes:
+        around: what makes the context that a pass's own code runs in.
         passes: in the order in which they began.
         current: the pass that runs; None outside of all.
     """
@@ -61,16 +64,16 @@ class Lockstep:
         self._run = run
         self._devices = sorted(devices)
         self._inference = torch.is_inference_mode_enabled()
-        self._modes = _modes()
+        self._modes: tuple[object, ...] = ()
         # Each pass has a random stream of its own, that does not depend on when the others run.
         self._seed = int(torch.randint(2**62, ()))
+        self.around: Callable[[], AbstractContextManager[object]] = nullcontext
         self.passes: list[Pass] = []
         self.current: Pass | None = None
 
-    def begin(self, batch: Batch) -> Pass:
-        """A new pass, run until it waits or ends."""
+    def add(self, batch: Batch) -> Pass:
+        """A new pass; `proceed` begins it."""
         self.passes.append(Pass(batch))
-        self.proceed(self.passes[-1])
         return self.passes[-1]
 
     def proceed(self, one: Pass) -> None:
@@ -82,10 +85,10 @@ class Lockstep:
         try:
             if one.stack is None:
                 one.called, one.seconds = [], 0.0
-                one.stack = greenlet.greenlet(self._run)
+                one.stack = greenlet.greenlet(self._begin)
                 one.stack.gr_context = contextvars.copy_context()
                 seed(self._seed + one.batch.index)
-                one.stack.switch(one.batch)
+                one.stack.switch(one)
             else:
                 one.stack.switch()
         finally:
@@ -114,12 +117,27 @@ class Lockstep:
                 'torch.device(...)" or saved_tensors_hooks; method "exact" has to interrupt it there. Enter it around '
                 'the whole of recalibrate, or use method="pooled"'
             )
+        one.around.close()
         inside = Surroundings.here(self._devices)
         try:
+            # Leaving it puts back what torch dispatches by, so nothing else may change that while the pass waits.
             with torch.inference_mode(self._inference):
                 one.stack.parent.switch()
         finally:
             inside.restore()
+            self._enter(one)
+
+    def _begin(self, one: Pass) -> None:
+        """What a pass's stack runs."""
+        self._enter(one)
+        try:
+            self._run(one.batch)
+        finally:
+            one.around.close()
+
+    def _enter(self, one: Pass) -> None:
+        one.around.enter_context(self.around())
+        self._modes = _modes()
 
     def stop(self, one: Pass) -> None:
         """End a pass where it waits: its `finally`s run, and its memory is free. It can begin anew."""
@@ -135,10 +153,6 @@ class Lockstep:
             self.current = one.stack = None
             one.stopping = False
             outside.restore()
-
-    def ended(self, one: Pass) -> bool:
-        """Whether a pass came to its end."""
-        return one.stack is not None and one.stack.dead
 
     def __enter__(self) -> Self:
         return self

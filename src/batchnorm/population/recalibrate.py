@@ -130,8 +130,8 @@ def recalibrate(
                 set_training(module, chosen.training and module not in takes_part)
             before = {layer: _doubles(layer) for layer in layers}
             outcome = chosen.run(job)
-            for layer, new in outcome.populations.items():
-                layer.settle(new.mean, new.var)
+            for layer, final in outcome.populations.items():
+                layer.settle(final.mean, final.var)
             used, samples = _total(job)
     changed = tuple(
         RecalibratedLayer(layer.name, new.count, *before[layer], new.mean.cpu(), new.var.cpu(), layer.module.eps)

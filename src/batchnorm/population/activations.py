@@ -1,0 +1,44 @@
+"""Which memory a forward pass holds: storages of what went into modules and came out of them, while they live."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.population.batches import tensors
+
+# References do not keep memory: a pass lets go of an activation, and it is gone.
+Storages = weakref.WeakSet[torch.UntypedStorage]
+
+
+def storages(value: object) -> Iterator[torch.UntypedStorage]:
+    """The storages of the plain tensors in `value`; others keep their values in ways of their own."""
+    for t in tensors(value):
+        if t.layout == torch.strided and type(t) in (Tensor, nn.Parameter) and not t.is_meta:
+            yield t.untyped_storage()
+
+
+@contextmanager
+def watching(model: nn.Module, note: Callable[[Iterator[torch.UntypedStorage]], None]) -> Iterator[None]:
+    """Inside, `note` is given the storages of every module's inputs and outputs.
+
+    A storage lives as long as any tensor that shares it, so views count as what they view. What goes into no module and
+    comes out of none is not seen.
+    """
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        note(storages((args, kwargs)))
+
+    def after(_: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        note(storages(output))
+
+    with ExitStack() as handles:
+        for module in model.modules():
+            handles.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            handles.callback(module.register_forward_hook(after).remove)
+        yield

@@ -1,0 +1,67 @@
+"""How much memory there is for suspended forward passes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+# A share for the suspended passes; the rest is for the one that runs, the batches and everybody else.
+SHARE = 0.5
+
+
+def default_limit(device: torch.device) -> int | None:
+    """Half of what is available on a device, shared with the other processes that torchrun started here.
+
+    Returns:
+        Bytes, or None where the system does not tell.
+    """
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available()
+    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return None if free is None else int(free * SHARE) // neighbours
+
+
+def available(root: Path = Path("/")) -> int | None:
+    """Bytes of main memory that can be used without swapping: the machine's, and what a container leaves.
+
+    Args:
+        root: where the system's own files are.
+    """
+    free = [*_machine(root), *_containers(root)]
+    return max(min(free), 0) if free else None
+
+
+def _machine(root: Path) -> Iterator[int]:
+    """Linux says what is available; other systems how many pages are free, or at least how many there are."""
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        yield next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        names = getattr(os, "sysconf_names", {})
+        pages = next((name for name in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES") if name in names), None)
+        if pages is not None and "SC_PAGE_SIZE" in names:
+            yield os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _containers(root: Path) -> Iterator[int]:
+    """What each control group leaves that this process is in: its own, and those around it. Versions 2 and 1."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        mounted, limit, used = {
+            "": ("sys/fs/cgroup", "memory.max", "memory.current"),
+            "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+        }.get(controllers, ("", "", ""))
+        if mounted:
+            here = Path(path.lstrip("/"))
+            for group in (here, *here.parents):  # inside a container the path may be the host's: then only "." is there
+                try:
+                    folder = root / mounted / group
+                    yield int((folder / limit).read_text()) - int((folder / used).read_text())
+                except (OSError, ValueError):  # not there, or "max"
+                    continue
