@@ -92,6 +92,9 @@ class Batch:
     content: Any
 
 
+_NONE_LEFT = object()
+
+
 class Batches:
     """An iterable of batches, read once, one at a time; empty ones are left out.
 
@@ -105,7 +108,8 @@ class Batches:
     def __init__(self, iterable: Iterable[Any], max_samples: int | None) -> None:
         if max_samples is not None and (not isinstance(max_samples, int) or max_samples < 1):
             raise OptionError(f"got max_samples={max_samples}; it must be a positive number of samples, or None")
-        self._items = iterable
+        self._iterable = iterable
+        self._items: Iterator[Any] | None = None
         self._limit = max_samples
         # With a limit, how many batches there will be depends on their sizes.
         self.expected = len(iterable) if max_samples is None and isinstance(iterable, Sized) else None
@@ -113,9 +117,20 @@ class Batches:
         self.used = 0
         self.samples: int | None = 0
 
+    def skip(self, read: int, used: int, samples: int | None) -> bool:
+        """Pass over what was read before, and count it as it was counted then; False where there are not so many."""
+        for _ in range(read):
+            if self._next() is _NONE_LEFT:
+                return False
+        self.read, self.used, self.samples = read, used, samples
+        return True
+
     def __iter__(self) -> Iterator[Batch]:
-        for index, content in enumerate(self._items):
-            n = samples(content)
+        while self._limit is None or self.samples != self._limit:
+            content = self._next()
+            if content is _NONE_LEFT:
+                return
+            index, n = self.read, samples(content)
             if self._limit is not None:
                 content, n = self._within_limit(content, n)
             self.read += 1
@@ -123,8 +138,12 @@ class Batches:
                 self.used += 1
                 self.samples = None if n is None or self.samples is None else self.samples + n
                 yield Batch(index, content)
-            if self._limit is not None and self.samples == self._limit:
-                return
+
+    def _next(self) -> Any:  # noqa: ANN401 - as `mapped`
+        """The next item, or _NONE_LEFT. The first one may draw random numbers, to shuffle."""
+        if self._items is None:
+            self._items = iter(self._iterable)
+        return next(self._items, _NONE_LEFT)
 
     def _within_limit(self, content: Any, n: int | None) -> tuple[Any, int]:  # noqa: ANN401 - as `mapped`
         assert self._limit is not None

@@ -17,7 +17,7 @@ from batchnorm.errors import OrderError
 from batchnorm.moments import Moments, joined
 from batchnorm.population.available import default_limit
 from batchnorm.population.batches import Batch, cut, device, nothing_to_learn_from, samples
-from batchnorm.population.job import Job, Outcome, check_finite, population
+from batchnorm.population.job import Call, Job, Outcome, check_finite, population
 from batchnorm.population.layers import Layer, listening
 from batchnorm.population.lockstep import Lockstep, Pass
 from batchnorm.population.memory import Memory
@@ -74,7 +74,8 @@ def exact(job: Job) -> Outcome:
             memory.next_round()
             for one in steps.passes:
                 memory.proceed(one)
-                job.progress.advance(1)
+                job.progress.done += 1
+                job.progress.tell()
     return Outcome({layer: new for layer, new in solved.items() if new is not None}, memory.use)
 
 
@@ -139,8 +140,8 @@ def _joined(passes: Sequence[Pass]) -> list[Tensor]:
     Raises:
         NonFiniteError: an input is not finite.
     """
-    waiting = [(one.at, one.moments, one.batch.index) for one in passes if one.at and one.moments]
-    inputs = [moments for _, moments, _ in waiting]
+    waiting = [Call(one.at, one.moments, one.batch.index) for one in passes if one.at and one.moments]
+    inputs = [call.moments for call in waiting]
     counts, means, squares = (torch.stack([getattr(m, name) for m in inputs]) for name in ("count", "mean", "m2"))
     if not bool((means.isfinite() & squares.isfinite()).all()):  # one look for all batches: it waits for the device
         check_finite(waiting)

@@ -18,6 +18,14 @@ from batchnorm.population.layers import Calls, Layer
 from batchnorm.population.result import MemoryUse, Population
 
 
+class Call(NamedTuple):
+    """A layer's call, the moments of its input, and the batch's index."""
+
+    layer: Layer
+    moments: Moments
+    batch: int
+
+
 class Outcome(NamedTuple):
     """A method's answer: the statistics of the layers that were called with any value, and the memory that it took."""
 
@@ -41,9 +49,8 @@ class Progress:
     calls: int | None = None
     done: int = 0
 
-    def advance(self, calls: int) -> None:
-        """So many calls more are done."""
-        self.done += calls
+    def tell(self) -> None:
+        """Report what is done."""
         if self.report is not None:
             known = self.batches is not None and self.calls is not None
             self.report(self.done, self.batches * self.calls if known else None)  # type: ignore[operator]  # `known`
@@ -102,19 +109,16 @@ class Job:
         return shares
 
 
-def check_finite(seen: Iterable[tuple[Layer, Moments, int]]) -> None:
-    """Every layer's moments are finite.
-
-    Args:
-        seen: layers, moments of their input and the batch's index, in the order of calls.
+def check_finite(made: Iterable[Call]) -> None:
+    """All moments are finite.
 
     Raises:
-        NonFiniteError: naming the first that are not.
+        NonFiniteError: naming the first call whose are not.
     """
-    for layer, moments, index in seen:
+    for layer, moments, batch in made:
         if not bool((moments.mean.isfinite() & moments.m2.isfinite()).all()):
             raise NonFiniteError(
-                f'layer "{layer.name}": got activations that are inf or NaN in batch {index}; statistics need finite '
+                f'layer "{layer.name}": got activations that are inf or NaN in batch {batch}; statistics need finite '
                 f"ones. Look at that batch, and at the layers before this one"
             )
 

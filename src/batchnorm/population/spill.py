@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import tempfile
 import time
 import weakref
@@ -13,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchnorm.population.activations import Storages, storages
+from batchnorm.population.raw import raw
 
 ASSUMED_BYTES_PER_SECOND = 5e8  # of a file, until one has been used
 
@@ -90,7 +90,8 @@ class Spill(TorchDispatchMode):
         """
         start, size, there = time.perf_counter(), storage.nbytes(), self._file
         offset = there.file.seek(0, 2)
-        there.file.write(_bytes(storage if storage.device.type == "cpu" else storage.cpu()))
+        here = storage if storage.device.type == "cpu" else storage.cpu()
+        there.file.write(raw(here.data_ptr(), size))
         there.file.flush()
         self._out[storage] = _Region(there, offset, size)
         there.wanted += 1
@@ -107,7 +108,7 @@ class Spill(TorchDispatchMode):
         storage.resize_(region.size)
         here = storage if storage.device.type == "cpu" else torch.UntypedStorage(region.size)
         region.file.file.seek(region.offset)
-        read = region.file.file.readinto(_bytes(here))  # type: ignore[attr-defined]  # files of bytes have it
+        read = region.file.file.readinto(raw(here.data_ptr(), region.size))  # type: ignore[attr-defined]  # files of bytes have it
         if read != region.size:
             raise OSError(f"got {read} of {region.size} bytes back from a temporary file")
         if here is not storage:
@@ -142,8 +143,3 @@ class Spill(TorchDispatchMode):
     def _measured(self, size: int, start: float) -> None:
         self._seconds += time.perf_counter() - start
         self._moved += size
-
-
-def _bytes(storage: torch.UntypedStorage) -> memoryview:
-    """A CPU storage's bytes themselves, not a copy."""
-    return memoryview((ctypes.c_ubyte * storage.nbytes()).from_address(storage.data_ptr())).cast("B")
