@@ -28,8 +28,8 @@ def average(job: Job) -> Outcome:
         for layer, moments, batch in made:
             if moments.count == 1:
                 raise CountError(
-                    f'layer "{layer.name}": got one value for each channel in batch {batch}; its unbiased variance does '
-                    f'not exist. Use larger batches, or method="pooled"'
+                    f'layer "{layer.name}": got one value for each channel in batch {batch}; its unbiased variance '
+                    f'does not exist. Use larger batches, or method="pooled"'
                 )
             if moments.count > 0:
                 new = (torch.ones_like(moments.count), moments.count, moments.mean, moments.var(correction=1))

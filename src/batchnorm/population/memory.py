@@ -12,9 +12,15 @@ from torch import nn
 from typing_extensions import Self
 
 from batchnorm.population.activations import Storages, storages, watching
+from batchnorm.population.available import hand_back
 from batchnorm.population.lockstep import Lockstep, Pass
 from batchnorm.population.result import MemoryUse
 from batchnorm.population.spill import Spill
+
+
+# Freed memory goes back to the system whenever it is this share of the limit, but not in pieces below the second.
+HANDED_BACK = 0.25
+LEAST_HANDED_BACK = 2**26
 
 
 def spilling_is_cheaper(size: int, bytes_per_second: float, seconds: float) -> bool:
@@ -45,6 +51,7 @@ class Memory:
         self._held: dict[Pass, int] = {}
         self._total = 0
         self._peak = 0
+        self._freed = 0  # since the system was given memory back
         self._replays = 0
         self._spill = Spill(self._common)
         self._can_spill = True
@@ -60,10 +67,8 @@ class Memory:
         if self._limit is None:
             self._steps.proceed(one)
             return
-        self._total -= self._held.pop(one, 0)
-        for storage in list(self._seen.setdefault(one, weakref.WeakSet())):
-            self._spill.get(storage)
-        self._common.update(storages(one.batch.content))
+        self._let_go(self._held.pop(one, 0))
+        self._recall(one)
         self._steps.proceed(one)
         if one.at is not None:
             self._admit(one, self._limit)
@@ -75,6 +80,19 @@ class Memory:
     def next_round(self) -> None:
         """All passes had their turn."""
         self._spill.next_round()
+
+    def _let_go(self, size: int) -> None:
+        self._total -= size
+        self._freed += size
+        if self._limit is not None and self._freed > max(self._limit * HANDED_BACK, LEAST_HANDED_BACK):
+            hand_back()
+            self._freed = 0
+
+    def _recall(self, one: Pass) -> None:
+        """All that a pass holds is in memory again. (A function of its own: no name of it may outlive the pass's own.)"""
+        for storage in self._seen.setdefault(one, weakref.WeakSet()):
+            self._spill.get(storage)
+        self._common.update(storages(one.batch.content))
 
     def _note(self, found: Iterable[torch.UntypedStorage]) -> None:
         one = self._steps.current
@@ -90,6 +108,7 @@ class Memory:
         size = sum(s.nbytes() for s in own)
         if self._total + size > limit:
             self._put_out(one, own, size)
+            self._freed += size
             size = 0
         self._held[one] = size
         self._total += size

@@ -103,19 +103,25 @@ class Recalibration:
     memory: MemoryUse | None = None
 
     def __str__(self) -> str:
-        held = "" if self.samples is None else f" of {self.samples} samples"
-        lines = [f"{self.method} statistics of {len(self.layers)} layers from {self.batches} batches{held}"]
+        data = _counted(self.batches, "batch", "batches")
+        if self.samples is not None:
+            data += f" with {_counted(self.samples, 'sample', 'samples')}"
+        lines = [f"{self.method} statistics of {_counted(len(self.layers), 'layer', 'layers')} from {data}"]
         if self.layers:
             lines += _table(sorted(self.layers, key=lambda layer: -layer.moved)[:SHOWN])
         if (more := len(self.layers) - SHOWN) > 0:
-            lines.append(f"and {more} layers that moved less")
+            lines.append(f"and {_counted(more, 'layer', 'layers')} that moved less")
         lines += [f"left alone: {name} ({reason})" for name, reason in self.left_alone]
         if self.memory is not None and (self.memory.spilled or self.memory.replays):
             lines.append(
                 f"memory: {self.memory.peak:,} bytes held of {self.memory.limit:,} allowed, "
-                f"{self.memory.spilled:,} written to a file, {self.memory.replays} forward passes repeated"
+                f"{self.memory.spilled:,} written to a file, {_counted(self.memory.replays, 'forward pass', 'forward passes')} repeated"
             )
         return "\n".join(lines)
+
+
+def _counted(number: int, one: str, many: str) -> str:
+    return f"{number:,} {one if number == 1 else many}"
 
 
 def _table(layers: list[RecalibratedLayer]) -> list[str]:

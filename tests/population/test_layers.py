@@ -1,0 +1,125 @@
+"""Which layers take part, what their hooks see, and what they write."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import batchnorm as bn
+import oracle
+import tolerances
+from batchnorm.errors import NonFiniteError, OptionError, OrderError, ShapeError
+from batchnorm.population.layers import Layer, find, listening
+from populations import everything, images, layers, made
+
+
+def one(module: Any) -> Layer:
+    (layer,), _ = find(module)
+    return layer
+
+
+def test_every_kind_of_layer_and_no_other() -> None:
+    model = nn.Sequential(
+        nn.BatchNorm1d(2), nn.Sequential(nn.SyncBatchNorm(2), bn.BatchNorm(2)), nn.InstanceNorm1d(2), nn.GroupNorm(1, 2)
+    )
+    assert [layer.name for layer in find(model)[0]] == ["0", "1.0", "1.1"]
+    assert one(nn.BatchNorm2d(3)).name == "the model itself"
+
+
+def test_an_object_is_one_layer_under_its_first_name() -> None:
+    layer = nn.BatchNorm1d(2)
+    assert [found.name for found in find(nn.ModuleDict({"a": layer, "b": layer}))[0]] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "axis"),
+    [
+        (nn.BatchNorm1d(3), (5, 3), 1),
+        (nn.BatchNorm2d(3), (5, 3, 2, 4), 1),
+        (bn.BatchNorm2d(3, channel_dim=-1), (5, 2, 4, 3), 3),
+        (bn.BatchNorm(3, channel_dim=0), (3, 5, 2), 0),
+    ],
+)
+@pytest.mark.parametrize("keyword", [True, False])
+def test_moments_of_the_input(module: Any, shape: tuple[int, ...], axis: int, keyword: bool) -> None:
+    x = torch.randn(shape) * 3 + 100
+    moments = one(module).moments(() if keyword else (x,), {"input": x} if keyword else {})
+    n, mean, m2 = oracle.moments(x.double().numpy(), axis)
+    assert moments.count == n
+    torch.testing.assert_close(moments.mean, torch.from_numpy(mean), rtol=tolerances.STATISTIC, atol=0)
+    torch.testing.assert_close(moments.m2, torch.from_numpy(m2), rtol=tolerances.STATISTIC, atol=0)
+
+
+def test_only_our_layers_know_masks() -> None:
+    x, mask = torch.randn(4, 3), torch.tensor([True, False, True, True])
+    assert one(bn.BatchNorm1d(3)).moments((x,), {"mask": mask}).count == 3
+    assert one(nn.BatchNorm1d(3)).moments((x,), {"mask": mask}).count == 4
+
+
+def test_nothing_has_empty_moments() -> None:
+    moments = one(nn.BatchNorm1d(3)).moments((torch.zeros(0, 3),), {})
+    assert moments.count == 0
+    assert moments.mean.shape == (3,)
+
+
+def test_other_channels_are_refused() -> None:
+    with pytest.raises(ShapeError, match=r"got running_mean of shape \(3,\) for an input with 4 channels"):
+        one(nn.BatchNorm1d(3)).moments((torch.zeros(2, 4),), {})
+
+
+def test_other_buffers_than_the_models_are_refused() -> None:
+    module = nn.BatchNorm1d(3)
+    layer = one(module)
+    module.running_mean = module.running_mean.clone()
+    with pytest.raises(OptionError, match="got a call with other buffers than the model's own"):
+        layer.moments((torch.zeros(2, 3),), {})
+
+
+def test_write_and_settle() -> None:
+    module = nn.BatchNorm1d(2).half()
+    layer, buffers = one(module), (module.running_mean, module.running_var)
+    layer.settle(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 1e-9]))
+    assert (module.running_mean, module.running_var) == buffers or module.running_mean is buffers[0]
+    assert module.running_mean.tolist() == [1, 2]
+    assert module.running_var.tolist() == [3, 0]
+    layer.write(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 1e9]))
+    assert module.running_var.isinf().tolist() == [False, True]
+    with pytest.raises(NonFiniteError, match=r'layer "the model itself": got statistics up to 2 and 1e\+09 that torch'):
+        layer.settle(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 1e9]))
+
+
+def test_listening_comes_after_other_hooks_and_leaves_none() -> None:
+    model = made("residual")
+    model.bn1.register_forward_pre_hook(lambda m, args: (args[0] + 1,))
+    before, seen = everything(model), []
+    taking_part, _ = find(model)
+    with listening(model, taking_part, lambda layer, args, kwargs: seen.append((layer.name, args[0])), lambda: True):
+        x = images(3)[0]
+        model(x)
+    assert [name for name, _ in seen] == list(layers(model))
+    assert torch.equal(seen[0][1], model.conv1(x) + 1)
+    after = everything(model)
+    for name in layers(model):  # a training pass moved the statistics
+        assert after[name][1] == before[name][1]
+
+
+def test_a_refusal_is_raised_again_and_calls_that_are_not_ours_are_refused() -> None:
+    model, ours = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2)), [True]
+
+    def refuse(*_: object) -> None:
+        raise OptionError("no")
+
+    with listening(model, find(model)[0], refuse, lambda: ours[0]) as calls:
+        with pytest.raises(OptionError, match=r'layer "0": no'):
+            model(torch.randn(3, 2))
+        with pytest.raises(OptionError, match=r'layer "0": no'):  # whichever layer comes next
+            model[1](torch.randn(3, 2))
+        with pytest.raises(OptionError, match=r'layer "0": no'):
+            calls.check()
+    ours[0] = False
+    with listening(model, find(model)[0], refuse, lambda: ours[0]):
+        with pytest.raises(OrderError, match=r"while no batch's forward pass was running"):
+            model(torch.randn(3, 2))

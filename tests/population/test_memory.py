@@ -1,0 +1,220 @@
+"""A budget of memory: what goes beyond it is spilled or repeated, and no bit of the result changes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import batchnorm as bn
+from batchnorm.population import memory
+from batchnorm.population.memory import spilling_is_cheaper
+from batchnorm.population.spill import Spill
+from populations import everything, images, layers, made
+
+BATCHES = images(*[4] * 10)
+WAYS = {"spill": lambda *_: True, "replay": lambda *_: False, "in turn": None}
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each of the two ways, and both mixed."""
+    turns = iter(range(10**9))
+    monkeypatch.setattr(memory, "spilling_is_cheaper", WAYS[request.param] or (lambda *_: next(turns) % 2 == 0))
+    return request.param
+
+
+def statistics(model: nn.Module) -> list[list[float]]:
+    return [t.tolist() for layer in layers(model).values() for t in (layer.running_mean, layer.running_var)]
+
+
+def unlimited(net: str, **options: Any) -> tuple[list[list[float]], bn.Recalibration]:
+    model = made(net)
+    result = bn.recalibrate(model, BATCHES, memory_limit=2**40, **options)
+    return statistics(model), result
+
+
+@pytest.mark.parametrize("share", [10, 2, 10**9])
+@pytest.mark.parametrize("net", ["residual", "fused", "plain"])
+def test_the_same_bits_with_a_tenth_with_half_and_with_nothing(net: str, share: int, way: str) -> None:
+    expected, whole = unlimited(net)
+    assert whole.memory is not None
+    assert whole.memory.spilled == whole.memory.replays == 0
+    assert whole.memory.peak > 0
+    model, limit = made(net), whole.memory.peak // share
+    used = bn.recalibrate(model, BATCHES, memory_limit=limit).memory
+    assert statistics(model) == expected
+    assert used is not None
+    assert used.limit == limit
+    assert used.peak <= limit
+    assert (used.spilled > 0) == (way != "replay")
+    assert (used.replays > 0) == (way != "spill")
+
+
+class Random(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn1, self.linear, self.bn2 = nn.BatchNorm1d(3), nn.Linear(3, 3), nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(self.bn1(x + torch.rand_like(x)))
+        return self.bn2(x * torch.rand_like(x))
+
+
+def test_random_models_draw_the_same_when_they_are_repeated(way: str) -> None:
+    data = [torch.randn(5, 3) for _ in range(6)]
+    torch.manual_seed(1)
+    models = [Random() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model, limit in zip(models, (2**40, 0), strict=True):
+        torch.manual_seed(2)
+        bn.recalibrate(model, data, memory_limit=limit)
+    assert statistics(models[0]) == statistics(models[1])
+
+
+def test_what_is_not_the_passs_alone_stays(way: str) -> None:
+    """Parameters, buffers, batches, and what batches are made of inside the forward pass."""
+    data = torch.cat(BATCHES)
+    model = made("plain")
+    expected = made("plain")
+    bn.recalibrate(expected, data.split(4))
+
+    class Cached(nn.Module):
+        """Keeps what it computed for the first batch of a size, and gives the same tensor to all others."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.kept: dict[int, Tensor] = {}
+            self.identity = nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) not in self.kept:
+                self.kept[len(x)] = torch.zeros(len(x), 1, 1, 1)
+            return x + self.identity(self.kept[len(x)])
+
+    cached = Cached()
+
+    def forward(net: nn.Module, i: int) -> None:
+        net(cached(data[4 * i : 4 * i + 4]))
+
+    original = data.clone()
+    for limit in (0, 3000):
+        bn.recalibrate(model, range(10), forward=forward, memory_limit=limit)
+        assert statistics(model) == statistics(expected)
+        assert torch.equal(data, original)
+        assert cached.kept[4].tolist() == torch.zeros(4, 1, 1, 1).tolist()
+    model = nn.Sequential(cached, *made("plain"))
+    bn.recalibrate(model, data.split(4), memory_limit=0)
+    assert statistics(model) == statistics(expected)
+    assert torch.equal(data, original)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", range(6))
+def test_a_fault_while_some_are_out(way: str, where: int, error: type[BaseException]) -> None:
+    data = torch.cat(BATCHES)
+    original, model = data.clone(), made("residual")
+    outside = data * 2
+    passed: list[int] = []
+
+    def fail_at_last(*_: object) -> None:
+        passed.append(1)
+        if len(passed) > where + 1:  # the look ahead was the first
+            raise error
+
+    model.bn3.register_forward_hook(fail_at_last)
+
+    def forward(net: nn.Module, x: Tensor) -> None:
+        net(x + 0 * net_identity(outside)[: len(x)])
+
+    net_identity = nn.Identity()
+    model.add_module("identity", net_identity)
+    before = everything(model)
+    with pytest.raises(error):
+        bn.recalibrate(model, data.split(4), forward=forward, memory_limit=2000)
+    assert everything(model) == before
+    assert torch.equal(data, original)
+    assert torch.equal(outside, original * 2)
+
+
+def test_a_full_disk_repeats_instead(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, _ = unlimited("residual")
+    put, calls = Spill.put, iter(range(10**9))
+
+    def full(self: Spill, storage: torch.UntypedStorage) -> None:
+        if next(calls) >= 3:
+            raise OSError(28, "No space left on device")
+        put(self, storage)
+
+    monkeypatch.setattr(Spill, "put", full)
+    monkeypatch.setattr(memory, "spilling_is_cheaper", lambda *_: True)
+    model = made("residual")
+    used = bn.recalibrate(model, BATCHES, memory_limit=0).memory
+    assert used is not None
+    assert used.replays > 0
+    assert statistics(model) == expected
+
+
+def test_the_cheaper_way() -> None:
+    assert spilling_is_cheaper(size=100, bytes_per_second=1000, seconds=0.3)
+    assert not spilling_is_cheaper(size=100, bytes_per_second=1000, seconds=0.1)
+
+
+PEAK = """
+import json, sys
+import torch
+from torch import nn
+import batchnorm as bn
+from batchnorm.population import memory
+
+torch.set_num_threads(1)
+way, limit = sys.argv[1], int(sys.argv[2])
+memory.spilling_is_cheaper = lambda *_: way == "spill"
+model = nn.Sequential(nn.Conv2d(1, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
+def batches(n):
+    return (torch.randn(4, 1, 256, 256, generator=torch.Generator().manual_seed(i)) for i in range(n))
+bn.recalibrate(model, batches(2), memory_limit=0)  # whatever is loaded once
+def resident():
+    return {line.split()[0]: int(line.split()[1]) * 1024 for line in open("/proc/self/status") if "kB" in line}
+open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
+before = resident()["VmRSS:"]
+used = bn.recalibrate(model, batches(40), memory_limit=limit).memory
+print(json.dumps([resident()["VmHWM:"] - before, used.peak, used.spilled, used.replays]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's own count of resident memory")
+@pytest.mark.parametrize("way", ["spill", "replay"])
+def test_the_memory_is_really_free(way: str) -> None:
+    """40 passes hold 8 MB each; a tenth of that is allowed, and the process grows by less than half as much."""
+    measured: dict[int, list[int]] = {}
+    held = 40 * 8 * 2**20
+    for limit in (2**40, held // 10):
+        run = subprocess.run(
+            [sys.executable, "-c", PEAK, way, str(limit)], capture_output=True, text=True, timeout=120, check=False
+        )
+        assert run.returncode == 0, run.stderr
+        measured[limit] = json.loads(run.stdout)
+    grown, peak, spilled, replays = measured[2**40]
+    assert (peak, spilled, replays) == (held, 0, 0)
+    assert grown > held
+    grown_within, peak, spilled, replays = measured[held // 10]
+    assert peak <= held // 10
+    assert bool(spilled) == (way == "spill")
+    assert bool(replays) == (way == "replay")
+    assert grown_within < grown / 2, measured
+
+
+def test_a_model_that_the_hooks_do_not_see_inside() -> None:
+    """Nothing is known of what it holds, and nothing breaks."""
+    layer = nn.BatchNorm1d(3)
+    result = bn.recalibrate(layer, [torch.randn(4, 3) for _ in range(3)], memory_limit=0)
+    assert result.memory is not None
+    assert result.memory.peak == 0
+
+

@@ -1,0 +1,67 @@
+"""A model is as it was, except for the statistics of a transaction that succeeded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from batchnorm.population.layers import find
+from batchnorm.population.transaction import set_training, transaction
+from populations import everything, images, made
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, GeneratorExit])
+def test_an_error_undoes_everything(error: type[BaseException]) -> None:
+    model = made("residual")
+    model.register_buffer("none", None)
+    before = everything(model)
+    with pytest.raises(error), transaction(model, find(model)[0], {"cpu"}):
+        assert not torch.is_grad_enabled()
+        for module in model.modules():
+            set_training(module, not module.training)
+        model(images(3)[0])
+        model.bn1.running_mean += 1
+        model.bn2.running_var = torch.zeros(6)
+        model.bn3.register_buffer("new", torch.zeros(1))
+        del model.bn4.num_batches_tracked
+        torch.rand(3)
+        raise error
+    assert everything(model) == before
+
+
+def test_a_success_keeps_the_statistics_of_the_layers_that_take_part() -> None:
+    model = made("residual")
+    taking_part = find(model)[0][:2]
+    before = everything(model)
+    with transaction(model, taking_part, {"cpu"}):
+        for name in ("bn1", "bn3"):
+            getattr(model, name).running_mean += 1
+            getattr(model, name).num_batches_tracked += 1
+    after = everything(model)
+    identity, old = before["bn1"][3].pop("running_mean")
+    assert after["bn1"][3].pop("running_mean") == (identity, (torch.tensor(old) + 1).tolist())
+    assert after == before
+
+
+def test_what_did_not_change_is_not_written() -> None:
+    """A graph that saved a buffer would be told that it is another."""
+    model = made("residual")
+    versions = [buffer._version for buffer in model.buffers()]
+    with transaction(model, find(model)[0], {"cpu"}):
+        model.bn1.running_mean += 1
+    assert [buffer._version for buffer in model.buffers()] == [versions[0] + 1, *versions[1:]]
+
+
+def test_training_flags_are_set_without_the_methods() -> None:
+    class Counting(nn.Linear):
+        calls = 0
+
+        def train(self, mode: bool = True) -> nn.Module:
+            Counting.calls += 1
+            return super().train(mode)
+
+    module = Counting(1, 1)
+    set_training(module, False)
+    assert not module.training
+    assert Counting.calls == 0
