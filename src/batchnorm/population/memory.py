@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from typing_extensions import Self
 
+from batchnorm.ops import resizable_outputs
 from batchnorm.population.activations import Storages, storages, watching
 from batchnorm.population.available import hand_back
 from batchnorm.population.lockstep import Lockstep, Pass
 from batchnorm.population.result import MemoryUse
 from batchnorm.population.spill import Spill
-
 
 # Freed memory goes back to the system whenever it is this share of the limit, but not in pieces below the second.
 HANDED_BACK = 0.25
@@ -55,6 +55,7 @@ class Memory:
         self._replays = 0
         self._spill = Spill(self._common)
         self._can_spill = True
+        self._asked_for_resizable = False
         self._exit = ExitStack()
 
     @property
@@ -89,7 +90,8 @@ class Memory:
             self._freed = 0
 
     def _recall(self, one: Pass) -> None:
-        """All that a pass holds is in memory again. (A function of its own: no name of it may outlive the pass's own.)"""
+        """All that a pass holds is in memory again."""
+        # A function of its own, so that no name of it keeps a storage that the pass lets go of.
         for storage in self._seen.setdefault(one, weakref.WeakSet()):
             self._spill.get(storage)
         self._common.update(storages(one.batch.content))
@@ -116,19 +118,26 @@ class Memory:
 
     def _put_out(self, one: Pass, own: list[torch.UntypedStorage], size: int) -> None:
         """Spill what a pass holds, or end it, so that it begins anew at its next turn."""
-        can_spill = self._can_spill and all(s.resizable() for s in own)
-        if can_spill and spilling_is_cheaper(size, self._spill.bytes_per_second, one.seconds):
-            try:
-                for storage in own:
-                    self._spill.put(storage)
-            except OSError:  # no room for files: what is there comes back, and from now on all is computed again
-                self._can_spill = False
-                for storage in own:
-                    self._spill.get(storage)
-            else:
-                return
+        if self._can_spill and spilling_is_cheaper(size, self._spill.bytes_per_second, one.seconds):
+            if all(s.resizable() for s in own):
+                if self._spilled(own):
+                    return
+            elif not self._asked_for_resizable:  # in time for this pass's repetition, and for all that come after it
+                self._asked_for_resizable = True
+                self._exit.enter_context(resizable_outputs())
         self._steps.stop(one)
         self._replays += 1
+
+    def _spilled(self, own: list[torch.UntypedStorage]) -> bool:
+        """Put storages into a file; False where there is no room, and then all of them are in memory."""
+        try:
+            for storage in own:
+                self._spill.put(storage)
+        except OSError:  # from now on all is computed again
+            self._can_spill = False
+            for storage in own:
+                self._spill.get(storage)
+        return self._can_spill
 
     def __enter__(self) -> Self:
         self._steps.around = self.guarding
