@@ -1,0 +1,172 @@
+"""Progress in a file: a run that was killed goes on, and no bit of the result changes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import batchnorm as bn
+from batchnorm.errors import NonFiniteError, OptionError
+from batchnorm.population import checkpoint
+from populations import everything, images, layers, made
+
+ROOT = Path(__file__).parents[2]
+SIZES = (4, 3, 5, 2, 6)
+
+
+@pytest.fixture(autouse=True)
+def _at_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "SECONDS_BETWEEN", 0.0)
+
+
+class StopError(Exception):
+    """In place of a kill."""
+
+
+def reading(read: list[int], stop: int | None = None) -> Iterator[Tensor]:
+    for i, batch in enumerate(images(*SIZES)):
+        if i == stop:
+            raise StopError
+        read.append(i)
+        yield batch
+
+
+class Noisy(nn.Module):
+    """Draws random numbers in inference too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = made("residual")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x + torch.rand_like(x))
+
+
+def noisy() -> Noisy:
+    torch.manual_seed(5)
+    return Noisy()
+
+
+def pooled(model: nn.Module, batches: Any, path: Path | None = None, **options: Any) -> bn.Recalibration:
+    return bn.recalibrate(model, batches, method="pooled", checkpoint=path, **options)
+
+
+@pytest.mark.parametrize("stop", range(1, len(SIZES)))
+def test_it_goes_on_where_it_was(tmp_path: Path, stop: int) -> None:
+    expected = noisy()
+    whole = pooled(expected, images(*SIZES))
+    path = tmp_path / "progress"
+    with pytest.raises(StopError):
+        pooled(noisy(), reading([], stop), path)
+    assert path.exists()
+    model, ran, told = noisy(), [], []
+    model.register_forward_hook(lambda m, args, y: ran.append(len(args[0])))
+    result = pooled(model, reading([]), path, progress=lambda *done: told.append(done[0]))
+    assert ran == list(SIZES[stop:])
+    assert told == [4 * i for i in range(stop + 1, len(SIZES) + 1)]
+    for name, layer in layers(model).items():
+        assert torch.equal(layer.running_mean, layers(expected)[name].running_mean)
+        assert torch.equal(layer.running_var, layers(expected)[name].running_var)
+    assert (result.batches, result.samples) == (whole.batches, whole.samples)
+    assert not list(tmp_path.iterdir())
+
+
+def test_it_is_written_from_time_to_time_and_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "SECONDS_BETWEEN", 1000.0)
+    path = tmp_path / "progress"
+    seen: list[bool] = []
+    monkeypatch.setattr(checkpoint.Checkpoint, "remove", lambda self: seen.append(path.exists()))
+    pooled(made("plain"), images(*SIZES), path, progress=lambda *_: seen.append(path.exists()))
+    assert seen == [False] * len(SIZES) + [True]
+    assert torch.load(path, weights_only=True)["read"] == len(SIZES)
+
+
+def test_a_failed_run_keeps_what_was_good(tmp_path: Path) -> None:
+    path, batches = tmp_path / "progress", images(*SIZES)
+    batches[2][0] = torch.nan
+    with pytest.raises(NonFiniteError, match="in batch 2"):
+        pooled(made("plain"), batches, path)
+    model, expected = made("plain"), made("plain")
+    pooled(model, images(*SIZES), path)
+    pooled(expected, images(*SIZES))
+    assert torch.equal(model[1].running_var, expected[1].running_var)
+
+
+def half_done(path: Path, model: nn.Module | None = None, **options: Any) -> None:
+    with pytest.raises(StopError):
+        pooled(model or made("plain"), reading([], 3), path, **options)
+
+
+def test_other_statistics_do_not_matter_and_other_weights_do(tmp_path: Path) -> None:
+    path = tmp_path / "progress"
+    half_done(path)
+    model = made("plain")
+    with torch.no_grad():
+        model[0].weight[0, 0, 0, 0] += 1
+    before = everything(model)
+    with pytest.raises(OptionError, match=r"that does not fit: its model, weights, layers or processes are others"):
+        pooled(model, images(*SIZES), path)
+    assert everything(model) == before
+    with pytest.raises(OptionError, match="does not fit"):
+        pooled(made("residual"), images(*SIZES), path)
+    with pytest.raises(OptionError, match=r"it is of 3 batches, and there are fewer"):
+        pooled(made("plain"), images(*SIZES[:2]), path)
+    model = made("plain")
+    model[1].running_mean.fill_(3)
+    pooled(model, images(*SIZES), path)
+
+
+@pytest.mark.parametrize("content", [b"", b"no such file", b"PK\x03\x04"])
+def test_files_of_another_kind(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "progress"
+    path.write_bytes(content)
+    with pytest.raises(OptionError, match=r"does not fit: it cannot be read"):
+        pooled(made("plain"), images(*SIZES), path)
+    assert path.read_bytes() == content
+    torch.save({"weights": torch.zeros(2)}, path)
+    with pytest.raises(OptionError, match=r"does not fit: it is no such file"):
+        pooled(made("plain"), images(*SIZES), path)
+
+
+KILLED = """
+import sys, time
+sys.path.insert(0, sys.argv[2])
+import batchnorm as bn
+from batchnorm.population import checkpoint
+from populations import images, made
+checkpoint.SECONDS_BETWEEN = 0.0
+def reading():
+    for i, batch in enumerate(images(4, 3, 5, 2, 6)):
+        if i == 3:
+            print("three", flush=True)
+            time.sleep(600)
+        yield batch
+bn.recalibrate(made("residual"), reading(), method="pooled", checkpoint=sys.argv[1])
+"""
+
+
+def test_sigkill(tmp_path: Path) -> None:
+    path, tests = tmp_path / "progress", str(ROOT / "tests")
+    with subprocess.Popen([sys.executable, "-c", KILLED, str(path), tests], stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "three\n"
+        deadline = time.monotonic() + 60
+        while not path.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        run.kill()
+    model, expected, ran = made("residual"), made("residual"), []
+    model.register_forward_hook(lambda m, args, y: ran.append(len(args[0])))
+    pooled(model, images(*SIZES), path)
+    assert ran == list(SIZES[3:])
+    pooled(expected, images(*SIZES))
+    for key, value in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value)
+    assert not list(tmp_path.iterdir())
