@@ -47,8 +47,8 @@ GRADIENT_ZERO = 1e-7
 THIRD_DERIVATIVE = {torch.float64: 1e-9, torch.float32: 5e-3}
 
 # How far a recalibrated layer may be from the moments of what comes into it in inference: of the mean in standard
-# deviations, and of the log of the variance. Statistics are stored in float32, 6e-8 each, and the layers after a rounded
-# one see inputs that differ by as much; a wrong method is off by 1e-2 and more.
+# deviations, and of the log of the variance. Statistics are stored in float32, 6e-8 each, and the layers after a
+# rounded one see inputs that differ by as much; a wrong method is off by 1e-2 and more.
 POPULATION = 1e-5
 
 # The same statistics computed from the same data in other parts, relative: float64 sums in another order, stored in

@@ -13,7 +13,6 @@ import torch
 from batchnorm.population import available
 from batchnorm.population.available import default_limit
 
-
 FREED = """
 import torch
 from batchnorm.population.available import hand_back

@@ -52,5 +52,5 @@ def test_check_finite(bad: float, rows: int) -> None:
     check_finite([good])
     x = x.clone()
     x[rows // 2, 1] = bad
-    with pytest.raises(NonFiniteError, match='layer "the model itself": .* in batch 5;'):
+    with pytest.raises(NonFiniteError, match=r'layer "the model itself": .* in batch 5;'):
         check_finite([good, Call(LAYER, LAYER.moments((x,), {}), 5)])

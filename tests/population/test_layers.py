@@ -1,18 +1,20 @@
-"""Which layers take part, what their hooks see, and what they write."""
+"""Which layers take part, what their hooks see, what they write, and which are left alone and why."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import batchnorm as bn
 import oracle
 import tolerances
-from batchnorm.errors import NonFiniteError, OptionError, OrderError, ShapeError
+from batchnorm.errors import DTypeError, NonFiniteError, OptionError, OrderError, ShapeError
 from batchnorm.population.layers import Layer, find, listening
+from batchnorm.population.recalibrate import METHODS
 from populations import everything, images, layers, made
 
 
@@ -120,6 +122,65 @@ def test_a_refusal_is_raised_again_and_calls_that_are_not_ours_are_refused() -> 
         with pytest.raises(OptionError, match=r'layer "0": no'):
             calls.check()
     ours[0] = False
-    with listening(model, find(model)[0], refuse, lambda: ours[0]):
-        with pytest.raises(OrderError, match=r"while no batch's forward pass was running"):
-            model(torch.randn(3, 2))
+    with (
+        listening(model, find(model)[0], refuse, lambda: ours[0]),
+        pytest.raises(OrderError, match=r"while no batch's forward pass was running"),
+    ):
+        model(torch.randn(3, 2))
+
+
+# --- layers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_layers_that_are_left_alone(method: str) -> None:
+    model = nn.ModuleDict(
+        {
+            "frozen": bn.freeze(bn.BatchNorm1d(3)),
+            "frozen affine": bn.freeze(bn.BatchNorm1d(3), statistics=False),
+            "untracked": nn.BatchNorm1d(3, track_running_stats=False),
+            "unused": nn.BatchNorm1d(3),
+            "lazy": nn.LazyBatchNorm1d(),
+            "used": nn.BatchNorm1d(3),
+        }
+    )
+    alone = ("frozen", "untracked", "unused")
+    before = {name: copy.deepcopy(model[name].state_dict()) for name in alone}
+
+    def forward(model: Any, x: Tensor) -> None:
+        model["used"](model["untracked"](model["frozen affine"](model["frozen"](x))))
+
+    result = bn.recalibrate(model, [torch.randn(5, 3) + 1], forward=forward, method=method)
+    assert [layer.name for layer in result.layers] == ["frozen affine", "used"]
+    assert dict(result.left_alone) == {
+        "frozen": "frozen",
+        "untracked": "no running statistics",
+        "unused": "never called with a value",
+        "lazy": "not initialised yet",
+    }
+    for name in alone:
+        assert all(torch.equal(before[name][key], value) for key, value in model[name].state_dict().items())
+    assert nn.parameter.is_lazy(model["lazy"].running_mean)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_not_initialised_yet_is_not_initialised_by_this(method: str) -> None:
+    model = nn.Sequential(nn.LazyLinear(3), nn.BatchNorm1d(3))
+    with pytest.raises(OptionError, match=r"got a model with a LazyLinear that has not been initialised yet"):
+        bn.recalibrate(model, [torch.randn(5, 2)], method=method)
+    assert model[0].has_uninitialized_params()
+
+
+def test_a_model_without_layers_has_nothing_to_do() -> None:
+    result = bn.recalibrate(nn.Linear(2, 2), iter(()))
+    assert (result.layers, result.left_alone, result.batches) == ((), (), 0)
+
+
+def test_statistics_without_data_are_refused() -> None:
+    with pytest.raises(OptionError, match='on the device "meta"'):
+        bn.recalibrate(nn.BatchNorm1d(3, device="meta"), [torch.randn(2, 3)])
+
+
+def test_integers_are_refused() -> None:
+    with pytest.raises(DTypeError, match=r'layer "the model itself": got an input of dtype torch.int64'):
+        bn.recalibrate(nn.BatchNorm1d(3), [torch.ones(2, 3, dtype=torch.int64)])

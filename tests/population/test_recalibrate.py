@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import batchnorm as bn
 import tolerances
-from batchnorm.errors import CountError, DTypeError, NonFiniteError, OptionError
+from batchnorm.errors import CountError, NonFiniteError, OptionError
 from batchnorm.population.recalibrate import METHODS
 from populations import NETS, assert_consistent, assert_statistics, everything, images, inputs, layers, made, run
 
@@ -21,8 +21,8 @@ SIZES = (4, 3, 2)
 LAYERS = ("bn1", "bn2", "bn3", "bn4")
 
 
-class Failure(Exception):
-    """Raised on purpose."""
+class OnPurposeError(Exception):
+    """What the tests raise."""
 
 
 def raising(error: type[BaseException]) -> Callable[..., None]:
@@ -32,10 +32,10 @@ def raising(error: type[BaseException]) -> Callable[..., None]:
     return fail
 
 
-# --- faults -------------------------------------------------------------------------------------------------------------
+# --- faults -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", [Failure, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("error", [OnPurposeError, KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("where", range(len(SIZES) + 1))
 @pytest.mark.parametrize("method", METHODS)
 def test_a_fault_in_the_iterable(method: str, where: int, error: type[BaseException]) -> None:
@@ -54,7 +54,7 @@ def test_a_fault_in_the_iterable(method: str, where: int, error: type[BaseExcept
     assert everything(model) == before
 
 
-@pytest.mark.parametrize("error", [Failure, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [OnPurposeError, KeyboardInterrupt])
 @pytest.mark.parametrize("layer", [None, *LAYERS])
 @pytest.mark.parametrize("batch", SIZES)
 @pytest.mark.parametrize("method", METHODS)
@@ -73,7 +73,7 @@ def test_a_fault_in_a_forward_pass(method: str, batch: int, layer: str | None, e
     with pytest.raises(error) as raised:
         bn.recalibrate(model, images(*SIZES), method=method, forward=forward)
     assert everything(model) == before
-    if sys.version_info >= (3, 11) and error is Failure:
+    if sys.version_info >= (3, 11) and error is OnPurposeError:
         assert raised.value.__notes__ == [f"in the forward pass of batch {SIZES.index(batch)}"]
 
 
@@ -94,8 +94,8 @@ def test_inf_into_each_layer(method: str, batch: int, layer: str) -> None:
 def test_a_fault_in_progress(method: str) -> None:
     model = made("residual")
     before = everything(model)
-    with pytest.raises(Failure):
-        bn.recalibrate(model, images(*SIZES), method=method, progress=raising(Failure))
+    with pytest.raises(OnPurposeError):
+        bn.recalibrate(model, images(*SIZES), method=method, progress=raising(OnPurposeError))
     assert everything(model) == before
 
 
@@ -111,14 +111,14 @@ def test_a_replaced_buffer_and_changed_state_come_back(method: str) -> None:
         torch.set_grad_enabled(True)
         torch.set_autocast_enabled("cpu", True)
         if len(x) == SIZES[-1]:
-            raise Failure
+            raise OnPurposeError
 
-    with pytest.raises(Failure):
+    with pytest.raises(OnPurposeError):
         bn.recalibrate(model, images(*SIZES), method=method, forward=forward)
     assert everything(model) == before
 
 
-# --- what a success changes ------------------------------------------------------------------------------------------------
+# --- what a success changes -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -141,14 +141,14 @@ def test_only_running_statistics_change(method: str, training: bool) -> None:
 @pytest.mark.parametrize("method", ["exact", "pooled"])
 def test_dropout_is_off_and_custom_modes_are_not_called(method: str) -> None:
     model = made("residual")
-    model.train = model.eval = raising(Failure)
+    model.train = model.eval = raising(OnPurposeError)
     bn.recalibrate(model, images(*SIZES), method=method)
     model.train, model.eval = (getattr(nn.Module, name).__get__(model) for name in ("train", "eval"))
     if method == "exact":
         assert_consistent(model, images(*SIZES))
 
 
-# --- batches ----------------------------------------------------------------------------------------------------------------
+# --- batches ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batches", [[], [torch.zeros(0, 3, 6, 6)] * 2], ids=["none", "empty ones"])
@@ -221,64 +221,7 @@ def test_other_batches_need_a_forward() -> None:
         bn.recalibrate(model, range(3), forward=lambda model, i: model(data[i]), max_samples=2)
 
 
-# --- layers ------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_layers_that_are_left_alone(method: str) -> None:
-    model = nn.ModuleDict(
-        {
-            "frozen": bn.freeze(bn.BatchNorm1d(3)),
-            "frozen affine": bn.freeze(bn.BatchNorm1d(3), statistics=False),
-            "untracked": nn.BatchNorm1d(3, track_running_stats=False),
-            "unused": nn.BatchNorm1d(3),
-            "lazy": nn.LazyBatchNorm1d(),
-            "used": nn.BatchNorm1d(3),
-        }
-    )
-    alone = ("frozen", "untracked", "unused")
-    before = {name: copy.deepcopy(model[name].state_dict()) for name in alone}
-
-    def forward(model: Any, x: Tensor) -> None:
-        model["used"](model["untracked"](model["frozen affine"](model["frozen"](x))))
-
-    result = bn.recalibrate(model, [torch.randn(5, 3) + 1], forward=forward, method=method)
-    assert [layer.name for layer in result.layers] == ["frozen affine", "used"]
-    assert dict(result.left_alone) == {
-        "frozen": "frozen",
-        "untracked": "no running statistics",
-        "unused": "never called with a value",
-        "lazy": "not initialised yet",
-    }
-    for name in alone:
-        assert all(torch.equal(before[name][key], value) for key, value in model[name].state_dict().items())
-    assert nn.parameter.is_lazy(model["lazy"].running_mean)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_what_is_not_initialised_yet_is_not_initialised_by_this(method: str) -> None:
-    model = nn.Sequential(nn.LazyLinear(3), nn.BatchNorm1d(3))
-    with pytest.raises(OptionError, match=r"got a model with a LazyLinear that has not been initialised yet"):
-        bn.recalibrate(model, [torch.randn(5, 2)], method=method)
-    assert model[0].has_uninitialized_params()
-
-
-def test_a_model_without_layers_has_nothing_to_do() -> None:
-    result = bn.recalibrate(nn.Linear(2, 2), iter(()))
-    assert (result.layers, result.left_alone, result.batches) == ((), (), 0)
-
-
-def test_statistics_without_data_are_refused() -> None:
-    with pytest.raises(OptionError, match='on the device "meta"'):
-        bn.recalibrate(nn.BatchNorm1d(3, device="meta"), [torch.randn(2, 3)])
-
-
-def test_integers_are_refused() -> None:
-    with pytest.raises(DTypeError, match=r'layer "the model itself": got an input of dtype torch.int64'):
-        bn.recalibrate(nn.BatchNorm1d(3), [torch.ones(2, 3, dtype=torch.int64)])
-
-
-# --- models -------------------------------------------------------------------------------------------------------------------
+# --- models -----------------------------------------------------------------------------------------------------------
 
 
 def test_averaged_model() -> None:
@@ -336,8 +279,8 @@ def test_inside_inference_mode_and_with_its_buffers() -> None:
 
 def test_a_replica_of_the_layers_is_refused() -> None:
     model = made("plain")
+    state = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(OptionError, match=r'layer "1": got a call with other buffers'):
-        state = {key: value.clone() for key, value in model.state_dict().items()}
         bn.recalibrate(model, images(3), forward=lambda m, x: torch.func.functional_call(m, state, (x,)))
 
 
@@ -348,7 +291,7 @@ def test_calls_from_the_iterable_are_refused(method: str) -> None:
         bn.recalibrate(model, ((model(x), x)[1] for x in images(3, 4)), method=method)
 
 
-# --- options ------------------------------------------------------------------------------------------------------------------
+# --- options ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from batchnorm.population.result import LeftAlone, MemoryUse, Recalibration, RecalibratedLayer
+from batchnorm.population.result import LeftAlone, MemoryUse, RecalibratedLayer, Recalibration
 
 
 def layer(name: str, shift: float = 0.0, ratio: float = 0.0) -> RecalibratedLayer:
@@ -34,17 +34,17 @@ def test_it_prints_what_moved_most_first_and_what_was_left() -> None:
     text = str(Recalibration("exact", 3, 96, layers, (LeftAlone("head", "frozen"),)))
     assert text.splitlines() == [
         "exact statistics of 12 layers from 3 batches with 96 samples",
-        "layer          count  shift of mean, std  log variance ratio",
-        "layer11        1,200               -0.55                   0",
-        "layer10        1,200                -0.5                   0",
-        "layer9         1,200               -0.45                   0",
-        "layer8         1,200                -0.4                   0",
-        "layer7         1,200               -0.35                   0",
-        "layer6         1,200                -0.3                   0",
-        "layer5         1,200               -0.25                   0",
-        "layer4         1,200                -0.2                   0",
-        "layer3         1,200               -0.15                   0",
-        "layer2         1,200                -0.1                   0",
+        "layer           count  shift of mean, std  log variance ratio",
+        "layer11         1,200               -0.55                   0",
+        "layer10         1,200                -0.5                   0",
+        "layer9          1,200               -0.45                   0",
+        "layer8          1,200                -0.4                   0",
+        "layer7          1,200               -0.35                   0",
+        "layer6          1,200                -0.3                   0",
+        "layer5          1,200               -0.25                   0",
+        "layer4          1,200                -0.2                   0",
+        "layer3          1,200               -0.15                   0",
+        "layer2          1,200                -0.1                   0",
         "and 2 layers that moved less",
         "left alone: head (frozen)",
     ]

@@ -123,9 +123,9 @@ def _where(passes: Sequence[Pass]) -> str | None:
         usual = places.most_common(1)[0][0]
         odd = next(one for one in passes if _place(one) != usual)
         raise OrderError(
-            f"got batch {odd.batch.index} at {_place(odd)} where {places[usual]} of {len(passes)} batches are at {usual}; "
-            f'method "exact" needs batches that call the same layers in the same order. Use method="pooled", which '
-            f"needs no order, or recalibrate with batches that take the same way"
+            f"got batch {odd.batch.index} at {_place(odd)} where {places[usual]} of {len(passes)} batches are at "
+            f'{usual}; method "exact" needs batches that call the same layers in the same order. Use method="pooled", '
+            f"which needs no order, or recalibrate with batches that take the same way"
         )
     return next(iter(places), None)
 

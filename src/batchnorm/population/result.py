@@ -113,9 +113,10 @@ class Recalibration:
             lines.append(f"and {_counted(more, 'layer', 'layers')} that moved less")
         lines += [f"left alone: {name} ({reason})" for name, reason in self.left_alone]
         if self.memory is not None and (self.memory.spilled or self.memory.replays):
+            repeated = _counted(self.memory.replays, "forward pass", "forward passes")
             lines.append(
                 f"memory: {self.memory.peak:,} bytes held of {self.memory.limit:,} allowed, "
-                f"{self.memory.spilled:,} written to a file, {_counted(self.memory.replays, 'forward pass', 'forward passes')} repeated"
+                f"{self.memory.spilled:,} written to a file, {repeated} repeated"
             )
         return "\n".join(lines)
 
