@@ -36,6 +36,7 @@ FLOORS = {
     "report": 8,
     "study": 8,
     "cli": 9,
+    "__main__": 10,
 }
 # The law of shapes raises errors; study's and bench's numbers become report's pages, and report knows nothing of them.
 SAME_FLOOR = {("layout", "errors"), ("functional", "autograd"), ("study", "report"), ("bench", "report")}

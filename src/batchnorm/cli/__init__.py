@@ -1,0 +1,1 @@
+"""The command line: a file for each command, and `main`, which they are run by."""

@@ -1,0 +1,42 @@
+"""`batchnorm bench`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.option(
+    "--suite",
+    type=click.Choice(["resnet", "small", "odd", "all"]),
+    default="all",
+    show_default=True,
+    help="Which shapes.",
+)
+@click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write every number there.")
+@click.option("--peers", is_flag=True, help="Measure JAX and TensorFlow too, from .peers (make peers).")
+@click.option("--compile/--no-compile", default=True, help="Measure torch.compile too (compiling takes minutes).")
+@click.option("--warm", is_flag=True, help="Outputs in memory that was used before, instead of fresh.")
+def bench(suite: str, json_file: Path | None, peers: bool, compile: bool, warm: bool) -> None:
+    """Measure BN + ReLU beside torch: in one run, interleaved, with the answers compared."""
+    from rich.console import Console
+
+    from batchnorm.bench import measure, rivals, suites, summary
+    from batchnorm.report import text
+
+    cases = suites.cases(suite)
+    with text.progress(Console(stderr=True), "bench", len(cases) * len(rivals.PHASES)) as advance:
+        rows = measure.run(
+            cases,
+            peers=Path(".peers") if peers else None,
+            compile=compile,
+            warm=warm,
+            advance=lambda _: advance(1),
+        )
+    # A file has no width: the table is then as wide as it needs to be.
+    text.show(summary.section(rows, warm=warm), Console(width=None if sys.stdout.isatty() else 160))
+    if json_file is not None:
+        measure.write_json(json_file, rows, warm=warm)
