@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from batchnorm.errors import OptionError
 from batchnorm.population.batches import Batches, cut, default_forward, device, device_types, mapped, samples, tensors
@@ -69,7 +70,17 @@ def test_the_limit_cuts_the_last_and_reads_no_further() -> None:
 def test_expected() -> None:
     assert Batches([X, X], None).expected == 2
     assert Batches([X, X], 3).expected is None
-    assert Batches(iter([X, X]), None).expected is None
+    assert Batches((x for x in [X, X]), None).expected is None
+
+
+def test_a_length_that_raises() -> None:
+    class Stream(IterableDataset[Tensor]):
+        def __iter__(self) -> Iterator[Tensor]:
+            yield from X
+
+    batches = Batches(DataLoader(Stream(), batch_size=2), None)
+    assert batches.expected is None
+    assert sum(len(batch.content) for batch in batches) == len(X)
 
 
 def test_nothing_is_read_before_it_is_asked_for() -> None:

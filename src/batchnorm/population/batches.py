@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,8 +112,10 @@ class Batches:
         self._iterable = iterable
         self._items: Iterator[Any] | None = None
         self._limit = max_samples
+        # Not len(): that of a DataLoader over an iterable data set raises.
+        length = operator.length_hint(iterable, -1)
         # With a limit, how many batches there will be depends on their sizes.
-        self.expected = len(iterable) if max_samples is None and isinstance(iterable, Sized) else None
+        self.expected = length if max_samples is None and length >= 0 else None
         self.read = 0
         self.used = 0
         self.samples: int | None = 0
