@@ -20,6 +20,7 @@ FLOORS = {
     "errors": 0,
     "layout": 0,
     "ghost": 0,
+    "extras": 1,
     "moments": 1,
     "renorm": 2,
     "kernels": 2,

@@ -18,8 +18,9 @@ import torch
 from rich.console import Console
 
 import batchnorm
+from batchnorm import extras
 from batchnorm.errors import UsageError
-from batchnorm.report import extra, text
+from batchnorm.report import text
 from batchnorm.report.document import Document, Section
 from batchnorm.report.page import page
 from batchnorm.study import speed
@@ -83,7 +84,7 @@ def study(
     Raises:
         UsageError: a package of the extra is missing, or `out` cannot be written to.
     """
-    extra.require()
+    extras.require("study", "the study")
     with _writing(out):
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()  # better to fail now than after the work
