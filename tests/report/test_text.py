@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from batchnorm.report.document import Section, Table
-from batchnorm.report.text import progress, show, table
+from batchnorm.report.text import following, progress, show, table
 
 CONTENT = Table(
     "ten of each [bold]",
@@ -63,3 +63,11 @@ def test_progress_is_for_terminals_only(terminal: bool) -> None:
     assert ("100%" in stream.getvalue()) is terminal
     assert ("speed" in stream.getvalue()) is terminal
     assert (stream.getvalue() == "") is not terminal
+
+
+def test_work_whose_amount_is_told_later() -> None:
+    stream = io.StringIO()
+    with following(Console(file=stream, width=80, force_terminal=True), "exact") as follow:
+        follow(1, None)
+        follow(3, 4)
+    assert "75%" in stream.getvalue()

@@ -48,7 +48,27 @@ def progress(console: Console, label: str, work: int) -> Iterator[Callable[[int]
     Returns:
         A context whose value is a function to call with the number of units just done.
     """
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with _bar(console) as bar:
         task = bar.add_task(label, total=work)
         yield lambda done: bar.advance(task, done)
+
+
+@contextmanager
+def following(console: Console, label: str) -> Iterator[Callable[[int, int | None], None]]:
+    """As `progress`, for work of which nobody knows at first how much there is.
+
+    Args:
+        console: where the bar is drawn.
+        label: the words before it.
+
+    Returns:
+        A context whose value is a function to call with the units done so far, and how many there are, or None.
+    """
+    with _bar(console) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, work: bar.update(task, completed=done, total=work)
+
+
+def _bar(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
