@@ -35,6 +35,7 @@ FLOORS = {
     "surgery": 7,
     "bench": 8,
     "report": 8,
+    "sources": 8,
     "study": 8,
     "cli": 9,
     "__main__": 10,

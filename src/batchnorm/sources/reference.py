@@ -1,0 +1,96 @@
+"""The user's own code, as `package.module:callable` or `path/file.py:callable`, and what it raises."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import operator
+import sys
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from batchnorm.errors import BatchNormError, UsageError
+
+_PACKAGE = str(Path(__file__).parents[1])
+# Python, what is installed, and this package: an error's line in there says less than the line that led there.
+_NOT_THE_USERS = (*{sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}, _PACKAGE, "<")
+
+
+def resolve(reference: str, what: str) -> Callable[..., Any]:
+    """The callable that a reference names.
+
+    Modules are looked for in the current folder first, and a file's own folder is on `sys.path`, as with `python FILE`.
+
+    Args:
+        reference: `package.module:callable` or `path/file.py:callable`.
+        what: what it is for, as messages name it.
+
+    Raises:
+        UsageError: no such form, no such module or file, no such name, or nothing to call; or the module raises.
+    """
+    place, _, name = reference.rpartition(":")
+    if not place or not all(part.isidentifier() for part in name.split(".")):
+        raise UsageError(f"got {what} {reference}; it must be package.module:callable or path/file.py:callable")
+    with blaming(f"importing {place}"):
+        module = _file(Path(place)) if place.endswith(".py") else _module(place)
+    try:
+        found: Any = operator.attrgetter(name)(module)
+    except AttributeError as error:
+        raise UsageError(f"got {what} {reference}; {place} has no {name}. Check the name") from error
+    if not callable(found):
+        raise UsageError(f"got {what} {reference}; it must be callable, and is of type {type(found).__name__}")
+    return found  # type: ignore[no-any-return]  # it can be called, which is all that is known
+
+
+@contextmanager
+def blaming(what: str) -> Iterator[None]:
+    """An exception inside is the user's own code's: it becomes one line that says what raised it, and where.
+
+    Raises:
+        UsageError: for any exception but this package's own.
+    """
+    try:
+        yield
+    except BatchNormError:
+        raise
+    except Exception as error:
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_NOT_THE_USERS)]
+        where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+        raise UsageError(f"{what} raised {type(error).__name__}: {error}{where}") from error
+
+
+def _module(name: str) -> ModuleType:
+    _search(Path.cwd())
+    return importlib.import_module(name)
+
+
+def _file(path: Path) -> ModuleType:
+    """The module of a file, under the file's name, so that what it defines can be pickled; executed once."""
+    path = path.resolve()
+    known = sys.modules.get(path.stem)
+    if known is not None:
+        if getattr(known, "__file__", None) == str(path):
+            return known
+        raise UsageError(f"got the file {path.name}, and there is a module {path.stem} already. Rename the file")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None  # there is a loader for .py
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    _search(path.parent)
+    sys.modules[path.stem] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[path.stem]
+        raise
+    return module
+
+
+def _search(folder: Path) -> None:
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))

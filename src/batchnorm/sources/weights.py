@@ -1,0 +1,141 @@
+"""Weights in files: `.safetensors`, or `.pt` and `.pth` as torch.save writes a state_dict."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from batchnorm import extras
+from batchnorm.errors import UsageError
+
+_SHOWN = 5  # names of a list in a message
+
+
+class _Format(NamedTuple):
+    """A kind of file.
+
+    Attributes:
+        load: puts a file's weights into a model; returns the names that the file lacks, and those that the model lacks.
+        save: writes a model's weights.
+        needs: the packages of the extra "files" for it.
+    """
+
+    load: Callable[[nn.Module, Path], tuple[Iterable[str], Iterable[str]]]
+    save: Callable[[nn.Module, Path], None]
+    needs: tuple[str, ...] = ()
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Put a file's weights into a model: exactly those that it has. Any suffix but .safetensors is torch's.
+
+    Raises:
+        UsageError: the file cannot be read, holds more than tensors, or does not fit the model.
+    """
+    form = _format(path, otherwise=".pt")
+    try:
+        missing, unexpected = form.load(model, path)
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:  # of torch's and safetensors' own kinds, SafetensorError and pickle's among them
+        raise UsageError(f"cannot load {path}: {error}") from error
+    lists = [f"it lacks {_listed(missing)}"] if missing else []
+    lists += [f"the model has no {_listed(unexpected)}"] if unexpected else []
+    if lists:
+        raise UsageError(f"{path} does not fit the model: {'; '.join(lists)}. Give the weights of this very model")
+
+
+def check_output(path: Path) -> None:
+    """Weights can be written there: before work is done that would be lost.
+
+    Raises:
+        UsageError: an unknown suffix, a missing package, or no such place.
+    """
+    _format(path)
+    check_place(path)
+
+
+def check_place(path: Path) -> None:
+    """A file can be written there.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UsageError(f"cannot write to {path}; it must be a file in a folder that is there and can be written to")
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Write a model's weights: a whole file or none, and until it is whole the old one stays.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    form = _format(path)
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        form.save(model, temporary)
+        temporary.replace(path)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UsageError(f"cannot write to {path}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _load_torch(model: nn.Module, path: Path) -> tuple[list[str], list[str]]:
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        raise UsageError(
+            f"cannot load {path}: it holds other things than tensors, which can run code when they are read, or is no "
+            f"file of torch.save. Write one with torch.save(model.state_dict(), FILE)"
+        ) from error
+    if not isinstance(state, Mapping):
+        raise UsageError(f"got {path} with an object of type {type(state).__name__}; it must be a state_dict")
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    return missing, unexpected
+
+
+def _save_torch(model: nn.Module, path: Path) -> None:
+    torch.save(model.state_dict(), path)
+
+
+def _load_safetensors(model: nn.Module, path: Path) -> tuple[list[str], list[str]]:
+    from safetensors.torch import load_model
+
+    missing, unexpected = load_model(model, path, strict=False)
+    return sorted(missing), unexpected
+
+
+def _save_safetensors(model: nn.Module, path: Path) -> None:
+    from safetensors.torch import save_model
+
+    save_model(model, str(path))
+
+
+_FORMATS = {
+    ".safetensors": _Format(_load_safetensors, _save_safetensors, ("safetensors",)),
+    ".pt": _Format(_load_torch, _save_torch),
+    ".pth": _Format(_load_torch, _save_torch),
+}
+
+
+def _format(path: Path, otherwise: str | None = None) -> _Format:
+    suffix = path.suffix if path.suffix in _FORMATS else otherwise
+    if suffix is None:
+        raise UsageError(f"got {path}; the name of a file of weights must end with {', '.join(_FORMATS)}")
+    form = _FORMATS[suffix]
+    if form.needs:
+        extras.require("files", f"a {suffix} file", *form.needs)
+    return form
+
+
+def _listed(names: Iterable[str]) -> str:
+    several = list(names)
+    more = f" and {len(several) - _SHOWN} more" if len(several) > _SHOWN else ""
+    return ", ".join(several[:_SHOWN]) + more
