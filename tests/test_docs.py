@@ -27,6 +27,12 @@ def commands() -> set[str]:
     return lines - {""}
 
 
+def files() -> dict[str, str]:
+    """Python snippets that begin with the name of a file: what commands work on."""
+    snippets = [block for page in PAGES for block in blocks(page, "python")]
+    return {match[1]: block for block in snippets if (match := re.match(r"# (\w+\.py)\n", block))}
+
+
 def named(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
@@ -54,9 +60,11 @@ def test_make_targets_exist(command: str) -> None:
 @pytest.mark.parametrize("command", sorted(c for c in commands() if not c.startswith("make ")))
 def test_commands(command: str, tmp_path: Path) -> None:
     program, *arguments = shlex.split(command)
-    assert program in ("batchnorm", "python"), f"{command}: the tests do not know how to run this"
+    assert program in ("batchnorm", "python", "torchrun"), f"{command}: the tests do not know how to run this"
     for folder in ("benchmarks", "tests"):
         (tmp_path / folder).symlink_to(ROOT / folder)
+    for name, code in files().items():
+        (tmp_path / name).write_text(code)
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     run = subprocess.run(
         [program, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False

@@ -11,6 +11,7 @@ import click
 import batchnorm
 from batchnorm.cli.bench import bench
 from batchnorm.cli.kernels import kernels
+from batchnorm.cli.recalibrate import recalibrate
 from batchnorm.cli.study import study
 from batchnorm.errors import BatchNormError
 
@@ -25,7 +26,7 @@ def _commands(context: click.Context) -> None:
         context.exit(2)
 
 
-for _command in (study, kernels, bench):
+for _command in (recalibrate, study, kernels, bench):
     _commands.add_command(_command)
 
 
@@ -48,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         return _complain(error.format_message(), 2)
     except BatchNormError as error:
-        return _complain(str(error), 2)
+        # The notes say which batch it was.
+        return _complain("; ".join([str(error), *getattr(error, "__notes__", ())]), 2)
     except KeyboardInterrupt:
         return _complain("interrupted", 130)
     except BrokenPipeError:
