@@ -34,6 +34,7 @@ FLOORS = {
     "population": 7,
     "surgery": 7,
     "bench": 8,
+    "integrations": 8,
     "report": 8,
     "sources": 8,
     "study": 8,
