@@ -91,7 +91,7 @@ def main(paths: Sequence[str]) -> None:
             f"{machine['processor']}, {machine['threads']} threads, kernels {machine['kernels']}, torch "
             f"{versions['torch']}, {document['outputs']} outputs, {document['date'][:10]}.\n"
         )
-        for dtype in ("float32", "bfloat16"):
+        for dtype in dict.fromkeys(row["dtype"] for row in document["rows"]):
             print(f"### {dtype}, {document['outputs']} outputs\n\n{table(document, dtype)}\n")
             print("\n".join(sentences(document, dtype)) + "\n")
 

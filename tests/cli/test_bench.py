@@ -13,11 +13,11 @@ from commands import fails
 
 
 def test_a_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    case = suites.Case("small", (8, 3), suites.FIRST, "float32")
-    monkeypatch.setattr(suites, "cases", lambda suite: [case])
+    case = suites.Case("small", (8, 3), suites.FIRST, "bfloat16")
+    monkeypatch.setattr(suites, "cases", lambda suite, dtypes: [case] if dtypes == ("bfloat16",) else [])
     monkeypatch.setattr(measure, "SECONDS", 0.01)
     path = tmp_path / "bench.json"
-    assert main(["bench", "--suite", "small", "--no-compile", "--json", str(path)]) == 0
+    assert main(["bench", "--suite", "small", "--dtype", "bfloat16", "--no-compile", "--json", str(path)]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
     for row in json.loads(path.read_text())["rows"]:

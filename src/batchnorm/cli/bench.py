@@ -16,18 +16,19 @@ import click
     show_default=True,
     help="Which shapes.",
 )
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Of the inputs; both unless told.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write every number there.")
 @click.option("--peers", is_flag=True, help="Measure JAX and TensorFlow too, from .peers (make peers).")
 @click.option("--compile/--no-compile", default=True, help="Measure torch.compile too (compiling takes minutes).")
 @click.option("--warm", is_flag=True, help="Outputs in memory that was used before, instead of fresh.")
-def bench(suite: str, json_file: Path | None, peers: bool, compile: bool, warm: bool) -> None:
+def bench(suite: str, dtype: str | None, json_file: Path | None, peers: bool, compile: bool, warm: bool) -> None:
     """Measure BN + ReLU beside torch: in one run, interleaved, with the answers compared."""
     from rich.console import Console
 
     from batchnorm.bench import measure, rivals, suites, summary
     from batchnorm.report import text
 
-    cases = suites.cases(suite)
+    cases = suites.cases(suite, tuple(suites.DTYPES) if dtype is None else (dtype,))
     with text.progress(Console(stderr=True), "bench", len(cases) * len(rivals.PHASES)) as advance:
         rows = measure.run(
             cases,
