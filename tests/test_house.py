@@ -131,6 +131,7 @@ def test_the_public_names() -> None:
         "functional",
         "kernels",
         "recalibrate",
+        "revert",
         "unfreeze",
     }
     assert all(hasattr(batchnorm, name) for name in batchnorm.__all__)

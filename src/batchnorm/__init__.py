@@ -11,6 +11,7 @@ from batchnorm.population.result import Recalibration
 from batchnorm.renorm import Renorm
 from batchnorm.surgery.convert import convert
 from batchnorm.surgery.freeze import freeze, unfreeze
+from batchnorm.surgery.revert import revert
 
 __version__ = "0.1.0"
 
@@ -31,5 +32,6 @@ __all__ = [
     "functional",
     "kernels",
     "recalibrate",
+    "revert",
     "unfreeze",
 ]

@@ -40,6 +40,16 @@ class Frozen(NamedTuple):
     affine: bool = False
 
 
+_OPTIONS: dict[str, Any] = {
+    "activation": None,
+    "channel_dim": 1,
+    "virtual_batch_size": None,
+    "renorm": None,
+    "inplace": False,
+    "frozen": Frozen(),
+}
+
+
 class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     r"""Batch normalization of an input of any rank >= 2, with an optional residual and activation inside.
 
@@ -254,16 +264,12 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
 
     def extra_repr(self) -> str:
         """torch's, and what differs from its defaults."""
-        ours = {
-            "activation": (self.activation, None),
-            "channel_dim": (self.channel_dim, 1),
-            "virtual_batch_size": (self.virtual_batch_size, None),
-            "renorm": (self.renorm, None),
-            "inplace": (self.inplace, False),
-            "frozen": (self.frozen, Frozen()),
-        }
         torchs: str = super().extra_repr()  # type: ignore[no-untyped-call]  # torch's has no annotation
-        return torchs + "".join(f", {name}={value}" for name, (value, default) in ours.items() if value != default)
+        return torchs + "".join(f", {name}={value}" for name, value in self.options().items())
+
+    def options(self) -> dict[str, Any]:
+        """What this layer has that torch's cannot express: our options that are not at their defaults."""
+        return {name: value for name in _OPTIONS if (value := getattr(self, name)) != _OPTIONS[name]}
 
 
 class BatchNorm1d(BatchNorm, torch.nn.BatchNorm1d):

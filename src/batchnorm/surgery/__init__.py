@@ -1,1 +1,1 @@
-"""Models changed in place, one operation a file."""
+"""Models changed on purpose, one operation a file."""

@@ -3,71 +3,126 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from batchnorm.modules import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.recipe import check_virtual_batch_size
+from batchnorm.surgery import activations
+from batchnorm.surgery.hooks import hooked
 
 OURS: dict[type[nn.Module], type[BatchNorm]] = {
     nn.BatchNorm1d: BatchNorm1d,
     nn.BatchNorm2d: BatchNorm2d,
     nn.BatchNorm3d: BatchNorm3d,
 }
+# timm's layer with an activation inside, recognised without timm.
+_TIMMS = "timm.layers.norm_act.BatchNormAct2d"
+ORIGIN = "_origin"  # a layer's attribute: what it was before
 
 
-def convert(model: nn.Module) -> nn.Module:
+class Origin(NamedTuple):
+    """What a layer was before it became ours.
+
+    Attributes:
+        cls: its class.
+        dtypes: of its parameters and buffers, by name.
+        options: what it has of ours that is not the default.
+    """
+
+    cls: type[nn.Module]
+    dtypes: dict[str, torch.dtype]
+    options: dict[str, Any]
+
+
+def convert(model: nn.Module, *, virtual_batch_size: int | None = None) -> nn.Module:
     """Make every `torch.nn.BatchNorm1d`, `2d` and `3d` of a model one of ours, in place.
 
     A layer stays the object that it was and only changes its class: its parameters, buffers, hooks, flags and other
     attributes stay, and whoever refers to it still does: a second parent, an optimizer, another model. Only running
     statistics of half precision become new tensors, of float32 and equal values. Layers that are ours already are left.
-    So is a layer that may mean something else than torch's: of a subclass, or with an attribute of its own where ours
-    have one, such as a replaced `forward`; a UserWarning names all of these.
+    timm's `BatchNormAct2d` becomes a `BatchNorm2d` with its activation inside, if that is one of ours and it drops
+    nothing. `revert` undoes all of this.
+
+    A layer is left that may mean something else than torch's: of another subclass, or with an attribute of its own
+    where ours have one, such as a replaced `forward`; one UserWarning names all of these. `SyncBatchNorm` is among
+    them.
 
     Args:
         model: any module; it may be a batch-norm layer itself.
+        virtual_batch_size: of the layers that become ours, for ghost batches.
 
     Returns:
         `model`, the same object.
+
+    Raises:
+        OptionError: `virtual_batch_size` is no positive number; nothing is changed.
     """
+    check_virtual_batch_size(virtual_batch_size)
     left = []
-    for path, module in model.named_modules():
+    for path, module in list(model.named_modules()):
         if isinstance(module, BatchNorm) or not isinstance(module, nn.modules.batchnorm._BatchNorm):
             continue
-        if obstacle := _become_ours(module):
+        if obstacle := _become_ours(module, {"virtual_batch_size": virtual_batch_size}):
             left.append(f"{path or 'the model itself'} ({obstacle})")
     if left:
         warnings.warn(
-            f"left as they are: {', '.join(left)}. Only layers that are exactly torch.nn.BatchNorm1d, 2d or 3d are "
-            f"converted. Replace these by hand if ours are to stand in for them",
+            f"left as they are: {', '.join(left)}. Only layers that are exactly torch.nn.BatchNorm1d, 2d or 3d, or "
+            f"timm's BatchNormAct2d, are converted. Replace these by hand if ours are to stand in for them",
             UserWarning,
             stacklevel=2,
         )
     return model
 
 
-def _become_ours(layer: nn.modules.batchnorm._BatchNorm) -> str | None:
+def _become_ours(layer: nn.modules.batchnorm._BatchNorm, options: dict[str, Any]) -> str | None:
     """Change the layer's class, or say what keeps it from changing."""
     theirs = type(layer)
-    if theirs not in OURS:
+    if isinstance(layer, nn.SyncBatchNorm):
+        return f"{theirs.__qualname__}, whose statistics are those of several processes"
+    if activations.qualified(theirs) == _TIMMS:
+        activation, obstacle = _activation_inside(layer)
+        if obstacle:
+            return f"{theirs.__qualname__}: {obstacle}"
+        ours: type[BatchNorm] = BatchNorm2d
+        options = options | {"activation": activation}
+    elif theirs in OURS:
+        ours = OURS[theirs]
+    else:
         return theirs.__qualname__
-    ours = OURS[theirs]
-    additions, buffers = _additions(ours, theirs)
+    added, buffers = additions(ours)
     defined = {name for cls in ours.__mro__ if issubclass(cls, BatchNorm) for name in vars(cls)}
     own = vars(layer).keys() | layer._parameters.keys() | layer._buffers.keys() | layer._modules.keys()
-    if clash := sorted(own & (additions.keys() | buffers | defined)):
+    if clash := sorted(own & (added.keys() | buffers | defined | {ORIGIN})):
         return f"{theirs.__qualname__} with its own {', '.join(clash)}"
+    tensors = {**layer._parameters, **layer._buffers}
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items() if tensor is not None}
     # The class of an object, and not a new object: that would leave the old one with whoever else refers to it, and a
     # compiled call would go on calling the old one. torch's parametrizations and lazy layers change class like this.
     layer.__class__ = ours
-    vars(layer).update(additions)
+    vars(layer).update({**added, **options, ORIGIN: Origin(theirs, dtypes, options)})
     assert isinstance(layer, BatchNorm)
     layer._complete_buffers()
     return None
 
 
-def _additions(ours: type[BatchNorm], theirs: type[nn.Module]) -> tuple[dict[str, object], set[str]]:
+def _activation_inside(layer: nn.Module) -> tuple[str | None, str]:
+    """The activation that timm's layer ends with, or why it cannot be ours."""
+    act, drop = layer.act, layer.drop
+    assert isinstance(act, nn.Module)
+    assert isinstance(drop, nn.Module)
+    if type(drop) is not nn.Identity:
+        return None, f"{type(drop).__qualname__} comes before its activation"
+    if hooked(act) or hooked(drop):
+        return None, "its act or drop has hooks, which would not be called"
+    return (None, "") if type(act) is nn.Identity else activations.of_module(act)
+
+
+def additions(ours: type[BatchNorm]) -> tuple[dict[str, object], set[str]]:
     """What our constructor sets and torch's does not: attributes at their defaults, and the names of buffers."""
+    theirs = next(torchs for torchs, cls in OURS.items() if cls is ours)
     fresh, torchs = (cls(1, device="meta") for cls in (ours, theirs))
     attributes = {name: value for name, value in vars(fresh).items() if name not in vars(torchs)}
     return attributes, fresh._buffers.keys() - torchs._buffers.keys()

@@ -1,0 +1,75 @@
+"""Our layers become again what they were: torch.nn's, in place."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import nn
+
+from batchnorm.modules import BatchNorm
+from batchnorm.surgery.convert import ORIGIN, OURS, Origin, additions
+
+THEIRS: dict[type[nn.Module], type[nn.Module]] = {ours: theirs for theirs, ours in OURS.items()}
+_STATISTICS = ("running_mean", "running_var")
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Make every layer of ours in a model one of torch.nn's, in place: what `convert` did is undone, without loss.
+
+    A layer stays the object that it was, with its parameters, buffers, hooks, flags and other attributes, and gets the
+    class back that it had before `convert`; one made as ours gets that of its namesake. Running statistics that were of
+    half precision are so again. What `convert` added to it (an activation of timm's layer, ghost batches) goes.
+
+    A layer that torch.nn cannot express is left, and one UserWarning names all of these with the reason: an option of
+    ours that `convert` did not set, frozen parts (`unfreeze` first), `BatchNorm`, which takes any rank, or a subclass.
+
+    Args:
+        model: any module; it may be a layer itself.
+
+    Returns:
+        `model`, the same object.
+    """
+    left = []
+    for path, module in list(model.named_modules()):
+        if isinstance(module, BatchNorm) and (obstacle := _become_theirs(module)):
+            left.append(f"{path or 'the model itself'} ({obstacle})")
+    if left:
+        warnings.warn(
+            f"left as they are: {', '.join(left)}. torch.nn has no such layers. Set these options back where you can "
+            f"do without them, and revert again",
+            UserWarning,
+            stacklevel=2,
+        )
+    return model
+
+
+def _become_theirs(layer: BatchNorm) -> str | None:
+    """Change the layer's class, or say what keeps it from changing."""
+    ours = type(layer)
+    if ours not in THEIRS:
+        return ours.__qualname__
+    origin: Origin = vars(layer).get(ORIGIN) or Origin(THEIRS[ours], {}, {})
+    beyond = [f"{name}={value}" for name, value in layer.options().items() if origin.options.get(name) != value]
+    if beyond:
+        return f"{ours.__qualname__} with {', '.join(beyond)}"
+    if origin.options.get("activation") != layer.activation:
+        return f"{ours.__qualname__} without the activation that {origin.cls.__qualname__} has"
+    attributes, buffers = additions(ours)
+    for name in (*attributes, ORIGIN):
+        vars(layer).pop(name, None)
+    for name in buffers:
+        delattr(layer, name)
+    layer.__class__ = origin.cls  # type: ignore[assignment]
+    for name in _STATISTICS:
+        if (buffer := layer._buffers[name]) is not None:
+            layer._buffers[name] = buffer.to(_dtype(layer, origin, name, buffer))
+    return None
+
+
+def _dtype(layer: nn.Module, origin: Origin, name: str, buffer: torch.Tensor) -> torch.dtype:
+    """What torch.nn's layer would keep a statistic in."""
+    weight = layer._parameters.get("weight")
+    if weight is not None and weight.dtype != origin.dtypes.get("weight"):
+        return weight.dtype  # made as ours, or moved since: torch moves both
+    return origin.dtypes.get(name, buffer.dtype)

@@ -1,0 +1,241 @@
+"""Reverted layers: torch.nn's again, the very classes and values."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import types
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import batchnorm as bn
+import tolerances
+from batchnorm.surgery.convert import convert
+from batchnorm.surgery.revert import THEIRS, revert
+
+SHAPES = {nn.BatchNorm1d: (6, 4), nn.BatchNorm2d: (6, 4, 5, 3), nn.BatchNorm3d: (6, 4, 2, 3, 2)}
+
+
+class Ours(bn.BatchNorm2d):
+    """A user's subclass of ours."""
+
+
+def bits(state: dict[str, Tensor]) -> dict[str, tuple[torch.dtype, bytes]]:
+    return {key: (value.dtype, bytes(value.reshape(-1).view(torch.uint8).numpy().data)) for key, value in state.items()}
+
+
+def used(layer: Any) -> Any:
+    """With statistics that are not the initial ones."""
+    with torch.no_grad():
+        for name in ("running_mean", "running_var", "weight", "bias"):
+            if (tensor := getattr(layer, name)) is not None:
+                tensor.uniform_(0.5, 2)
+    return layer
+
+
+def timms() -> type[nn.Module]:
+    """What timm's BatchNormAct2d does, under its name: a class of its own, and timm not installed."""
+    module = types.ModuleType("timm.layers.norm_act")
+
+    class BatchNormAct2d(nn.BatchNorm2d):
+        def __init__(self, num_features: int, act: nn.Module, drop: nn.Module | None = None) -> None:
+            super().__init__(num_features)
+            self.drop, self.act = drop or nn.Identity(), act
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(self.drop(super().forward(x)))
+
+    BatchNormAct2d.__module__, BatchNormAct2d.__qualname__ = module.__name__, "BatchNormAct2d"
+    return BatchNormAct2d
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "options", [{}, {"affine": False}, {"track_running_stats": False}, {"momentum": None}], ids=str
+)
+@pytest.mark.parametrize("theirs", SHAPES)
+def test_there_and_back_is_nothing(theirs: Any, options: dict[str, Any], dtype: torch.dtype) -> None:
+    layer = used(theirs(4, dtype=dtype, **options))
+    state, attributes, parameters = bits(layer.state_dict()), {**vars(layer)}, list(layer.parameters())
+    buffers = list(layer._buffers)
+    assert revert(convert(layer)) is layer
+    assert type(layer) is theirs
+    assert bits(layer.state_dict()) == state
+    assert vars(layer) == attributes
+    assert list(layer._buffers) == buffers
+    assert all(a is b for a, b in zip(layer.parameters(), parameters, strict=True))
+    assert layer._non_persistent_buffers_set == set()
+    layer(torch.randn(SHAPES[theirs], dtype=dtype))
+
+
+@pytest.mark.parametrize("ours", THEIRS)
+def test_a_layer_made_as_ours_computes_as_before(ours: Any) -> None:
+    layer, x = used(ours(4)), torch.randn(SHAPES[THEIRS[ours]]) * 2 + 1
+    expected = copy.deepcopy(layer)
+    reverted = revert(layer)
+    assert type(reverted) is THEIRS[ours]
+    assert not hasattr(reverted, "frozen")
+    relative, absolute = tolerances.AGAINST_TORCH[torch.float32]
+    for training in (True, False):
+        torch.testing.assert_close(
+            reverted.train(training)(x), expected.train(training)(x), rtol=relative, atol=absolute
+        )
+    torch.testing.assert_close(reverted.running_var, expected.running_var, rtol=relative, atol=absolute)
+    assert reverted.num_batches_tracked == 1
+
+
+def test_trained_statistics_of_half_precision_are_rounded_once() -> None:
+    layer = convert(nn.BatchNorm2d(4).bfloat16())
+    layer(torch.randn(6, 4, 5, 3).bfloat16())
+    expected = layer.running_mean.bfloat16()
+    assert torch.equal(revert(layer).running_mean, expected)
+    assert layer.running_mean.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_layer_made_or_moved_to_half_precision_runs_in_torch(when: str) -> None:
+    layer = bn.BatchNorm2d(4).half() if when == "before" else convert(nn.BatchNorm2d(4)).half()
+    assert layer.running_var.dtype == torch.float32
+    assert revert(layer).running_var.dtype == torch.float16
+    layer(torch.randn(6, 4, 5, 3).half())
+
+
+def test_statistics_kept_in_float32_beside_half_parameters_stay() -> None:
+    layer = nn.BatchNorm2d(4).half()
+    layer.running_mean, layer.running_var = layer.running_mean.float(), layer.running_var.float()
+    mean = layer.running_mean
+    assert revert(convert(layer)).running_mean is mean
+
+
+def test_hooks_flags_and_shared_layers_stay() -> None:
+    layer, calls = nn.BatchNorm2d(4), []
+    model = nn.ModuleDict({"a": layer, "b": nn.Sequential(layer)})
+    layer.register_forward_hook(lambda module, args, y: calls.append(module))
+    layer.eval().weight.requires_grad_(False)
+    layer.tag = "mine"
+    revert(convert(model))
+    model["b"](torch.randn(2, 4, 3, 3))
+    assert model["a"] is model["b"][0] is layer is calls[0]
+    assert (layer.training, layer.weight.requires_grad, layer.tag) == (False, False, "mine")
+
+
+def test_ghost_batches_that_convert_added_go() -> None:
+    layer = convert(nn.BatchNorm1d(3), virtual_batch_size=4)
+    assert layer.virtual_batch_size == 4
+    assert type(revert(layer)) is nn.BatchNorm1d
+    assert "virtual_batch_size" not in vars(layer)
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5])
+def test_a_wrong_size_of_ghost_batches_changes_nothing(size: Any) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    with pytest.raises(bn.BatchNormError, match="virtual_batch_size"):
+        convert(model, virtual_batch_size=size)
+    assert type(model[0]) is nn.BatchNorm1d
+
+
+def test_what_torch_cannot_express_is_named_in_one_warning() -> None:
+    later = convert(nn.BatchNorm2d(4))
+    later.activation = "silu"
+    model = nn.ModuleDict(
+        {
+            "activation": bn.BatchNorm2d(4, activation="relu"),
+            "ghosts": bn.BatchNorm2d(4, virtual_batch_size=2),
+            "last": bn.BatchNorm1d(4, channel_dim=-1),
+            "renorm": bn.BatchNorm1d(4, renorm=bn.Renorm()),
+            "frozen": bn.freeze(bn.BatchNorm2d(4)),
+            "any": bn.BatchNorm(4),
+            "mine": Ours(4),
+            "later": later,
+            "plain": bn.BatchNorm3d(4),
+        }
+    )
+    classes = {path: type(module) for path, module in model.items()}
+    with pytest.warns(UserWarning, match="left as they are") as caught:
+        revert(model)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    message = str(caught[0].message)
+    for part in (
+        "activation (BatchNorm2d with activation=relu)",
+        "ghosts (BatchNorm2d with virtual_batch_size=2)",
+        "last (BatchNorm1d with channel_dim=-1)",
+        "renorm (BatchNorm1d with renorm=",
+        "frozen (BatchNorm2d with frozen=",
+        "any (BatchNorm)",
+        "mine (Ours)",
+        "later (BatchNorm2d with activation=silu)",
+    ):
+        assert part in message
+    assert {path for path, module in model.items() if type(module) is not classes[path]} == {"plain"}
+    bn.unfreeze(model["frozen"])
+    assert type(revert(model["frozen"])) is nn.BatchNorm2d
+
+
+# --- timm's layer ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("act", "name"),
+    [
+        (nn.ReLU(inplace=True), "relu"),
+        (nn.Identity(), None),
+        (nn.SiLU(), "silu"),
+        (nn.LeakyReLU(), "leaky_relu"),
+        (nn.GELU(), "gelu"),
+        (nn.Hardswish(), "hardswish"),
+        (nn.ELU(), "elu"),
+    ],
+    ids=str,
+)
+def test_timms_layer_gets_its_activation_inside(act: nn.Module, name: str | None) -> None:
+    theirs = timms()
+    layer, x = used(theirs(4, act)), torch.randn(6, 4, 5, 3) * 2 + 1
+    expected, state, attributes = copy.deepcopy(layer), bits(layer.state_dict()), {**vars(layer)}
+    assert type(convert(layer)) is bn.BatchNorm2d
+    assert layer.activation == name
+    copied = copy.deepcopy(layer)
+    relative, absolute = tolerances.AGAINST_TORCH[torch.float32]
+    for training in (True, False):
+        expected.train(training), copied.train(training)
+        torch.testing.assert_close(copied(x), expected(x), rtol=relative, atol=absolute)
+    assert type(revert(layer)) is theirs
+    assert bits(layer.state_dict()) == state
+    assert vars(layer) == attributes
+
+
+def test_timms_layer_is_left_where_ours_would_do_something_else() -> None:
+    theirs, hooked = timms(), nn.ReLU()
+    hooked.register_forward_hook(lambda *_: None)
+    model = nn.Sequential(
+        theirs(4, nn.ReLU6()), theirs(4, nn.ReLU(), nn.Dropout(0.5)), theirs(4, hooked), theirs(4, nn.ELU(alpha=0.5))
+    )
+    with pytest.warns(UserWarning, match="left as they are") as caught:
+        convert(model)
+    message = str(caught[0].message)
+    assert "0 (BatchNormAct2d: ReLU6 is none of our activations)" in message
+    assert "1 (BatchNormAct2d: Dropout comes before its activation)" in message
+    assert "2 (BatchNormAct2d: its act or drop has hooks, which would not be called)" in message
+    assert "3 (BatchNormAct2d: ELU has alpha=0.5, ours 1.0)" in message
+    assert all(type(layer) is theirs for layer in model)
+
+
+def test_an_activation_taken_out_again_is_not_put_back_silently() -> None:
+    layer = convert(timms()(4, nn.ReLU()))
+    layer.activation = None
+    with pytest.warns(UserWarning, match="BatchNorm2d without the activation that BatchNormAct2d has"):
+        assert type(revert(layer)) is bn.BatchNorm2d
+
+
+def test_timm_is_not_imported() -> None:
+    assert "timm" not in sys.modules
+
+
+def test_the_made_up_layer_is_as_timms() -> None:
+    x = torch.randn(2, 3, 4, 4)
+    layer = timms()(3, nn.ReLU())
+    torch.testing.assert_close(layer(x), F.relu(F.batch_norm(x, None, None, training=True)))
