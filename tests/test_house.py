@@ -127,6 +127,7 @@ def test_the_public_names() -> None:
         "convert",
         "deferred",
         "errors",
+        "fold",
         "freeze",
         "functional",
         "kernels",

@@ -10,6 +10,7 @@ from batchnorm.population.recalibrate import recalibrate
 from batchnorm.population.result import Recalibration
 from batchnorm.renorm import Renorm
 from batchnorm.surgery.convert import convert
+from batchnorm.surgery.fold import fold
 from batchnorm.surgery.freeze import freeze, unfreeze
 from batchnorm.surgery.revert import revert
 
@@ -28,6 +29,7 @@ __all__ = [
     "convert",
     "deferred",
     "errors",
+    "fold",
     "freeze",
     "functional",
     "kernels",

@@ -1,0 +1,187 @@
+"""Where batch-norm layers stand directly beside linear ones: all calls of one with all calls of the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm as Norm
+
+from batchnorm.surgery import inference, linear
+from batchnorm.surgery.hooks import hooked
+from batchnorm.surgery.linear import Layer
+from batchnorm.surgery.observing import Calls, Spec
+from batchnorm.surgery.tracing import Region, Regions
+
+# What does nothing in inference.
+_NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+class Site(NamedTuple):
+    """One call of a module in a graph."""
+
+    region: Region
+    node: fx.Node
+
+
+@dataclass
+class Chain:
+    """A linear layer and the batch-norm layers whose only business is with it, in the order of computing."""
+
+    layer: Layer
+    path: str
+    before: list[Norm] = field(default_factory=list)
+    after: list[Norm] = field(default_factory=list)
+
+
+class Flow:
+    """Who feeds whom in a model, from its graphs and from what example inputs showed."""
+
+    def __init__(self, model: nn.Module, regions: Regions, calls: Calls) -> None:
+        self.calls = calls
+        self.sites: dict[nn.Module, list[Site]] = {}
+        for region, node, module in regions.nodes():
+            self.sites.setdefault(module, []).append(Site(region, node))
+        owners: dict[int, int] = {}
+        for module in model.modules():
+            for parameter in module._parameters.values():
+                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+        for region in regions.traced:
+            for node in region.graph.nodes:
+                if node.op == "get_attr":
+                    tensor = _attribute(region.module, str(node.target))
+                    owners[id(tensor)] = owners.get(id(tensor), 0) + 1
+        self._owners = owners
+
+    def where(self, module: nn.Module) -> str:
+        """A module's path in the model, by its first call."""
+        region, node = self.sites[module][0]
+        return region.where(node)
+
+    def source(self, site: Site) -> tuple[nn.Module | None, str]:
+        """The module that a call gets its only tensor from, if that one gives it to nobody else; None and why not."""
+        node = site.node
+        if len(node.args) != 1 or not isinstance(node.args[0], fx.Node):
+            return None, "it is not called with one tensor"
+        came = node.args[0]
+        while True:
+            module = site.region.called(came)
+            if module is None:
+                return None, "no linear layer stands directly before it"
+            readers = sum(argument is came for reader in came.users for argument in _inputs(reader))
+            if readers != 1:
+                return None, f"the output of {site.region.where(came)} has {readers} readers"
+            if type(module) not in _NOTHING or hooked(module):
+                return module, ""
+            if len(came.args) != 1 or not isinstance(came.args[0], fx.Node):
+                return None, "no linear layer stands directly before it"
+            came = came.args[0]
+
+    def only_source(self, module: nn.Module) -> tuple[nn.Module | None, str]:
+        """The one module that all calls of another get their input from, and that is never called otherwise."""
+        sources: set[nn.Module] = set()
+        for site in self.sites[module]:
+            source, reason = self.source(site)
+            if source is None:
+                return None, reason
+            sources.add(source)
+        if len(sources) > 1:
+            return None, f"it is called {len(self.sites[module])} times, after different modules"
+        (source,) = sources
+        seen = [len(group.get(m, [])) for group in (self.sites, self.calls) for m in (source, module)]
+        if seen[0] != seen[1] or seen[2] != seen[3]:
+            return None, f"{self.where(source)} is called {max(seen[0], seen[2])} times, not always before it"
+        return source, ""
+
+    def why_not_changed(self, layer: Layer) -> str | None:
+        """Why a linear layer's weights cannot change without others noticing; None where they can."""
+        where = self.where(layer)
+        if hooked(layer):
+            return f"{where} has hooks, which would see other values"
+        if any(parameter is not None and self._owners[id(parameter)] > 1 for parameter in layer._parameters.values()):
+            return f"others use the parameters of {where} too"
+        return None
+
+    def why_not_aligned(self, layer: Layer, norm: Norm) -> str | None:
+        """Why what a linear layer has for each channel is none for the batch-norm layer; None where it is."""
+        for call in self.calls[norm]:
+            spec = call.args[0]
+            assert isinstance(spec, Spec)
+            rank = len(spec.shape)
+            ours, theirs = inference.channel_dim(norm) % rank, linear.channel_axis(layer, rank)
+            if ours != theirs:
+                return (
+                    f"its channels are dimension {ours} of {spec.shape}, those of {self.where(layer)} "
+                    f"{'none' if theirs is None else f'dimension {theirs}'}"
+                )
+        return None
+
+    def with_keywords(self, norm: Norm) -> bool:
+        """Whether a call passes more than the input: a residual, a mask."""
+        return any(site.node.kwargs for site in self.sites[norm]) or any(call.kwargs for call in self.calls[norm])
+
+
+def find(flow: Flow, foldable: list[Norm]) -> tuple[list[Chain], dict[Norm, str]]:
+    """Chains of linear layers with `foldable` batch-norm layers, and why the others are in none."""
+    chains: dict[nn.Module, Chain] = {}  # by its last module so far
+    why: dict[Norm, str] = {}
+    for norm in foldable:
+        source, reason = flow.only_source(norm)
+        if source is None:
+            why[norm] = reason
+            continue
+        if linear.is_linear(source):
+            chain = chains.get(source) or Chain(source, flow.where(source))
+        elif source in chains and isinstance(source, Norm) and not _ends(flow, source):
+            chain = chains[source]
+        else:
+            why[norm] = "no linear layer stands directly before it"
+            continue
+        if obstacle := flow.why_not_changed(chain.layer) or flow.why_not_aligned(chain.layer, norm):
+            why[norm] = obstacle
+            continue
+        chain.after.append(norm)
+        chains[norm] = chain
+    complete = list({id(chain): chain for chain in chains.values()}.values())
+    by_layer = {chain.layer: chain for chain in complete}
+    for layer in [module for module in flow.sites if linear.is_linear(module)]:
+        head: nn.Module = layer
+        while True:
+            source = flow.only_source(head)[0]
+            if not isinstance(source, Norm) or source not in why or _ends(flow, source):
+                break
+            if obstacle := (
+                flow.why_not_changed(layer) or flow.why_not_aligned(layer, source) or linear.why_not_before(layer)
+            ):
+                why[source] += f"; not into {flow.where(layer)} either: {obstacle}"
+                break
+            if layer not in by_layer:
+                by_layer[layer] = Chain(layer, flow.where(layer))
+                complete.append(by_layer[layer])
+            by_layer[layer].before.insert(0, source)
+            del why[source]
+            head = source
+    return complete, why
+
+
+def _ends(flow: Flow, norm: Norm) -> bool:
+    """Whether what comes out of a layer is more than its scale and shift."""
+    return inference.activation(norm) is not None or flow.with_keywords(norm)
+
+
+def _inputs(node: fx.Node) -> list[fx.Node]:
+    """The nodes among a node's arguments, as often as they are there."""
+    found: list[fx.Node] = []
+
+    def note(argument: fx.Node) -> fx.Node:
+        found.append(argument)
+        return argument
+
+    fx.node.map_arg((node.args, node.kwargs), note)
+    return found
+
+
+def _attribute(module: nn.Module, target: str) -> object:
+    path, _, name = target.rpartition(".")
+    return getattr(module.get_submodule(path), name)

@@ -1,0 +1,218 @@
+"""Batch normalization folded into the linear layers beside it, for inference."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as Norm
+from torch.utils import _pytree as pytree
+
+from batchnorm.surgery import inference, linear
+from batchnorm.surgery.chains import Chain, Flow, find
+from batchnorm.surgery.hooks import hooked
+from batchnorm.surgery.observing import forwarded, hooks_on, observe
+from batchnorm.surgery.observing import inference as inference_mode
+from batchnorm.surgery.report import Entry, attach, check_free
+from batchnorm.surgery.tracing import regions, seen_call
+
+# What a fold may change in its outputs, relative to the largest of them. Rounding is far below, except where a layer
+# takes away a mean of many standard deviations: there the unfolded model is as far off as the folded one.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# The same for the whole model: the differences of its layers add up, and later layers may enlarge them.
+ALTOGETHER = 10
+LARGE_SCALE = 1e4  # with torch's eps, a variance cannot give more than 316
+
+
+def fold(model: nn.Module, example_inputs: Any) -> nn.Module:  # noqa: ANN401 - whatever the model takes
+    """A copy of a model for inference, in which batch-norm layers are part of the linear layers beside them.
+
+        (W x + b) scale + shift = (scale W) x + (b scale + shift),    scale = weight / sqrt(var + eps)
+
+    after a convolution, a transposed one or Linear, and likewise before one where that is exact: before Linear, and
+    before a convolution that does not pad with zeros. A layer that stands elsewhere becomes a `ScaleShift`. Weights are
+    computed in float64 and rounded once. Modules that compute a layer's activation stay where it was.
+
+    Who feeds whom is read from graphs: of the whole model where torch.fx can trace it, else of the largest parts that
+    it can. The code of `forward` is not replaced. Every fold is run on the example inputs beside the original layers;
+    one that changes its output by more than rounding is undone. What is not folded stays, and the report says why: a
+    layer whose input has other readers, shared parameters, hooks, (N, L, C) after Linear, no running statistics.
+
+    Args:
+        model: any module; it is not changed.
+        example_inputs: what it is called with: a tensor, a tuple of arguments or a dict of keywords.
+
+    Returns:
+        A new module in inference mode, with a `report`: for each layer into what it was folded, or why not; the largest
+        difference of the outputs from the original's.
+
+    Raises:
+        OptionError: `example_inputs` is something else, or the model has a `report` of its own.
+    """
+    check_free(model)
+    folded = copy.deepcopy(model).eval()
+    norms = {module: path for path, module in folded.named_modules() if isinstance(module, Norm)}
+    calls = observe(folded, example_inputs)
+    found = regions(folded, lambda module: seen_call(calls, module), modes=(False,))
+    flow = Flow(folded, found, calls)
+    why: dict[Norm, str] = {}
+    for norm, path in norms.items():
+        if reason := _why_left(flow, norm):
+            why[norm] = reason
+        elif norm not in flow.sites:
+            why[norm] = found.reason(path)
+    chains, alone = find(flow, [norm for norm in flow.sites if norm in norms and norm not in why])
+    alone |= {norm: why.pop(norm) for norm in norms if norm in why and not _why_left(flow, norm)}
+    folds = [_of_chain(flow, chain) for chain in chains]
+    folds += [_of_one(norm, f"a scale and shift, because {reason}") for norm, reason in alone.items()]
+    errors = _errors(folded, folds, example_inputs)
+    expected = _outputs(folded, example_inputs)
+    done = {}
+    for one, (error, tolerance) in zip(folds, errors, strict=True):
+        for norm in one.norms:
+            if error <= tolerance:
+                done[norm] = one.what
+            else:
+                why[norm] = f"as {one.what} it is off by {error:.1e} on the example inputs"
+        if error <= tolerance:
+            folded = one.put_into(folded)
+    error, tolerance = _difference(_outputs(folded, example_inputs), expected)
+    if not error <= ALTOGETHER * tolerance:
+        folded = copy.deepcopy(model).eval()
+        why = dict.fromkeys(norms, f"the whole model folded is off by {error:.1e} on the example inputs")
+        done, error = {}, 0.0
+    _warn_of_scales({path: norm for norm, path in norms.items() if norm in done})
+    entries = (Entry(path, norm in done, done.get(norm) or why[norm]) for norm, path in norms.items())
+    return attach(folded, "folded", entries, error)
+
+
+@dataclass
+class _Fold:
+    """One change, not made yet.
+
+    Attributes:
+        first: the module where its input comes in.
+        last: the module whose output it has to give.
+        norms: the layers that go.
+        what: what becomes of them.
+        stand_in: computes the last one's output from the first one's arguments.
+        put_into: makes the change in a model, and returns the model.
+    """
+
+    first: nn.Module
+    last: nn.Module
+    norms: list[Norm]
+    what: str
+    stand_in: Callable[..., Tensor]
+    put_into: Callable[[nn.Module], nn.Module]
+
+
+def _why_left(flow: Flow, norm: Norm) -> str | None:
+    """Why a layer cannot even be a scale and shift."""
+    if hooked(norm):
+        return "it has hooks, which would not be called"
+    return inference.why_not(norm) or ("the example inputs do not reach it" if norm not in flow.calls else None)
+
+
+def _of_one(norm: Norm, what: str) -> _Fold:
+    stand_in = inference.standing_in(norm)
+    return _Fold(norm, norm, [norm], what, stand_in, lambda model: _replaced(model, norm, stand_in))
+
+
+def _of_chain(flow: Flow, chain: Chain) -> _Fold:
+    layer, norms = chain.layer, [*chain.before, *chain.after]
+    weights = linear.weights(layer)
+    for norm in reversed(chain.before):
+        weights = linear.before(layer, weights, inference.affine(norm))
+    for norm in chain.after:
+        weights = linear.after(layer, weights, inference.affine(norm))
+    changed = copy.deepcopy(layer)
+    changed.weight, changed.bias = (
+        nn.Parameter(t.to(layer.weight.dtype), requires_grad=layer.weight.requires_grad) for t in weights
+    )
+    behind = {norm: _behind(flow, norm) for norm in norms}
+
+    def stand_in(*args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401 - as the modules are called
+        y: Tensor = changed(*args)
+        return y if not chain.after else behind[chain.after[-1]](y, **kwargs)
+
+    def put_into(model: nn.Module) -> nn.Module:
+        layer.weight, layer.bias = changed.weight, changed.bias
+        for norm in norms:
+            model = _replaced(model, norm, behind[norm])
+        return model
+
+    last = chain.after[-1] if chain.after else layer
+    return _Fold(norms[0] if chain.before else layer, last, norms, f"part of {chain.path}", stand_in, put_into)
+
+
+def _behind(flow: Flow, norm: Norm) -> nn.Module:
+    """What stays of a layer whose scale and shift are elsewhere."""
+    activation = inference.activation(norm)
+    if flow.with_keywords(norm):
+        return inference.ScaleShift(None, None, activation=activation).eval()
+    return (activation or nn.Identity()).eval()
+
+
+def _replaced(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    """A model with a module in all places of another."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new
+    return new if model is old else model
+
+
+def _errors(model: nn.Module, folds: list[_Fold], example_inputs: Any) -> list[tuple[float, float]]:  # noqa: ANN401
+    """For each fold, the largest difference on the example inputs from what the model does now, and what it may be."""
+    worst = [(0.0, 0.0)] * len(folds)
+    inputs: dict[int, tuple[Any, ...]] = {}
+    firsts = {one.first: i for i, one in enumerate(folds)}
+    lasts = {one.last: i for i, one in enumerate(folds)}
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs[firsts[module]] = args
+
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
+        i = lasts[module]
+        error, tolerance = _difference([folds[i].stand_in(*inputs.pop(i), **kwargs)], [y])
+        worst[i] = max(worst[i][0], error), tolerance
+
+    with inference_mode(model), hooks_on(list(firsts), before=before), hooks_on(list(lasts), after=after):
+        forwarded(model, example_inputs)
+    return worst
+
+
+def _outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:  # noqa: ANN401
+    with inference_mode(model):
+        return [t for t in pytree.tree_leaves(forwarded(model, example_inputs)) if isinstance(t, Tensor)]
+
+
+def _difference(actual: list[Tensor], expected: list[Tensor]) -> tuple[float, float]:
+    """The largest difference relative to the largest value, of all outputs; and what it may be in their dtypes."""
+    worst, tolerance = 0.0, min(TOLERANCE.values())
+    for a, b in zip(actual, expected, strict=True):
+        if not b.is_floating_point() or b.numel() == 0:
+            continue
+        size = b.double().abs().max().clamp_min(torch.finfo(torch.float64).tiny)
+        error = float(((a.double() - b.double()).abs().max() / size).nan_to_num(nan=float("inf")))
+        worst, tolerance = max(worst, error), max(tolerance, TOLERANCE.get(b.dtype, 0.0))
+    return worst, tolerance
+
+
+def _warn_of_scales(norms: dict[str, Norm]) -> None:
+    scales = {path: float(inference.affine(norm).scale.abs().max()) for path, norm in norms.items()}
+    large = {path: scale for path, scale in scales.items() if scale > LARGE_SCALE}
+    if large:
+        named = ", ".join(f"{path or 'the model itself'} ({scale:.0e})" for path, scale in large.items())
+        warnings.warn(
+            f"these layers multiply a channel by more than {LARGE_SCALE:.0e}: {named}. Their running variance is next "
+            f"to nothing, so that rounding comes out large, and half precision may overflow. Check these channels",
+            UserWarning,
+            stacklevel=3,
+        )

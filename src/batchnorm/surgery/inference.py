@@ -1,0 +1,111 @@
+"""What batch normalization is in inference: a scale and a shift of channels, in plain torch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as Norm
+
+from batchnorm.modules import BatchNorm
+from batchnorm.surgery import activations
+from batchnorm.surgery.linear import Affine
+
+# Besides torch's own: subclasses that normalise in inference as torch's layers do, recognised without their library.
+_TIMMS = "timm.layers.norm_act.BatchNormAct2d"
+_TORCHS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+class ScaleShift(nn.Module):
+    """A batch-norm layer in inference: y = activation(x * scale + shift + residual).
+
+    Args:
+        scale: (C,), weight / sqrt(var + eps); None for 1.
+        shift: (C,), bias - mean * scale; None for 0.
+        channel_dim: the dimension of the channels.
+        activation: None for none.
+
+    Shapes:
+        input, residual, output: (N, C, *S), or with the channels in `channel_dim`. Scale and shift are kept in float32
+        at least; the output has the input's dtype.
+    """
+
+    scale: Tensor | None
+    shift: Tensor | None
+    zero: Tensor | None
+    one: Tensor | None
+    activation: nn.Module | None
+
+    def __init__(
+        self,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        *,
+        channel_dim: int = 1,
+        activation: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
+        # torch's kernel does it in one pass, in mixed dtypes too, if there is nothing to normalise.
+        self.register_buffer("zero", None if scale is None else torch.zeros_like(scale), persistent=False)
+        self.register_buffer("one", None if scale is None else torch.ones_like(scale), persistent=False)
+        self.channel_dim = channel_dim
+        self.activation = activation
+
+    def forward(self, input: Tensor, *, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Apply it; a mask has no effect in inference."""
+        y = input
+        if self.scale is not None:
+            y = input.movedim(self.channel_dim, 1)
+            y = F.batch_norm(y, self.zero, self.one, self.scale, self.shift, eps=0.0).movedim(1, self.channel_dim)
+        if residual is not None:
+            y = y + residual
+        if self.activation is not None:
+            y = self.activation(y)
+        return y
+
+
+def why_not(layer: Norm) -> str | None:
+    """Why a batch-norm layer is no scale and shift in inference; None where it is."""
+    ours = isinstance(layer, BatchNorm) and type(layer).forward is BatchNorm.forward
+    known = type(layer) in _TORCHS or activations.qualified(type(layer)) == _TIMMS
+    if "forward" in vars(layer) or not (ours or known):
+        return f"{type(layer).__qualname__} may do anything"
+    if layer.running_mean is None or layer.running_var is None:
+        return "it has no running statistics, so inference depends on the batch"
+    return None
+
+
+def affine(layer: Norm) -> Affine:
+    """The scale and shift of a layer in inference."""
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    mean, var = layer.running_mean.detach().double(), layer.running_var.detach().double()
+    weight = torch.ones_like(mean) if layer.weight is None else layer.weight.detach().double()
+    bias = torch.zeros_like(mean) if layer.bias is None else layer.bias.detach().double()
+    scale = weight / (var + layer.eps).sqrt()
+    return Affine(scale, bias - mean * scale)
+
+
+def activation(layer: Norm) -> nn.Module | None:
+    """What comes after the scale and shift inside a layer; None for nothing."""
+    if isinstance(layer, BatchNorm):
+        return None if layer.activation is None else activations.MODULES[layer.activation]()
+    if activations.qualified(type(layer)) != _TIMMS:
+        return None
+    inside = [module for name in ("drop", "act") if type(module := layer.get_submodule(name)) is not nn.Identity]
+    return nn.Sequential(*inside) if inside else None
+
+
+def channel_dim(layer: Norm) -> int:
+    """The dimension of a layer's channels."""
+    return layer.channel_dim if isinstance(layer, BatchNorm) else 1
+
+
+def standing_in(layer: Norm) -> ScaleShift:
+    """A layer as its scale and shift, and what is inside behind them."""
+    assert layer.running_mean is not None
+    dtype = torch.promote_types(torch.float32, layer.running_mean.dtype)
+    scale, shift = (t.to(dtype) for t in affine(layer))
+    return ScaleShift(scale, shift, channel_dim=channel_dim(layer), activation=activation(layer)).eval()

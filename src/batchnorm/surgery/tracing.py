@@ -1,0 +1,245 @@
+"""Graphs of what a model computes: of the whole where torch.fx can trace it, else of its largest parts.
+
+A trace is believed only if it tells all: not if it depends on the mode of training, asks for the type of an input, sets
+attributes or makes tensors of its own.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx, nn
+from torch.fx.proxy import TraceError
+from torch.nn.modules.batchnorm import _BatchNorm as Norm
+from torch.utils import _pytree as pytree
+
+from batchnorm.surgery.observing import Call, Calls, Spec
+
+
+class Region(NamedTuple):
+    """A part of a model, and the graph of its calls of modules, whose targets are relative to it."""
+
+    path: str
+    module: nn.Module
+    graph: fx.Graph
+
+    def called(self, node: fx.Node) -> nn.Module | None:
+        """The module that a node calls."""
+        if node.op != "call_module":
+            return None
+        return self.module.get_submodule(str(node.target))
+
+    def where(self, node: fx.Node) -> str:
+        """The path in the model of what a node calls."""
+        return f"{self.path}.{node.target}".lstrip(".")
+
+
+class Regions(NamedTuple):
+    """Traced parts of a model, and why others are not, by path."""
+
+    traced: list[Region]
+    reasons: dict[str, str]
+
+    def nodes(self) -> Iterator[tuple[Region, fx.Node, nn.Module]]:
+        """Every call of a module in the graphs."""
+        for region in self.traced:
+            for node in region.graph.nodes:
+                if (module := region.called(node)) is not None:
+                    yield region, node, module
+
+    def reason(self, path: str) -> str:
+        """Why no graph calls the layer at `path`: the reason of the closest module around it, or that there is none."""
+        if not path:
+            return "it is the model itself"
+        while path:
+            path = path.rpartition(".")[0]
+            if path in self.reasons:
+                return f"{f'{path} is' if path else 'the model is'} not traceable: {self.reasons[path]}"
+        return "no forward calls it"
+
+
+class _Input(fx.Proxy):
+    """A proxy that does not let itself be taken for something that is no tensor."""
+
+    @property  # type: ignore[misc]  # what isinstance asks for
+    def __class__(self) -> type:
+        asking = sys._getframe(1).f_globals.get("__name__", "")
+        if not asking.startswith("torch."):
+            raise TraceError("it asks for the type of a tensor")
+        return _Input
+
+
+class _Tracer(fx.Tracer):
+    """Batch-norm layers are leaves, whosever they are; tensors of one call's arguments are the inputs."""
+
+    proxy_buffer_attributes = True  # so that what changes buffers is part of the graph and does not happen
+
+    def __init__(self, call: Call, leaf: Callable[[nn.Module], bool] | None) -> None:
+        super().__init__()
+        self._call, self._leaf = call, leaf
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if isinstance(m, Norm):
+            return True
+        if self._leaf is not None:
+            return self._leaf(m)
+        # A module without others inside, like drop path, may do as it likes: it goes on doing it.
+        return not m._modules or super().is_leaf_module(m, module_qualified_name)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Input(node, self)
+
+    def get_fresh_qualname(self, prefix: str) -> str:
+        raise TraceError("it makes tensors of its own")
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: object = None
+    ) -> tuple[Any, list[Any]]:
+        """Placeholders for tensors; everything else as it is."""
+        root = self.root
+        names = iter(_names(root_fn, self._call))
+        inputs = []
+
+        def placeholder(spec: object) -> object:
+            name = next(names)
+            if not isinstance(spec, Spec):
+                return spec
+            inputs.append(self.create_proxy("placeholder", name, (), {}))
+            return inputs[-1]
+
+        args, kwargs = pytree.tree_map(placeholder, (self._call.args, self._call.kwargs))
+        return lambda *_: root_fn(root, *args, **kwargs), []
+
+
+def _names(forward: Callable[..., Any], call: Call) -> list[str]:
+    """A name for each leaf of a call's arguments: those of `forward` where each argument is one leaf."""
+    leaves = len(pytree.tree_leaves((call.args, call.kwargs)))
+    code = getattr(forward, "__code__", None)
+    if code is None or call.kwargs or len(call.args) != leaves or code.co_argcount != leaves + 1:
+        return [f"argument_{i}" for i in range(leaves)]
+    return list(code.co_varnames[1 : leaves + 1])
+
+
+def trace(
+    module: nn.Module, call: Call, *, leaf: Callable[[nn.Module], bool] | None = None
+) -> tuple[fx.Graph | None, str]:
+    """The graph of one call of a module; None and the reason where it cannot be traced.
+
+    Args:
+        module: its hooks are not part of the graph.
+        call: what it is called with.
+        leaf: which modules inside are one node, besides batch-norm layers; None for torch.nn's.
+    """
+    if "forward" in vars(module):
+        return None, "it has a forward of its own"
+    with _as_it_was(module) as changed, torch.random.fork_rng(devices=()):
+        try:
+            graph = _Tracer(call, leaf).trace(module)
+        except Exception as error:
+            return None, (str(error) or type(error).__name__).splitlines()[0][:120]
+    if changed:
+        return None, f"it sets {', '.join(sorted(changed))}"
+    return graph, ""
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[set[str]]:
+    """Undo what a forward sets on modules; the names of it are in the yielded set afterwards."""
+    changed: set[str] = set()
+    dicts = [
+        (d, {**d}) for m in model.modules() for d in (vars(m), m._parameters, m._buffers, m._modules) if d is not None
+    ]
+    try:
+        yield changed
+    finally:
+        for current, before in dicts:
+            names = current.keys() | before.keys()
+            changed |= {n for n in names if n not in current or n not in before or current[n] is not before[n]}
+            if changed:
+                current.clear()
+                current.update(before)
+
+
+def plain_call(module: nn.Module) -> tuple[Call | None, str]:
+    """The only call that a module takes: a tensor for each argument; None and the reason where there are others."""
+    code = getattr(type(module).forward, "__code__", None)
+    defaults = getattr(type(module).forward, "__defaults__", None)
+    if code is None or code.co_flags & (0x04 | 0x08) or code.co_kwonlyargcount or defaults:
+        return None, "its forward has optional arguments"
+    return Call((Spec((), torch.float32),) * (code.co_argcount - 1), {}), ""
+
+
+def seen_call(calls: Calls, module: nn.Module) -> tuple[Call | None, str]:
+    """How a module was called; None and the reason where it was not, or in several ways."""
+    seen = calls.get(module, [])
+    if not seen:
+        return None, "the example inputs do not reach it"
+    if not all(call.alike(seen[0]) for call in seen):
+        return None, "it is called in several ways"
+    return seen[0], ""
+
+
+def regions(
+    model: nn.Module, call_of: Callable[[nn.Module], tuple[Call | None, str]], modes: Collection[bool]
+) -> Regions:
+    """The largest parts of a model that can be traced, of those that contain batch-norm layers.
+
+    Args:
+        model: it is as before afterwards.
+        call_of: what a module is called with, or why that cannot be said.
+        modes: the values of `training` in which a part has to have the same graph.
+    """
+    found = Regions([], {})
+    seen: set[nn.Module] = set()
+
+    def visit(path: str, module: nn.Module) -> None:
+        if module in seen or isinstance(module, Norm) or not any(isinstance(m, Norm) for m in module.modules()):
+            return
+        seen.add(module)
+        graph, reason = in_modes(module, call_of, modes)
+        if graph is not None:
+            found.traced.append(Region(path, module, graph))
+            seen.update(module.modules())
+            return
+        if reason:
+            found.reasons[path] = reason
+        for name, child in module.named_children():
+            visit(f"{path}.{name}".lstrip("."), child)
+
+    visit("", model)
+    return found
+
+
+def in_modes(
+    module: nn.Module,
+    call_of: Callable[[nn.Module], tuple[Call | None, str]],
+    modes: Collection[bool],
+    *,
+    leaf: Callable[[nn.Module], bool] | None = None,
+) -> tuple[fx.Graph | None, str]:
+    """`trace` in each mode; None and the reason too where the graphs differ."""
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+        return None, ""  # nobody calls it
+    call, reason = call_of(module)
+    if call is None:
+        return None, reason
+    before = [(m, m.training) for m in module.modules()]
+    graphs = []
+    try:
+        for training in modes:
+            for m, _ in before:
+                m.training = training
+            graph, reason = trace(module, call, leaf=leaf)
+            if graph is None:
+                return None, reason
+            graphs.append(graph)
+    finally:
+        for m, training in before:
+            m.training = training
+    if len({str(graph) for graph in graphs}) > 1:
+        return None, "it computes something else in training than in inference"
+    return graphs[0], ""

@@ -1,0 +1,112 @@
+"""A scale and shift inside a linear layer's weights: equal to it outside, in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import tolerances
+from batchnorm.surgery import linear
+from batchnorm.surgery.linear import Affine
+from nets import draw
+
+RELATIVE, ABSOLUTE = tolerances.AGAINST_TORCH[torch.float64]
+CLASSES: dict[tuple[int, bool], Any] = {
+    (1, False): nn.Conv1d,
+    (2, False): nn.Conv2d,
+    (3, False): nn.Conv3d,
+    (1, True): nn.ConvTranspose1d,
+    (2, True): nn.ConvTranspose2d,
+    (3, True): nn.ConvTranspose3d,
+}
+
+
+def spread(values: Tensor, y: Tensor, axis: int) -> Tensor:
+    return values.view([-1 if dim == axis else 1 for dim in range(y.dim())])
+
+
+def with_weights(layer: Any, weights: linear.Weights) -> Any:
+    layer.weight, layer.bias = (nn.Parameter(t) for t in weights)
+    return layer
+
+
+@st.composite
+def layers(draw: st.DrawFn, transposed: st.SearchStrategy[bool]) -> tuple[Any, tuple[int, ...]]:
+    """A layer and the shape of an input."""
+    rank, groups = draw(st.integers(0, 3)), draw(st.integers(1, 3))
+    if rank == 0:
+        into = draw(st.integers(1, 5))
+        layer = nn.Linear(into, draw(st.integers(1, 5)), bias=draw(st.booleans()))
+        return layer.double(), (3, into) if draw(st.booleans()) else (3, 2, into)
+    into, out = groups * draw(st.integers(1, 3)), groups * draw(st.integers(1, 3))
+    kernel, stride = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    options: dict[str, Any] = {"groups": groups, "bias": draw(st.booleans())}
+    turned = draw(transposed)
+    if not turned:
+        options["padding_mode"] = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
+    layer = CLASSES[rank, turned](into, out, kernel, stride, padding=draw(st.integers(0, kernel - 1)), **options)
+    return layer.double(), (2, into, *[5] * rank)
+
+
+@given(layers(st.booleans()))
+def test_after(case: tuple[Any, tuple[int, ...]]) -> None:
+    layer, shape = case
+    y = layer(draw(*shape))
+    axis = linear.channel_axis(layer, y.dim())
+    scale, shift = draw(2, y.shape[axis])
+    weights = linear.after(layer, linear.weights(layer), Affine(scale, shift))
+    expected = y * spread(scale, y, axis) + spread(shift, y, axis)
+    actual = with_weights(layer, weights)(draw(*shape))
+    torch.testing.assert_close(actual, expected, rtol=RELATIVE, atol=ABSOLUTE)
+
+
+@given(layers(st.just(False)))
+def test_before(case: tuple[Any, tuple[int, ...]]) -> None:
+    layer, shape = case
+    x = draw(*shape)
+    axis = linear.channel_axis(layer, x.dim())
+    scale, shift = draw(2, shape[axis])
+    expected = layer(x * spread(scale, x, axis) + spread(shift, x, axis))
+    weights = linear.before(layer, linear.weights(layer), Affine(scale, shift))
+    actual = with_weights(layer, weights)(x)
+    same = torch.allclose(actual, expected, rtol=RELATIVE, atol=ABSOLUTE)
+    assert same or linear.why_not_before(layer) is not None
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (nn.Conv2d(2, 3, 3), None),
+        (nn.Conv2d(2, 3, 3, padding="valid"), None),
+        (nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), None),
+        (nn.Conv2d(2, 3, 1, padding="same"), None),
+        (nn.Linear(2, 3), None),
+        (nn.Conv2d(2, 3, 3, padding=1), "pads with zeros"),
+        (nn.Conv2d(2, 3, 3, padding="same"), "pads with zeros"),
+        (nn.Conv1d(2, 3, 3, padding=(2,)), "pads with zeros"),
+        (nn.ConvTranspose2d(2, 3, 3), "transposed convolution"),
+    ],
+    ids=str,
+)
+def test_where_a_shift_before_is_no_constant_behind(layer: Any, reason: str | None) -> None:
+    assert reason is None if linear.why_not_before(layer) is None else reason in linear.why_not_before(layer)
+
+
+def test_an_exact_class_is_asked_for() -> None:
+    class Mine(nn.Conv2d):
+        """May do anything."""
+
+    assert linear.is_linear(nn.Conv2d(2, 2, 1))
+    assert not linear.is_linear(Mine(2, 2, 1))
+    assert not linear.is_linear(nn.Bilinear(2, 2, 2))
+
+
+def test_where_the_channels_are() -> None:
+    assert linear.channel_axis(nn.Linear(2, 2), 3) == 2
+    assert linear.channel_axis(nn.Conv1d(2, 2, 1), 3) == 1
+    assert linear.channel_axis(nn.Conv1d(2, 2, 1), 2) is None  # (C, L): no samples
