@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.nn.modules.batchnorm import _BatchNorm as Norm
 from torch.utils import _pytree as pytree
 
 from batchnorm.surgery import inference, linear
 from batchnorm.surgery.chains import Chain, Flow, find
+from batchnorm.surgery.exported import as_module
 from batchnorm.surgery.hooks import hooked
 from batchnorm.surgery.observing import forwarded, hooks_on, observe
 from batchnorm.surgery.observing import inference as inference_mode
@@ -29,7 +31,7 @@ ALTOGETHER = 10
 LARGE_SCALE = 1e4  # with torch's eps, a variance cannot give more than 316
 
 
-def fold(model: nn.Module, example_inputs: Any) -> nn.Module:  # noqa: ANN401 - whatever the model takes
+def fold(model: nn.Module | ExportedProgram, example_inputs: Any) -> nn.Module:  # noqa: ANN401 - what the model takes
     """A copy of a model for inference, in which batch-norm layers are part of the linear layers beside them.
 
         (W x + b) scale + shift = (scale W) x + (b scale + shift),    scale = weight / sqrt(var + eps)
@@ -44,7 +46,7 @@ def fold(model: nn.Module, example_inputs: Any) -> nn.Module:  # noqa: ANN401 - 
     layer whose input has other readers, shared parameters, hooks, (N, L, C) after Linear, no running statistics.
 
     Args:
-        model: any module; it is not changed.
+        model: any module, or a program of torch.export, made in inference mode; it is not changed.
         example_inputs: what it is called with: a tensor, a tuple of arguments or a dict of keywords.
 
     Returns:
@@ -54,8 +56,10 @@ def fold(model: nn.Module, example_inputs: Any) -> nn.Module:  # noqa: ANN401 - 
     Raises:
         OptionError: `example_inputs` is something else, or the model has a `report` of its own.
     """
+    if isinstance(model, ExportedProgram):
+        model = as_module(model)
     check_free(model)
-    folded = copy.deepcopy(model).eval()
+    folded = _copied(model)
     norms = {module: path for path, module in folded.named_modules() if isinstance(module, Norm)}
     calls = observe(folded, example_inputs)
     found = regions(folded, lambda module: seen_call(calls, module), modes=(False,))
@@ -83,7 +87,7 @@ def fold(model: nn.Module, example_inputs: Any) -> nn.Module:  # noqa: ANN401 - 
             folded = one.put_into(folded)
     error, tolerance = _difference(_outputs(folded, example_inputs), expected)
     if not error <= ALTOGETHER * tolerance:
-        folded = copy.deepcopy(model).eval()
+        folded = _copied(model)
         why = dict.fromkeys(norms, f"the whole model folded is off by {error:.1e} on the example inputs")
         done, error = {}, 0.0
     _warn_of_scales({path: norm for norm, path in norms.items() if norm in done})
@@ -110,6 +114,14 @@ class _Fold:
     what: str
     stand_in: Callable[..., Tensor]
     put_into: Callable[[nn.Module], nn.Module]
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A deep copy in inference mode."""
+    with warnings.catch_warnings():
+        # torch's own, about how the graphs of exported programs are copied.
+        warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+        return copy.deepcopy(model).eval()
 
 
 def _why_left(flow: Flow, norm: Norm) -> str | None:
