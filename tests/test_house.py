@@ -130,6 +130,7 @@ def test_the_public_names() -> None:
         "fold",
         "freeze",
         "functional",
+        "fuse",
         "kernels",
         "recalibrate",
         "revert",

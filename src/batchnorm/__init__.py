@@ -12,6 +12,7 @@ from batchnorm.renorm import Renorm
 from batchnorm.surgery.convert import convert
 from batchnorm.surgery.fold import fold
 from batchnorm.surgery.freeze import freeze, unfreeze
+from batchnorm.surgery.fuse import fuse
 from batchnorm.surgery.revert import revert
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __all__ = [
     "fold",
     "freeze",
     "functional",
+    "fuse",
     "kernels",
     "recalibrate",
     "revert",

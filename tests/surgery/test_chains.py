@@ -84,3 +84,13 @@ def test_alignment_says_both_dimensions() -> None:
         "its channels are dimension 1 of (2, 4, 4), those of 0 dimension 2"
     )
     assert flow_of(model, 2, 4).why_not_aligned(model[0], model[1]) is None
+
+
+def test_hooks_of_a_module_around_one_of_them_separate() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(3, 3)), nn.BatchNorm1d(3))
+    assert chains_of(model, 2, 3)[0] == {"0.0": ([], ["1"])}
+    model[0].register_forward_hook(lambda *_: None)
+    assert chains_of(model, 2, 3) == ({}, {"1": "a module around 0.0 or it has hooks"})
+    model = nn.Sequential(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)))
+    model[0].register_forward_hook(lambda *_: None)
+    assert chains_of(model, 2, 3)[0] == {"0.0": ([], ["0.1"])}

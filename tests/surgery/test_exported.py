@@ -40,7 +40,7 @@ MODELS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "ours": (Block(3, lambda c: bn.BatchNorm2d(c, activation="silu")), (2, 3, 6, 6)),
     "1d": (nn.Sequential(nn.Conv1d(3, 4, 3, padding="same"), nn.BatchNorm1d(4)), (2, 3, 6)),
     "3d": (nn.Sequential(nn.Conv3d(4, 4, 2, groups=2, stride=2), nn.BatchNorm3d(4)), (2, 4, 4, 4, 4)),
-    "linear": (nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, affine=False)), (5, 3)),
+    "linear": (nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, eps=0.1, affine=False)), (5, 3)),
     "transposed": (
         nn.Sequential(
             nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2, output_padding=1), nn.BatchNorm2d(6), nn.Flatten(2)

@@ -146,3 +146,27 @@ def test_arguments_that_are_no_tensors_are_as_seen() -> None:
     graph, reason = trace(module, seen_call(calls, module)[0])
     assert reason == ""
     assert [node.op for node in graph.nodes] == ["placeholder", "placeholder", "call_function", "output"]
+
+
+def test_hooks_are_not_called() -> None:
+    model, calls = nn.Sequential(Block(3)), []
+    model[0].register_forward_hook(lambda *_: calls.append(1))
+    graph, _ = bare(model)
+    assert graph is not None
+    assert not calls
+    model(torch.zeros(2, 3, 4, 4))
+    assert calls == [1]
+
+
+def test_what_is_written_in_place_is_in_the_graph() -> None:
+    def forward(_: nn.Module, x: Tensor) -> Tensor:
+        y = x
+        y += 1
+        return x
+
+    module = Calls(forward)
+    graph, _ = bare(module)
+    x = torch.zeros(1)
+    y = torch.fx.GraphModule(module, graph)(x)
+    assert x is y
+    assert x == 1

@@ -12,6 +12,7 @@ from batchnorm.surgery import inference, linear
 from batchnorm.surgery.hooks import hooked
 from batchnorm.surgery.linear import Layer
 from batchnorm.surgery.observing import Calls, Spec
+from batchnorm.surgery.rewriting import residual_for
 from batchnorm.surgery.tracing import Region, Regions
 
 # What does nothing in inference.
@@ -72,6 +73,8 @@ class Flow:
             readers = sum(argument is came for reader in came.users for argument in _inputs(reader))
             if readers != 1:
                 return None, f"the output of {site.region.where(came)} has {readers} readers"
+            if any(hooked(around) for around in {*site.region.around(came)} ^ {*site.region.around(node)}):
+                return None, f"a module around {site.region.where(came)} or it has hooks"
             if type(module) not in _NOTHING or hooked(module):
                 return module, ""
             if len(came.args) != 1 or not isinstance(came.args[0], fx.Node):
@@ -171,7 +174,9 @@ def _ends(flow: Flow, norm: Norm) -> bool:
 
 
 def _inputs(node: fx.Node) -> list[fx.Node]:
-    """The nodes among a node's arguments, as often as they are there."""
+    """The nodes whose values a node reads, as often as it does."""
+    if node.target is residual_for:  # of its second argument, it reads the shape
+        return [argument for argument in node.args[:1] if isinstance(argument, fx.Node)]
     found: list[fx.Node] = []
 
     def note(argument: fx.Node) -> fx.Node:

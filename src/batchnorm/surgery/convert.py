@@ -61,12 +61,7 @@ def convert(model: nn.Module, *, virtual_batch_size: int | None = None) -> nn.Mo
         OptionError: `virtual_batch_size` is no positive number; nothing is changed.
     """
     check_virtual_batch_size(virtual_batch_size)
-    left = []
-    for path, module in list(model.named_modules()):
-        if isinstance(module, BatchNorm) or not isinstance(module, nn.modules.batchnorm._BatchNorm):
-            continue
-        if obstacle := _become_ours(module, {"virtual_batch_size": virtual_batch_size}):
-            left.append(f"{path or 'the model itself'} ({obstacle})")
+    left = become_ours(model, {"virtual_batch_size": virtual_batch_size})
     if left:
         warnings.warn(
             f"left as they are: {', '.join(left)}. Only layers that are exactly torch.nn.BatchNorm1d, 2d or 3d, or "
@@ -75,6 +70,17 @@ def convert(model: nn.Module, *, virtual_batch_size: int | None = None) -> nn.Mo
             stacklevel=2,
         )
     return model
+
+
+def become_ours(model: nn.Module, options: dict[str, Any] | None = None) -> list[str]:
+    """`convert` without its warning: the layers that are left, with the reason."""
+    left = []
+    for path, module in list(model.named_modules()):
+        if isinstance(module, BatchNorm) or not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            continue
+        if obstacle := _become_ours(module, options or {}):
+            left.append(f"{path or 'the model itself'} ({obstacle})")
+    return left
 
 
 def _become_ours(layer: nn.modules.batchnorm._BatchNorm, options: dict[str, Any]) -> str | None:

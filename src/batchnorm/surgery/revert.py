@@ -9,13 +9,14 @@ from torch import nn
 
 from batchnorm.modules import BatchNorm
 from batchnorm.surgery.convert import ORIGIN, OURS, Origin, additions
+from batchnorm.surgery.fuse import unfuse
 
 THEIRS: dict[type[nn.Module], type[nn.Module]] = {ours: theirs for theirs, ours in OURS.items()}
 _STATISTICS = ("running_mean", "running_var")
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """Make every layer of ours in a model one of torch.nn's, in place: what `convert` did is undone, without loss.
+    """Make every layer of ours in a model one of torch.nn's, in place, without loss: `convert` and `fuse` are undone.
 
     A layer stays the object that it was, with its parameters, buffers, hooks, flags and other attributes, and gets the
     class back that it had before `convert`; one made as ours gets that of its namesake. Running statistics that were of
@@ -30,6 +31,7 @@ def revert(model: nn.Module) -> nn.Module:
     Returns:
         `model`, the same object.
     """
+    unfuse(model)
     left = []
     for path, module in list(model.named_modules()):
         if isinstance(module, BatchNorm) and (obstacle := _become_theirs(module)):

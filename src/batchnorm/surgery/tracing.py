@@ -6,6 +6,7 @@ attributes or makes tensors of its own.
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from torch.fx.proxy import TraceError
 from torch.nn.modules.batchnorm import _BatchNorm as Norm
 from torch.utils import _pytree as pytree
 
+from batchnorm.surgery.hooks import without_hooks
 from batchnorm.surgery.observing import Call, Calls, Spec
 
 
@@ -32,6 +34,11 @@ class Region(NamedTuple):
         if node.op != "call_module":
             return None
         return self.module.get_submodule(str(node.target))
+
+    def around(self, node: fx.Node) -> tuple[nn.Module, ...]:
+        """The modules inside the region whose forwards a node lies in, from the outermost."""
+        paths = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+        return tuple(self.module.get_submodule(path) for path in (paths[:-1] if node.op == "call_module" else paths))
 
     def where(self, node: fx.Node) -> str:
         """The path in the model of what a node calls."""
@@ -71,6 +78,15 @@ class _Input(fx.Proxy):
         if not asking.startswith("torch."):
             raise TraceError("it asks for the type of a tensor")
         return _Input
+
+
+def _in_place(function: Callable[..., Any]) -> Callable[[fx.Proxy, object], fx.Proxy]:
+    return lambda proxy, other: proxy.tracer.create_proxy("call_function", function, (proxy, other), {})
+
+
+# torch.fx would take x += y for x = x + y, and others who have x would not see it change.
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul"):
+    setattr(_Input, f"__{_name}__", _in_place(getattr(operator, _name)))
 
 
 class _Tracer(fx.Tracer):
@@ -130,13 +146,13 @@ def trace(
     """The graph of one call of a module; None and the reason where it cannot be traced.
 
     Args:
-        module: its hooks are not part of the graph.
+        module: hooks are not part of the graph and are not called.
         call: what it is called with.
         leaf: which modules inside are one node, besides batch-norm layers; None for torch.nn's.
     """
     if "forward" in vars(module):
         return None, "it has a forward of its own"
-    with _as_it_was(module) as changed, torch.random.fork_rng(devices=()):
+    with without_hooks(module), _as_it_was(module) as changed, torch.random.fork_rng(devices=()):
         try:
             graph = _Tracer(call, leaf).trace(module)
         except Exception as error:
@@ -222,8 +238,8 @@ def in_modes(
     leaf: Callable[[nn.Module], bool] | None = None,
 ) -> tuple[fx.Graph | None, str]:
     """`trace` in each mode; None and the reason too where the graphs differ."""
-    if isinstance(module, nn.ModuleList | nn.ModuleDict):
-        return None, ""  # nobody calls it
+    if type(module).forward is nn.Module.forward:
+        return None, ""  # a list or a dict of modules, that nobody calls
     call, reason = call_of(module)
     if call is None:
         return None, reason

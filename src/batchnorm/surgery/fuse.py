@@ -1,0 +1,217 @@
+"""Batch norm, the addition of a residual and the activation behind it become one call, for training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm as Norm
+
+from batchnorm.modules import BatchNorm
+from batchnorm.surgery.convert import become_ours
+from batchnorm.surgery.hooks import hooked
+from batchnorm.surgery.patterns import Match, match
+from batchnorm.surgery.report import Entry, attach, check_free
+from batchnorm.surgery.rewriting import residual_for, restore, rewrite
+from batchnorm.surgery.tracing import Region, Regions, in_modes, plain_call, regions
+
+_MODES = (True, False)
+
+
+class _Found(NamedTuple):
+    """A layer with what it takes in: the same in all its calls.
+
+    Attributes:
+        match: one of these.
+        chain: the modules whose forwards its calls lie in, from the region inwards to the one that has all of them.
+        inner: those further in, whose code has to become part of that one's.
+    """
+
+    match: Match
+    chain: tuple[nn.Module, ...]
+    inner: frozenset[nn.Module]
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    """Make each batch norm -> addition -> activation of a model one call of ours, in place.
+
+        y = activation(norm(x) + residual)    becomes    y = norm(x, residual=residual), with `activation` inside
+
+    either part may be missing. Outputs, gradients and statistics are the same within rounding. Parameters, buffers,
+    state_dict keys, hooks and modules stay the same objects, so that optimizers stay valid: layers of torch.nn become
+    ours as in `convert`, and the innermost module whose forward has the whole pattern gets a subclass of its class with
+    that forward rewritten. `revert` undoes all of it.
+
+    Patterns are found in graphs: of the whole model where torch.fx can trace it, else of the largest parts that it can.
+    A part is taken to be called as a whole: not by someone who calls its children one by one. A rewritten forward reads
+    attributes, such as flags, as they were when it was fused.
+
+    A layer is fused if all its calls fit the same pattern: the output has no other reader, the residual is of the
+    input's shape or broadcasts to it, and the activation is one of ours with torch's default parameters. Otherwise it
+    is left, and the report says why.
+
+    Args:
+        model: any module.
+
+    Returns:
+        `model`, the same object, with a `report`: what each layer was fused with, or why not.
+
+    Raises:
+        OptionError: the model has a `report` of its own.
+    """
+    check_free(model)
+    become_ours(model)
+    paths = {module: path for path, module in model.named_modules() if isinstance(module, Norm)}
+    found = regions(model, plain_call, _MODES)
+    chosen, why = _choose(found)
+    why |= {norm: found.reason(path) for norm, path in paths.items() if norm not in chosen and norm not in why}
+    done: dict[nn.Module, str] = {}
+    names = {module: path for path, module in model.named_modules()}
+    for root, graph, region in _plans(chosen, why):
+        norms = _rewrite(region, root, graph, chosen)
+        done |= {norm: f"with {chosen[norm].match}, in {names[root] or 'the model itself'}" for norm in norms}
+    for norm in done:
+        assert isinstance(norm, BatchNorm)
+        norm.activation = chosen[norm].match.activation
+    entries = (Entry(path, norm in done, done.get(norm) or why[norm]) for norm, path in paths.items())
+    return attach(model, "fused", entries)
+
+
+def unfuse(model: nn.Module) -> None:
+    """Undo what `fuse` rewrote."""
+    for module in model.modules():
+        while (paths := restore(module)) is not None:
+            for path in paths:
+                norm = module.get_submodule(path)
+                if isinstance(norm, BatchNorm):
+                    norm.activation = None
+
+
+def _choose(found: Regions) -> tuple[dict[nn.Module, _Found], dict[nn.Module, str]]:
+    """The layers whose calls all fit, and why others do not."""
+    sites: dict[nn.Module, list[tuple[Region, Match | str]]] = {}
+    for region, node, module in found.nodes():
+        if isinstance(module, Norm):
+            sites.setdefault(module, []).append((region, match(region, node)))
+    why: dict[nn.Module, str] = {}
+    chosen: dict[nn.Module, _Found] = {}
+    for norm, calls in sites.items():
+        one = _same([answer for _, answer in calls])
+        place = one if isinstance(one, str) else _place([(r, m) for r, m in calls if isinstance(m, Match)])
+        if isinstance(one, str) or isinstance(place, str):
+            why[norm] = str(place)
+        else:
+            chosen[norm] = _Found(one, *place)
+    # Of two layers whose outputs are added, the one less far inside does it; of equals, the later.
+    additions: dict[fx.Node, nn.Module] = {}
+    for norm in sorted(chosen, key=lambda norm: len(chosen[norm].inner), reverse=True):
+        for _, answer in sites[norm]:
+            assert isinstance(answer, Match)
+            if answer.addition is not None:
+                loser = additions.get(answer.addition)
+                additions[answer.addition] = norm
+                if loser is not None and loser is not norm and chosen.pop(loser, None) is not None:
+                    why[loser] = "what its output is added to takes in the addition"
+    return chosen, why
+
+
+def _same(answers: list[Match | str]) -> Match | str:
+    """The pattern of all calls, or why there is none."""
+    for answer in answers:
+        if isinstance(answer, str):
+            return answer if len(answers) == 1 else f"of its {len(answers)} calls, one does not fit: {answer}"
+    matches = [answer for answer in answers if isinstance(answer, Match)]
+    if len({one.activation for one in matches}) > 1:
+        return f"its {len(matches)} calls have different activations"
+    return matches[0]
+
+
+def _place(calls: list[tuple[Region, Match]]) -> tuple[tuple[nn.Module, ...], frozenset[nn.Module]] | str:
+    """The chain of modules around a layer's pattern and those further in, or why it cannot be rewritten there."""
+    chains, inner = set(), set()
+    for region, one in calls:
+        stacks = [region.around(node) for node in one.nodes]
+        depth = 0
+        while all(len(s) > depth for s in stacks) and len({s[depth] for s in stacks}) == 1:
+            depth += 1
+        chains.add((region.module, *stacks[0][:depth]))
+        inner |= {module for stack in stacks for module in stack[depth:]}
+    if len({chain[-1] for chain in chains}) > 1:
+        return "it is called in several modules"
+    if any(hooked(module) for module in inner):
+        return "a module around it has hooks, which would not be called"
+    return chains.pop(), frozenset(inner)
+
+
+def _plans(chosen: dict[nn.Module, _Found], why: dict[nn.Module, str]) -> Iterable[tuple[nn.Module, fx.Graph, Region]]:
+    """The modules to rewrite and their graphs; layers that turn out not to fit there leave `chosen`."""
+    while True:
+        inner = frozenset[nn.Module]().union(*(one.inner for one in chosen.values()))
+        plans: dict[nn.Module, tuple[fx.Graph, Region]] = {}
+        misfits: dict[nn.Module, str] = {}
+        for root in dict.fromkeys(one.chain[-1] for one in chosen.values()):
+            graph, reason = _graph(root, inner)
+            region = Region("", root, graph or fx.Graph())
+            plans[root] = region.graph, region
+            fitting = set() if graph is None else _fitting(region, chosen)
+            here = {norm for norm, one in chosen.items() if one.chain[-1] is root}
+            there = {
+                norm for node in region.graph.nodes if (norm := region.called(node)) in chosen and norm is not None
+            }
+            reason = reason or "a module around it is changed for others, and would compute something else alone"
+            misfits |= dict.fromkeys((here | there) - fitting, reason)
+        if not misfits:
+            return [(root, graph, region) for root, (graph, region) in plans.items()]
+        for norm, reason in misfits.items():
+            outer = chosen.pop(norm)
+            if len(outer.chain) > 1 and not hooked(outer.chain[-1]):  # the next module out may do
+                chosen[norm] = outer._replace(chain=outer.chain[:-1], inner=outer.inner | {outer.chain[-1]})
+            else:
+                why[norm] = reason
+
+
+def _graph(root: nn.Module, inner: frozenset[nn.Module]) -> tuple[fx.Graph | None, str]:
+    """The graph of one module's own forward, with the modules in `inner` as part of it."""
+    if isinstance(root, fx.GraphModule):
+        return None, "its module is of torch.fx and copies itself by its graph"
+    return in_modes(root, plain_call, _MODES, leaf=lambda module: module not in inner)
+
+
+def _fitting(region: Region, chosen: dict[nn.Module, _Found]) -> set[nn.Module]:
+    """The chosen layers that have, in all their calls in a region, the pattern that they were chosen for."""
+    fits: dict[nn.Module, bool] = {}
+    for node in region.graph.nodes:
+        norm = region.called(node)
+        if norm in chosen:
+            answer = match(region, node)
+            same = isinstance(answer, Match) and answer.activation == chosen[norm].match.activation
+            fits[norm] = fits.get(norm, True) and same
+    return {norm for norm, fit in fits.items() if fit}
+
+
+def _rewrite(region: Region, root: nn.Module, graph: fx.Graph, chosen: dict[nn.Module, _Found]) -> list[nn.Module]:
+    """Make the calls in a module's graph one each, and the graph its forward.
+
+    Returns:
+        The layers.
+    """
+    matches = [match(region, node) for node in list(graph.nodes) if region.called(node) in chosen]
+    paths = []
+    for one in matches:
+        assert isinstance(one, Match)
+        x, path = one.node.args[0], str(one.node.target)
+        with graph.inserting_before(one.last):
+            keywords: dict[str, Any] = {}
+            if one.addition is not None:
+                # Not the operand that was found: what it was may have become another node since.
+                (other,) = [argument for argument in one.addition.args if argument not in one.nodes]
+                keywords = {"residual": graph.call_function(residual_for, (other, x))}
+            call = graph.call_module(path, (x,), keywords)
+        one.last.replace_all_uses_with(call)
+        for node in reversed(one.nodes):
+            graph.erase_node(node)
+        paths.append(path)
+    graph.lint()
+    rewrite(root, graph, tuple(dict.fromkeys(paths)))
+    return [root.get_submodule(path) for path in paths]
