@@ -133,6 +133,7 @@ def test_the_public_names() -> None:
         "fuse",
         "kernels",
         "recalibrate",
+        "remove_dead_biases",
         "revert",
         "unfreeze",
     }

@@ -9,6 +9,7 @@ from batchnorm.ops import kernels
 from batchnorm.population.recalibrate import recalibrate
 from batchnorm.population.result import Recalibration
 from batchnorm.renorm import Renorm
+from batchnorm.surgery.biases import remove_dead_biases
 from batchnorm.surgery.convert import convert
 from batchnorm.surgery.fold import fold
 from batchnorm.surgery.freeze import freeze, unfreeze
@@ -36,6 +37,7 @@ __all__ = [
     "fuse",
     "kernels",
     "recalibrate",
+    "remove_dead_biases",
     "revert",
     "unfreeze",
 ]

@@ -37,10 +37,18 @@ class Chain:
 
 
 class Flow:
-    """Who feeds whom in a model, from its graphs and from what example inputs showed."""
+    """Who feeds whom in a model, from its graphs and from what example inputs showed.
 
-    def __init__(self, model: nn.Module, regions: Regions, calls: Calls) -> None:
+    Args:
+        model: the whole.
+        regions: its graphs.
+        calls: what was seen.
+        training: whether it is to hold in training, too, where dropout does something.
+    """
+
+    def __init__(self, model: nn.Module, regions: Regions, calls: Calls, *, training: bool = False) -> None:
         self.calls = calls
+        self._nothing = (nn.Identity,) if training else _NOTHING
         self.sites: dict[nn.Module, list[Site]] = {}
         for region, node, module in regions.nodes():
             self.sites.setdefault(module, []).append(Site(region, node))
@@ -75,7 +83,7 @@ class Flow:
                 return None, f"the output of {site.region.where(came)} has {readers} readers"
             if any(hooked(around) for around in {*site.region.around(came)} ^ {*site.region.around(node)}):
                 return None, f"a module around {site.region.where(came)} or it has hooks"
-            if type(module) not in _NOTHING or hooked(module):
+            if type(module) not in self._nothing or hooked(module):
                 return module, ""
             if len(came.args) != 1 or not isinstance(came.args[0], fx.Node):
                 return None, "no linear layer stands directly before it"

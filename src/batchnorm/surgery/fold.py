@@ -8,14 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.nn.modules.batchnorm import _BatchNorm as Norm
-from torch.utils import _pytree as pytree
 
 from batchnorm.surgery import inference, linear
 from batchnorm.surgery.chains import Chain, Flow, find
+from batchnorm.surgery.comparing import ALTOGETHER, difference, outputs
 from batchnorm.surgery.exported import as_module
 from batchnorm.surgery.hooks import hooked
 from batchnorm.surgery.observing import forwarded, hooks_on, observe
@@ -23,11 +22,6 @@ from batchnorm.surgery.observing import inference as inference_mode
 from batchnorm.surgery.report import Entry, attach, check_free
 from batchnorm.surgery.tracing import regions, seen_call
 
-# What a fold may change in its outputs, relative to the largest of them. Rounding is far below, except where a layer
-# takes away a mean of many standard deviations: there the unfolded model is as far off as the folded one.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-# The same for the whole model: the differences of its layers add up, and later layers may enlarge them.
-ALTOGETHER = 10
 LARGE_SCALE = 1e4  # with torch's eps, a variance cannot give more than 316
 
 
@@ -75,7 +69,7 @@ def fold(model: nn.Module | ExportedProgram, example_inputs: Any) -> nn.Module: 
     folds = [_of_chain(flow, chain) for chain in chains]
     folds += [_of_one(norm, f"a scale and shift, because {reason}") for norm, reason in alone.items()]
     errors = _errors(folded, folds, example_inputs)
-    expected = _outputs(folded, example_inputs)
+    expected = outputs(folded, example_inputs)
     done = {}
     for one, (error, tolerance) in zip(folds, errors, strict=True):
         for norm in one.norms:
@@ -85,7 +79,7 @@ def fold(model: nn.Module | ExportedProgram, example_inputs: Any) -> nn.Module: 
                 why[norm] = f"as {one.what} it is off by {error:.1e} on the example inputs"
         if error <= tolerance:
             folded = one.put_into(folded)
-    error, tolerance = _difference(_outputs(folded, example_inputs), expected)
+    error, tolerance = difference(outputs(folded, example_inputs), expected)
     if not error <= ALTOGETHER * tolerance:
         folded = _copied(model)
         why = dict.fromkeys(norms, f"the whole model folded is off by {error:.1e} on the example inputs")
@@ -192,29 +186,12 @@ def _errors(model: nn.Module, folds: list[_Fold], example_inputs: Any) -> list[t
 
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
         i = lasts[module]
-        error, tolerance = _difference([folds[i].stand_in(*inputs.pop(i), **kwargs)], [y])
+        error, tolerance = difference([folds[i].stand_in(*inputs.pop(i), **kwargs)], [y])
         worst[i] = max(worst[i][0], error), tolerance
 
     with inference_mode(model), hooks_on(list(firsts), before=before), hooks_on(list(lasts), after=after):
         forwarded(model, example_inputs)
     return worst
-
-
-def _outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:  # noqa: ANN401
-    with inference_mode(model):
-        return [t for t in pytree.tree_leaves(forwarded(model, example_inputs)) if isinstance(t, Tensor)]
-
-
-def _difference(actual: list[Tensor], expected: list[Tensor]) -> tuple[float, float]:
-    """The largest difference relative to the largest value, of all outputs; and what it may be in their dtypes."""
-    worst, tolerance = 0.0, min(TOLERANCE.values())
-    for a, b in zip(actual, expected, strict=True):
-        if not b.is_floating_point() or b.numel() == 0:
-            continue
-        size = b.double().abs().max().clamp_min(torch.finfo(torch.float64).tiny)
-        error = float(((a.double() - b.double()).abs().max() / size).nan_to_num(nan=float("inf")))
-        worst, tolerance = max(worst, error), max(tolerance, TOLERANCE.get(b.dtype, 0.0))
-    return worst, tolerance
 
 
 def _warn_of_scales(norms: dict[str, Norm]) -> None:

@@ -66,11 +66,16 @@ class ScaleShift(nn.Module):
         return y
 
 
+def known(layer: Norm) -> bool:
+    """Whether a layer does what torch's or ours do, and not something of a subclass."""
+    ours = isinstance(layer, BatchNorm) and type(layer).forward is BatchNorm.forward
+    theirs = type(layer) in _TORCHS or activations.qualified(type(layer)) == _TIMMS
+    return (ours or theirs) and "forward" not in vars(layer)
+
+
 def why_not(layer: Norm) -> str | None:
     """Why a batch-norm layer is no scale and shift in inference; None where it is."""
-    ours = isinstance(layer, BatchNorm) and type(layer).forward is BatchNorm.forward
-    known = type(layer) in _TORCHS or activations.qualified(type(layer)) == _TIMMS
-    if "forward" in vars(layer) or not (ours or known):
+    if not known(layer):
         return f"{type(layer).__qualname__} may do anything"
     if layer.running_mean is None or layer.running_var is None:
         return "it has no running statistics, so inference depends on the batch"

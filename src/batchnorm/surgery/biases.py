@@ -1,0 +1,109 @@
+"""Biases that do nothing, because the batch norm behind them takes away the mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm as Norm
+
+from batchnorm.modules import BatchNorm
+from batchnorm.surgery import inference, linear
+from batchnorm.surgery.chains import Flow
+from batchnorm.surgery.comparing import ALTOGETHER, difference, outputs
+from batchnorm.surgery.linear import Layer
+from batchnorm.surgery.observing import observe
+from batchnorm.surgery.report import Entry, attach, check_free
+from batchnorm.surgery.tracing import regions, seen_call
+
+
+def remove_dead_biases(model: nn.Module, example_inputs: Any) -> nn.Module:  # noqa: ANN401 - what the model takes
+    """Remove the biases of linear layers whose output goes to batch norm alone, in place.
+
+        (W x + b) - mean(W x + b) = W x - mean(W x)
+
+    In training the bias makes no difference, and its gradient is 0; in inference it is part of the running mean, which
+    becomes running_mean - b. So outputs, the other gradients and the statistics to come stay the same within rounding,
+    in both modes. `bias` becomes None, its key leaves the state_dict; an optimizer made before still holds it, without
+    effect.
+
+    Who feeds whom is read from graphs, as in `fold`; a part of the model counts if its graph is the same in training.
+    A bias stays where it does something or others would notice: several readers, shared parameters, hooks, dropout in
+    between, channels that are not the bias's, a layer that normalises by its running statistics in training.
+
+    Args:
+        model: any module.
+        example_inputs: what it is called with: a tensor, a tuple of arguments or a dict of keywords. They show the
+            shapes, in one pass in inference mode, and nothing else.
+
+    Returns:
+        `model`, the same object, with a `report`: for each batch-norm layer whose bias went, or why none did.
+
+    Raises:
+        OptionError: `example_inputs` is something else, or the model has a `report` of its own.
+
+    Source: Ioffe and Szegedy, "Batch Normalization", 2015, section 3.2.
+    """
+    check_free(model)
+    calls = observe(model, example_inputs)
+    found = regions(model, lambda module: seen_call(calls, module), modes=(True, False))
+    flow = Flow(model, found, calls, training=True)
+    why: dict[str, str] = {}
+    dead: dict[str, tuple[Layer, Norm]] = {}
+    for path, norm in model.named_modules():
+        if isinstance(norm, Norm):
+            if norm not in flow.sites:
+                why[path] = found.reason(path)
+            elif isinstance(answer := _dead_before(flow, norm), str):
+                why[path] = answer
+            else:
+                dead[path] = answer, norm
+    expected = outputs(model, example_inputs)
+    done = {path: f"the bias of {flow.where(layer)} is part of the running mean" for path, (layer, _) in dead.items()}
+    undo = [_remove(layer, norm) for layer, norm in dead.values()]
+    error, tolerance = difference(outputs(model, example_inputs), expected)
+    if not error <= ALTOGETHER * tolerance:
+        for step in undo:
+            step()
+        why |= dict.fromkeys(done, f"without their biases, the model is off by {error:.1e} on the example inputs")
+        done, error = {}, 0.0
+    paths = [path for path, module in model.named_modules() if isinstance(module, Norm)]
+    return attach(model, "freed", (Entry(path, path in done, done.get(path) or why[path]) for path in paths), error)
+
+
+def _dead_before(flow: Flow, norm: Norm) -> Layer | str:
+    """The linear layer whose bias a batch-norm layer takes away, or why there is none."""
+    if not inference.known(norm):
+        return f"{type(norm).__qualname__} may do anything"
+    if isinstance(norm, BatchNorm) and norm.frozen.normalization:
+        return "it is frozen and normalises by its running statistics, so that a bias counts"
+    layer, reason = flow.only_source(norm)
+    if layer is None:
+        return reason
+    if not linear.is_linear(layer):
+        return "no linear layer stands directly before it"
+    if layer.bias is None:
+        return f"{flow.where(layer)} has no bias"
+    return flow.why_not_changed(layer) or flow.why_not_aligned(layer, norm) or layer
+
+
+def _remove(layer: Layer, norm: Norm) -> Callable[[], None]:
+    """Remove a bias.
+
+    Returns:
+        What undoes it.
+    """
+    bias, mean = layer._parameters["bias"], norm.running_mean
+    before = None if mean is None else mean.clone()
+    assert bias is not None
+    layer.register_parameter("bias", None)
+    if mean is not None:
+        mean.copy_(mean.double() - bias.detach().double())
+
+    def undo() -> None:
+        layer.register_parameter("bias", bias)
+        if mean is not None and before is not None:
+            mean.copy_(before)
+
+    return undo
