@@ -1,0 +1,310 @@
+"""Surgery on every architecture with batch norm of torchvision, and many of timm's and transformers', as Markdown.
+
+    python benchmarks/architectures.py --json architectures.json
+
+Each model has random weights, random gamma and beta, and running statistics of two training passes. In float64: a
+training step of the converted and of the fused model beside that of torch's layers (output, gradients, the state
+afterwards), and the state after converting and reverting, bit for bit. In float32: the folded model's outputs. In
+bfloat16: how far the folded and the unfolded model are from float32. Results are merged into the JSON file and models
+in it are skipped, so that the run can be cut into pieces with --seconds.
+
+    python benchmarks/architectures.py --time
+
+measures, for a few of them, inference before and after folding and a training step with torch's layers, converted and
+fused: in turn, medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import re
+import statistics
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from zoo import LARGEST, Norm, architectures, images, torchvision, used
+
+import batchnorm as bn
+
+STEP = 1e-5  # relative; both are float64, so that it tells another result from rounding
+FOLDED = 1e-4  # float32, relative to the output's largest value
+NO_WORSE = 1.05  # of two errors that are rounding, either is the larger by chance
+TIMED = ("resnet18", "resnet50", "mobilenet_v3_large", "efficientnet_b0", "densenet121", "regnet_y_800mf")
+
+Row = dict[str, Any]
+
+
+def tensors(outputs: object) -> list[Tensor]:
+    """The floating tensors of a model's outputs."""
+    return [t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def step(model: nn.Module, inputs: dict[str, Any]) -> list[list[Tensor]]:
+    """Outputs and gradients of a training step, and the state after it."""
+    torch.manual_seed(0)
+    model.train().zero_grad()
+    outputs = tensors(model(**inputs))
+    sum((y.square().mean() for y in outputs), torch.zeros(())).backward()
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    torch.optim.SGD(model.parameters(), lr=0.01).step()
+    return [[y.detach() for y in outputs], gradients, list(model.state_dict().values())]
+
+
+def apart(actual: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest difference, of each tensor relative to its largest value, or a thousandth of the others'."""
+    floor = 1e-3 * max((float(e.abs().max()) for e in expected if e.numel()), default=0.0) + 1e-300
+    worst = 0.0
+    for a, e in zip(actual, expected, strict=True):
+        if e.numel():
+            error = float((a.double() - e.double()).abs().max()) / max(float(e.abs().max()), floor)
+            worst = max(worst, error if math.isfinite(error) else math.inf)
+    return worst
+
+
+def same_bits(model: nn.Module, before: dict[str, Tensor]) -> bool:
+    """Whether a model's state has the same keys, dtypes and values."""
+    after = model.state_dict()
+    return list(after) == list(before) and all(
+        after[k].dtype == v.dtype and torch.equal(after[k], v) for k, v in before.items()
+    )
+
+
+def rms(actual: list[Tensor], expected: list[Tensor]) -> float:
+    """The root of the mean square of the difference, relative to that of the expected."""
+    return max(
+        float((a.double() - e.double()).norm() / (e.double().norm() + 1e-300))
+        for a, e in zip(actual, expected, strict=True)
+    )
+
+
+def counts(report: Any) -> dict[str, int]:  # noqa: ANN401 - bn's
+    """How often each thing was done, or was the reason why not."""
+    names = Counter(("" if e.done else "left: ") + _short(e.what) for e in report)
+    return dict(names.most_common())
+
+
+def _short(what: str) -> str:
+    what = re.sub(r", in .*| of [\w.]+$", "", what)
+    what = re.sub(r"the output of [\w.]+ has", "the output before it has", what)
+    what = re.sub(r"not into [\w.]+ either", "not into the next either", what)
+    what = re.sub(
+        r"^([\w.]+|the model) is not traceable|because ([\w.]+|the model) is not traceable", "not traceable", what
+    )
+    return re.sub(r"others use the parameters of [\w.]+", "others use the parameters of the layer before it", what)
+
+
+def examine(model: nn.Module, inputs: dict[str, Any]) -> Row:
+    """Everything about one model."""
+    used(model, inputs)
+    doubled = {k: v.double() for k, v in inputs.items()}
+    double = copy.deepcopy(model).double()
+    state, classes = copy.deepcopy(double.state_dict()), [type(m) for m in double.modules()]
+    expected = step(copy.deepcopy(double), doubled)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # layers that are left: the reports have them
+        converted = bn.convert(copy.deepcopy(double))
+        ours = sum(isinstance(m, bn.BatchNorm) for m in converted.modules())
+        unchanged = same_bits(bn.revert(copy.deepcopy(converted)), state)
+        stepped = step(converted, doubled)
+        bn.revert(converted)
+        reverted = [type(m) for m in converted.modules()] == classes
+        fused: Any = bn.fuse(copy.deepcopy(double))
+        fused_step = step(copy.deepcopy(fused), doubled)
+        bn.revert(fused)
+        reverted &= [type(m) for m in fused.modules()] == classes and same_bits(fused, state)
+        freed: Any = bn.remove_dead_biases(copy.deepcopy(model).eval(), inputs)
+        model.eval()
+        folded: Any = bn.fold(model, inputs)
+        half_inputs = {k: v.bfloat16() for k, v in inputs.items()}
+        half = copy.deepcopy(model).bfloat16()
+        half_folded = bn.fold(half, half_inputs)
+    with torch.no_grad():
+        truth = tensors(model(**inputs))
+        bf16 = [rms(tensors(m(**half_inputs)), truth) for m in (half, half_folded)]
+    return {
+        "layers": sum(isinstance(m, Norm) for m in model.modules()),
+        "converted": ours,
+        "bits": unchanged and reverted,
+        "step": max(map(apart, stepped, expected)),
+        "fused": counts(fused.report),
+        "fused step": max(map(apart, fused_step, expected)),
+        "folded": counts(folded.report),
+        "left": sum(isinstance(m, Norm) for m in folded.modules()),
+        "fold": folded.report.error,
+        "bfloat16": bf16,
+        "biases": len(freed.report.done),
+        "biases error": freed.report.error,
+    }
+
+
+def failures(row: Row) -> list[str]:
+    """What is not as it should be."""
+    found = []
+    if not row["bits"]:
+        found.append("state or classes differ after reverting")
+    found += [f"{k} {row[k]:.0e}" for k in ("step", "fused step") if not row[k] <= STEP]
+    if not row["fold"] <= FOLDED:
+        found.append(f"fold {row['fold']:.0e}")
+    before, after = row["bfloat16"]
+    if not after <= NO_WORSE * before:
+        found.append(f"bfloat16 {after:.1e} for {before:.1e}")
+    return found
+
+
+def total(row: Row, key: str, *beginnings: str) -> int:
+    """How many layers a row counts under names that begin like this."""
+    return sum(n for name, n in row[key].items() if name.startswith(beginnings))
+
+
+def table(results: dict[str, Row]) -> str:
+    """Every architecture."""
+    heads = [
+        "architecture",
+        "layers",
+        "ours",
+        "step",
+        "act",
+        "add",
+        "add, act",
+        "fused step",
+        "part of",
+        "alone",
+        "left",
+    ]
+    heads += ["fold", "bf16, before", "after", "biases", "not as it should be"]
+    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+    for name, row in results.items():
+        if "error" in row:
+            lines.append(f"| {name} | {row['error']} |" + " |" * (len(heads) - 2))
+            continue
+        added = total(row, "fused", "with the addition")
+        both = total(row, "fused", "with the addition and")
+        cells = [
+            row["layers"],
+            row["converted"],
+            f"{row['step']:.0e}",
+            total(row, "fused", "with") - added,
+            added - both,
+            both,
+        ]
+        cells += [
+            f"{row['fused step']:.0e}",
+            total(row, "folded", "part"),
+            total(row, "folded", "a scale"),
+            row["left"],
+        ]
+        cells += [f"{row['fold']:.0e}", *(f"{e:.1e}" for e in row["bfloat16"]), row["biases"], "; ".join(failures(row))]
+        lines.append(f"| {name} | {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def summary(results: dict[str, Row]) -> str:
+    """By library; then the reasons."""
+    heads = ["library", "models", "layers", "ours", "fused", "part of another", "scale and shift", "left", "worst step"]
+    heads += ["worst fused step", "worst fold", "bf16 better or even", "bf16 median ratio"]
+    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+    for library in dict.fromkeys(name.partition("/")[0] for name in results):
+        rows = [r for name, r in results.items() if name.startswith(library) and "error" not in r]
+        even = sum(r["bfloat16"][1] <= NO_WORSE * r["bfloat16"][0] for r in rows)
+        ratio = statistics.median(r["bfloat16"][1] / r["bfloat16"][0] for r in rows)
+        cells = [len(rows), sum(r["layers"] for r in rows), sum(r["converted"] for r in rows)]
+        cells += [sum(total(r, "fused", "with") for r in rows)]
+        cells += [sum(total(r, "folded", "part") for r in rows), sum(total(r, "folded", "a scale") for r in rows)]
+        cells += [sum(r["left"] for r in rows)]
+        worst = [f"{max(r[key] for r in rows):.0e}" for key in ("step", "fused step", "fold")]
+        lines.append(
+            f"| {library} | {' | '.join(map(str, [*cells, *worst, f'{even} of {len(rows)}', f'{ratio:.2f}']))} |"
+        )
+    for key in ("fused", "folded"):
+        reasons: Counter[str] = Counter()
+        for row in results.values():
+            reasons.update(row.get(key, {}))
+        lines += ["", f"| {key} | layers |", "|---|---|", *(f"| {what} | {n} |" for what, n in reasons.most_common())]
+    return "\n".join(lines)
+
+
+def timed(repeats: int) -> str:
+    """A few of torchvision's, in turn."""
+    heads = ["architecture", "inference, ms", "folded, ms", "ratio", "training step, ms", "converted, ms", "fused, ms"]
+    lines = [f"| {' | '.join([*heads, 'ratio'])} |", f"|{'---|' * (len(heads) + 1)}"]
+    for name in TIMED:
+        x = images(128, batch=8)
+        model = used(torchvision().models.get_model(name, weights=None), {"x": x}).eval()
+        folded = bn.fold(model, x)
+        with torch.no_grad():
+            before, after = _medians([partial(m, x) for m in (model, folded)], repeats)
+        models = [
+            copy.deepcopy(model).train(),
+            bn.convert(copy.deepcopy(model)).train(),
+            bn.fuse(copy.deepcopy(model)).train(),
+        ]
+        steps = _medians([partial(_train, m, x) for m in models], repeats)
+        cells = [f"{1e3 * t:.0f}" for t in (before, after)] + [f"{before / after:.2f}"]
+        cells += [f"{1e3 * t:.0f}" for t in steps] + [f"{steps[0] / steps[2]:.2f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _train(model: nn.Module, x: Tensor) -> None:
+    model(x).square().mean().backward()
+
+
+def _medians(works: list[Callable[[], object]], repeats: int) -> list[float]:
+    """Seconds of each, in turn."""
+    seconds: list[list[float]] = [[] for _ in works]
+    for turn in range(repeats + 1):
+        for times, work in zip(seconds, works, strict=True):
+            start = time.perf_counter()
+            work()
+            if turn:  # the first warms up
+                times.append(time.perf_counter() - start)
+    return [statistics.median(times) for times in seconds]
+
+
+def main() -> None:
+    """Examine what is not examined yet, and print the tables."""
+    parser = argparse.ArgumentParser(description="surgery on many architectures")
+    parser.add_argument("--json", type=Path, help="where results are kept; what is there is not done again")
+    parser.add_argument("--only", default="", help="names that contain this")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no other model after these")
+    parser.add_argument("--time", action="store_true", help="measure times instead")
+    parser.add_argument("--repeats", type=int, default=9, help="timed turns")
+    options = parser.parse_args()
+    if options.time:
+        print(timed(options.repeats))
+        return
+    results: dict[str, Row] = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
+    end = time.perf_counter() + options.seconds
+    for library, name, build in architectures():
+        key = f"{library}/{name}"
+        if key in results or options.only not in key:
+            continue
+        if time.perf_counter() > end:
+            break
+        torch.manual_seed(0)
+        model, inputs = build()
+        size = sum(p.numel() for p in model.parameters())
+        if not any(isinstance(m, Norm) for m in model.modules()) or size > LARGEST:
+            continue
+        try:
+            results[key] = examine(model, inputs)
+        except Exception as error:
+            results[key] = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"}
+        if options.json:
+            options.json.write_text(json.dumps(results, indent=1))
+    print(f"torch {torch.__version__}, {bn.kernels()[0].implementation}\n\n{table(results)}\n\n{summary(results)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""Architectures with batch norm from torchvision, timm and transformers, with random weights and small inputs."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Norm = nn.modules.batchnorm._BatchNorm
+Entry = tuple[nn.Module, dict[str, Any]]
+LARGEST = 150e6  # parameters: beyond, a training step in float64 takes minutes
+# Sizes of images that are not 64: some heads and poolings need more.
+TORCHVISION_SIZES = {"inception_v3": 299, "googlenet": 96, "s3d": 224, "densenet": 64, "fcn": 64, "vgg": 64}
+TIMM = """
+resnet26d resnet26t seresnet26t ecaresnet26t skresnet18 resnest14d res2net50_14w_8s resnetv2_50 resnetblur18
+legacy_seresnet18 regnetz_b16 gernet_s efficientnet_lite0 tf_efficientnet_b0 tf_mobilenetv3_small_075
+mobilenetv4_conv_small mobilenetv2_050 ghostnet_050 ghostnetv2_100 hrnet_w18_small dla34 dla46_c dpn48b
+ese_vovnet19b_dw cspresnet50 cspdarknet53 darknet53 rexnet_100 repvgg_a0 mobileone_s0 levit_128s lcnet_050
+tinynet_e semnasnet_075 fbnetc_100 spnasnet_100 selecsls42 hardcorenas_a mixnet_s inception_v4 xception41
+xception71 legacy_xception pnasnet5large mobilevit_xxs mobilevitv2_050 efficientvit_b0 efficientvit_m0 fastvit_t8
+repvit_m0_9 efficientformer_l1 starnet_s1 visformer_tiny crossvit_9_240 repghostnet_050 edgenext_xx_small
+"""
+TIMM_SIZES = {"inception_v4": 128, "xception": 128, "pnasnet5large": 96, "crossvit_9_240": 240, "levit": 224}
+# Sizes that the network's own positions fix.
+TIMM_SIZES |= {"efficientvit_m0": 224, "efficientformer": 224, "visformer": 224, "repvit": 96, "fastvit": 96}
+
+
+def images(size: int, *, batch: int = 4, channels: int = 3) -> Tensor:
+    """A batch from a fixed seed."""
+    return torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def torchvision() -> Any:  # noqa: ANN401 - a module that is not installed where types are checked
+    """Torchvision, which a build without its own operators imports too once two names are there."""
+    for name in ("nms", "qnms"):
+        try:
+            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float threshold) -> Tensor")
+        except RuntimeError:  # it has them
+            break
+    return importlib.import_module("torchvision")
+
+
+def _size(name: str, sizes: dict[str, int]) -> int:
+    return next((size for prefix, size in sizes.items() if name.startswith(prefix)), 64)
+
+
+def _torchvision(name: str) -> Entry:
+    models = torchvision().models
+    options: dict[str, Any] = {"weights": None}
+    if name in ("inception_v3", "googlenet"):
+        options["init_weights"] = False  # seconds of drawing normal numbers
+    if name in models.list_models(module=models.segmentation):
+        options["weights_backbone"] = None
+    model = models.get_model(name, **options)
+    if name in models.list_models(module=models.video):
+        size = _size(name, TORCHVISION_SIZES)
+        video = torch.randn(2, 3, 16, size, size, generator=torch.Generator().manual_seed(0))
+        return model, {"x": video}
+    inputs = images(_size(name, TORCHVISION_SIZES), batch=2 if name == "inception_v3" else 4)
+    return model, {next(iter(_arguments(model))): inputs}
+
+
+def _arguments(model: nn.Module) -> tuple[str, ...]:
+    return type(model).forward.__code__.co_varnames[1:]
+
+
+def _timm(name: str) -> Entry:
+    model = importlib.import_module("timm").create_model(name, pretrained=False)
+    return model, {"x": images(_size(name, TIMM_SIZES), batch=2 if _size(name, TIMM_SIZES) > 128 else 4)}
+
+
+TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "ResNet": ("ResNetForImageClassification", "ResNetConfig", {"depths": [1, 1, 1, 1]}),
+    "ResNet, basic": (
+        "ResNetForImageClassification",
+        "ResNetConfig",
+        {"depths": [1, 2], "hidden_sizes": [16, 32], "embedding_size": 16, "layer_type": "basic"},
+    ),
+    "RegNet": (
+        "RegNetForImageClassification",
+        "RegNetConfig",
+        {"depths": [1, 1, 1, 1], "groups_width": 16, "hidden_sizes": [32, 64, 64, 96]},
+    ),
+    "MobileNetV1": ("MobileNetV1ForImageClassification", "MobileNetV1Config", {"depth_multiplier": 0.25}),
+    "MobileNetV2": ("MobileNetV2ForImageClassification", "MobileNetV2Config", {"depth_multiplier": 0.35}),
+    "MobileNetV2, segmentation": (
+        "MobileNetV2ForSemanticSegmentation",
+        "MobileNetV2Config",
+        {"depth_multiplier": 0.35},
+    ),
+    "EfficientNet": (
+        "EfficientNetForImageClassification",
+        "EfficientNetConfig",
+        {"width_coefficient": 0.25, "depth_coefficient": 0.5, "hidden_dim": 320},
+    ),
+    "MobileViT": ("MobileViTForImageClassification", "MobileViTConfig", {"hidden_sizes": [16, 24, 32]}),
+    "MobileViTV2": ("MobileViTV2ForImageClassification", "MobileViTV2Config", {"width_multiplier": 0.5}),
+    "MobileViT, segmentation": ("MobileViTForSemanticSegmentation", "MobileViTConfig", {"hidden_sizes": [16, 24, 32]}),
+    "LeViT": ("LevitForImageClassification", "LevitConfig", {"image_size": 64}),
+    "CvT": (
+        "CvtForImageClassification",
+        "CvtConfig",
+        {"embed_dim": [16, 32, 64], "num_heads": [1, 2, 4], "depth": [1, 1, 2]},
+    ),
+    "SegFormer": (
+        "SegformerForSemanticSegmentation",
+        "SegformerConfig",
+        {"depths": [1, 1, 1, 1], "decoder_hidden_size": 32},
+    ),
+    "HGNetV2": ("HGNetV2ForImageClassification", "HGNetV2Config", {}),
+    "TextNet": ("TextNetForImageClassification", "TextNetConfig", {}),
+}
+
+
+def _transformers(name: str) -> Entry:
+    library = importlib.import_module("transformers")
+    model, config, options = TRANSFORMERS[name]
+    return getattr(library, model)(getattr(library, config)(**options)), {"pixel_values": images(64)}
+
+
+def architectures() -> Iterator[tuple[str, str, Callable[[], Entry]]]:
+    """Library, name, and what makes the model and its inputs."""
+    models = torchvision().models
+    for module in (models, models.segmentation, models.video):
+        for name in models.list_models(module=module):
+            yield "torchvision", name, partial(_torchvision, name)
+    for name in TIMM.split():
+        yield "timm", name, partial(_timm, name)
+    for name in TRANSFORMERS:
+        yield "transformers", name, partial(_transformers, name)
+
+
+def used(model: nn.Module, inputs: dict[str, Any]) -> nn.Module:
+    """The model with statistics and parameters that are not the initial ones, which hide errors."""
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    norms = [module for module in model.modules() if isinstance(module, Norm)]
+    with torch.no_grad():
+        for norm in norms:
+            if norm.weight is not None:
+                norm.weight.copy_(0.5 + torch.rand(norm.weight.shape, generator=generator))
+                norm.bias.copy_(0.3 * torch.randn(norm.bias.shape, generator=generator))
+        for _ in range(2):
+            model.train()(**inputs)
+    return model
