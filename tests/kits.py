@@ -5,7 +5,9 @@ Where torch has no such thing, its kit does the nearest that its users do.
 
 from __future__ import annotations
 
+import importlib
 import textwrap
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 import batchnorm as bn
 import oracle
@@ -36,6 +39,8 @@ class Kit:
         masked: (layer, x, mask) to the layer's output where only the mask's positions are to count.
         accumulate: (layer, micro-batches): forward passes that stand for one batch.
         freeze: a layer that is to stand still from now on.
+        convert: a model's torch.nn layers become others.
+        fold: (model in inference, example input) to a model with batch norm folded into linear layers.
     """
 
     name: str
@@ -46,6 +51,8 @@ class Kit:
     masked: Callable[[nn.Module, Tensor, Tensor], Tensor]
     accumulate: Callable[[nn.Module, Iterable[Tensor]], None]
     freeze: Callable[[nn.Module], object]
+    convert: Callable[[nn.Module], nn.Module]
+    fold: Callable[[nn.Module, Tensor], nn.Module]
 
 
 def _zeros_for_padding(layer: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
@@ -63,6 +70,18 @@ def _deferred(layer: nn.Module, micro_batches: Iterable[Tensor]) -> None:
         _one_after_another(layer, micro_batches)
 
 
+def _torchs_fold(model: nn.Module, _: Tensor) -> nn.Module:
+    """Pairs by the functions for pairs, networks by the one for networks."""
+    if not isinstance(model, nn.Sequential):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # what it imports uses what torch deprecates
+            return importlib.import_module("torch.fx.experimental.optimization").fuse(model)
+    layer, norm = model
+    if isinstance(layer, nn.Linear):
+        return fuse_linear_bn_eval(layer, norm)
+    return fuse_conv_bn_eval(layer, norm, transpose=isinstance(layer, nn.ConvTranspose2d))
+
+
 TORCH = Kit(
     "torch.nn",
     nn.BatchNorm1d,
@@ -72,6 +91,8 @@ TORCH = Kit(
     masked=_zeros_for_padding,
     accumulate=_one_after_another,
     freeze=lambda layer: layer.eval().requires_grad_(False),
+    convert=nn.SyncBatchNorm.convert_sync_batchnorm,
+    fold=_torchs_fold,
 )
 OURS = Kit(
     "batchnorm",
@@ -82,6 +103,8 @@ OURS = Kit(
     masked=lambda layer, x, mask: layer(x, mask=mask),
     accumulate=_deferred,
     freeze=bn.freeze,
+    convert=bn.convert,
+    fold=bn.fold,
 )
 
 

@@ -1,4 +1,4 @@
-"""Traps about statistics that users of batch normalization report, each as a check that both libraries go through.
+"""Traps that users of batch normalization report, each as a check that both libraries go through.
 
     python tests/traps.py
 
@@ -14,6 +14,7 @@ from functools import partial
 import torch
 
 import trap_inputs as inputs
+import trap_surgery as surgery
 import trap_updates as updates
 from kits import OURS, TORCH, Kit
 
@@ -26,11 +27,13 @@ class Trap:
         title: what happens.
         check: from a kit to what was observed; an AssertionError that says so where the trap springs.
         torch_fails: whether it springs in torch.
+        page: the page of docs that has its row.
     """
 
     title: str
     check: Callable[[Kit], str]
     torch_fails: bool
+    page: str = "statistics"
 
 
 TRAPS = [
@@ -65,6 +68,15 @@ TRAPS = [
     Trap("a frozen layer drifts after `.train()`", updates.frozen_in_training, True),
     Trap("an averaged copy of a half layer stalls", updates.averaged_copy, True),
     Trap("gradient accumulation counts micro-batches", updates.micro_batches, True),
+    Trap("converting drops hooks", surgery.hooks, True, "surgery"),
+    Trap("converting makes one shared layer two", surgery.shared, True, "surgery"),
+    Trap("converting makes a subclass a plain layer", surgery.subclass, True, "surgery"),
+    Trap("folding into Linear before (N, L, C) with L == C", surgery.features_last, True, "surgery"),
+    Trap("folding into a convolution that is used twice", surgery.reused, True, "surgery"),
+    Trap("folding into a convolution that two layers read", surgery.two_readers, False, "surgery"),
+    Trap("folding into a transposed convolution of groups", surgery.grouped, True, "surgery"),
+    Trap("folding in half precision", surgery.half_precision, False, "surgery"),
+    Trap("a scale of 1e5 from a variance of next to nothing, silently", surgery.large_scale, True, "surgery"),
 ]
 
 
@@ -78,11 +90,13 @@ def observed(trap: Trap, kit: Kit) -> str:
 
 def main() -> None:
     """Print the table."""
-    print(f"torch {torch.__version__}; bold is where the trap springs\n")
-    print("| trap | torch.nn | batchnorm |")
-    print("|---|---|---|")
-    for trap in TRAPS:
-        print(f"| {trap.title} | {observed(trap, TORCH)} | {observed(trap, OURS)} |")
+    print(f"torch {torch.__version__}; bold is where the trap springs")
+    for page in dict.fromkeys(trap.page for trap in TRAPS):
+        print("\n| trap | torch.nn | batchnorm |")
+        print("|---|---|---|")
+        for trap in TRAPS:
+            if trap.page == page:
+                print(f"| {trap.title} | {observed(trap, TORCH)} | {observed(trap, OURS)} |")
 
 
 if __name__ == "__main__":
