@@ -1,6 +1,10 @@
 """Surgery on every architecture with batch norm of torchvision, and many of timm's and transformers', as Markdown.
 
+    pip install --no-deps torchvision timm
+    pip install transformers
     python benchmarks/architectures.py --json architectures.json
+
+(`--no-deps`, so that pip does not bring another torch; nothing but code is downloaded, no weights.)
 
 Each model has random weights, random gamma and beta, and running statistics of two training passes. In float64: a
 training step of the converted and of the fused model beside that of torch's layers (output, gradients, the state

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -123,15 +123,16 @@ def _transformers(name: str) -> Entry:
 
 
 def architectures() -> Iterator[tuple[str, str, Callable[[], Entry]]]:
-    """Library, name, and what makes the model and its inputs."""
-    models = torchvision().models
-    for module in (models, models.segmentation, models.video):
-        for name in models.list_models(module=module):
-            yield "torchvision", name, partial(_torchvision, name)
-    for name in TIMM.split():
-        yield "timm", name, partial(_timm, name)
-    for name in TRANSFORMERS:
-        yield "transformers", name, partial(_transformers, name)
+    """Library, name, and what makes the model and its inputs; of the libraries that are installed."""
+    if importlib.util.find_spec("torchvision"):
+        models = torchvision().models
+        for module in (models, models.segmentation, models.video):
+            for name in models.list_models(module=module):
+                yield "torchvision", name, partial(_torchvision, name)
+    for library, build, names in (("timm", _timm, TIMM.split()), ("transformers", _transformers, TRANSFORMERS)):
+        if importlib.util.find_spec(library):
+            for name in names:
+                yield library, name, partial(build, name)
 
 
 def used(model: nn.Module, inputs: dict[str, Any]) -> nn.Module:

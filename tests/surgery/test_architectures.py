@@ -1,0 +1,29 @@
+"""Surgery on architectures that others wrote, through the script that measures it on many."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["ResNet, basic", "RegNet", "MobileNetV2", "LeViT"])
+def test_an_architecture_of_transformers(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    command = [sys.executable, "benchmarks/architectures.py", "--only", f"transformers/{name}", "--json", str(file)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    assert run.returncode == 0, run.stderr
+    row = json.loads(file.read_text())[f"transformers/{name}"]
+    assert row["converted"] == row["layers"] > 0
+    assert row["bits"]
+    assert row["step"] <= 1e-5
+    assert row["fused step"] <= 1e-5
+    assert row["left"] == 0
+    assert row["fold"] <= 1e-4
+    assert row["bfloat16"][1] <= 1.5 * row["bfloat16"][0]
