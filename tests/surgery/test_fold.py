@@ -329,6 +329,13 @@ def test_a_layer_that_is_called_behind_the_models_back_undoes_all() -> None:
     assert type(folded.norm) is nn.BatchNorm2d
 
 
+def test_a_layer_whose_attributes_are_read_undoes_all() -> None:
+    model = Calls(lambda m, x: m.norm(m.conv(x)) * m.norm.eps, conv=nn.Conv2d(3, 3, 1), norm=nn.BatchNorm2d(3))
+    folded = check(model, draw(2, 3, 4, 4))
+    assert folded.report.left["norm"].startswith("the model reads what is no longer there: 'Identity' object has no ")
+    assert type(folded.norm) is nn.BatchNorm2d
+
+
 def test_overflow_in_half_precision_is_undone() -> None:
     model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, eps=0.0)).half().eval()
     with torch.no_grad():

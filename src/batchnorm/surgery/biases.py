@@ -69,7 +69,9 @@ def remove_dead_biases(model: nn.Module, example_inputs: Any) -> nn.Module:  # n
         why |= dict.fromkeys(done, f"without their biases, the model is off by {error:.1e} on the example inputs")
         done, error = {}, 0.0
     paths = [path for path, module in model.named_modules() if isinstance(module, Norm)]
-    return attach(model, "freed", (Entry(path, path in done, done.get(path) or why[path]) for path in paths), error)
+    return attach(
+        model, "freed of a bias", (Entry(path, path in done, done.get(path) or why[path]) for path in paths), error
+    )
 
 
 def _dead_before(flow: Flow, norm: Norm) -> Layer | str:

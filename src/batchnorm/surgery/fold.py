@@ -79,11 +79,9 @@ def fold(model: nn.Module | ExportedProgram, example_inputs: Any) -> nn.Module: 
                 why[norm] = f"as {one.what} it is off by {error:.1e} on the example inputs"
         if error <= tolerance:
             folded = one.put_into(folded)
-    error, tolerance = difference(outputs(folded, example_inputs), expected)
-    if not error <= ALTOGETHER * tolerance:
-        folded = _copied(model)
-        why = dict.fromkeys(norms, f"the whole model folded is off by {error:.1e} on the example inputs")
-        done, error = {}, 0.0
+    reason, error = _why_undo(folded, example_inputs, expected)
+    if reason:
+        folded, done, why = _copied(model), {}, dict.fromkeys(norms, reason)
     _warn_of_scales({path: norm for norm, path in norms.items() if norm in done})
     entries = (Entry(path, norm in done, done.get(norm) or why[norm]) for norm, path in norms.items())
     return attach(folded, "folded", entries, error)
@@ -192,6 +190,17 @@ def _errors(model: nn.Module, folds: list[_Fold], example_inputs: Any) -> list[t
     with inference_mode(model), hooks_on(list(firsts), before=before), hooks_on(list(lasts), after=after):
         forwarded(model, example_inputs)
     return worst
+
+
+def _why_undo(folded: nn.Module, example_inputs: Any, expected: list[Tensor]) -> tuple[str, float]:  # noqa: ANN401
+    """What is wrong with a folded model as a whole, if anything, and how far off what is returned will be."""
+    try:
+        error, tolerance = difference(outputs(folded, example_inputs), expected)
+    except AttributeError as missing:
+        return f"the model reads what is no longer there: {missing}", 0.0
+    if error <= ALTOGETHER * tolerance:
+        return "", error
+    return f"the whole model folded is off by {error:.1e} on the example inputs", 0.0
 
 
 def _warn_of_scales(norms: dict[str, Norm]) -> None:
