@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+from torch.optim.swa_utils import update_bn
 
 import batchnorm as bn
 import oracle
@@ -41,6 +42,7 @@ class Kit:
         freeze: a layer that is to stand still from now on.
         convert: a model's torch.nn layers become others.
         fold: (model in inference, example input) to a model with batch norm folded into linear layers.
+        recompute: (model, batches): running statistics from data.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Kit:
     freeze: Callable[[nn.Module], object]
     convert: Callable[[nn.Module], nn.Module]
     fold: Callable[[nn.Module, Tensor], nn.Module]
+    recompute: Callable[[nn.Module, Iterable[Tensor]], object]
 
 
 def _zeros_for_padding(layer: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
@@ -93,6 +96,7 @@ TORCH = Kit(
     freeze=lambda layer: layer.eval().requires_grad_(False),
     convert=nn.SyncBatchNorm.convert_sync_batchnorm,
     fold=_torchs_fold,
+    recompute=lambda model, batches: update_bn(batches, model),
 )
 OURS = Kit(
     "batchnorm",
@@ -105,6 +109,7 @@ OURS = Kit(
     freeze=bn.freeze,
     convert=bn.convert,
     fold=bn.fold,
+    recompute=bn.recalibrate,
 )
 
 

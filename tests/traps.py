@@ -14,6 +14,7 @@ from functools import partial
 import torch
 
 import trap_inputs as inputs
+import trap_population as population
 import trap_surgery as surgery
 import trap_updates as updates
 from kits import OURS, TORCH, Kit
@@ -48,6 +49,10 @@ TRAPS = [
     Trap("momentum=None with a loaded counter of 0 wipes what was loaded", updates.loaded_without_counter, True),
     Trap("a rejected batch is counted", updates.rejected_batch, True),
     Trap("`update_bn` overwrites a frozen layer", updates.frozen_by_recomputation, True),
+    Trap("recomputed statistics weigh batches, not samples", population.uneven_batches, True),
+    Trap("recomputed statistics are not what inference sees", population.upstream, True),
+    Trap("recomputing from no data resets the statistics", population.no_data, True),
+    Trap("recomputing that was interrupted changes the model", population.interrupted, True),
     Trap("a constant channel is not exactly beta", inputs.constant_channel, True),
     Trap("an empty batch changes the layer", inputs.empty_batch, True),
     Trap("one value for each channel: an error that does not help", inputs.one_value, True),
