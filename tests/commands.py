@@ -12,10 +12,13 @@ from batchnorm.cli.main import main
 START = "from batchnorm.cli.main import main; raise SystemExit(main())"
 
 
+# What a shell runs in the background ignores Ctrl-C, and so does what that starts.
+_HEED = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+
+
 def start(*arguments: str, code: str = START, stdout: int = subprocess.PIPE) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], stdout=stdout, stderr=subprocess.PIPE, text=True, encoding="utf-8"
-    )
+    command = [sys.executable, "-c", _HEED + code, *arguments]
+    return subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE, text=True, encoding="utf-8")
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

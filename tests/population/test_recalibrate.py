@@ -323,8 +323,9 @@ def test_progress_counts_calls(method: str, expected: list[tuple[int, int]]) -> 
     bn.recalibrate(made("residual"), images(*SIZES), method=method, progress=lambda *done: told.append(done))
     assert told == expected
     told.clear()
-    bn.recalibrate(made("residual"), iter(images(*SIZES)), method=method, progress=lambda *done: told.append(done))
-    # An iterator does not say how long it is; "exact" has read all of it before it is done with the first layer.
+    unknown = (batch for batch in images(*SIZES))
+    bn.recalibrate(made("residual"), unknown, method=method, progress=lambda *done: told.append(done))
+    # A generator does not say how long it is; "exact" has read all of it before it is done with the first layer.
     assert told == (expected if method == "exact" else [(done, None) for done, _ in expected])
 
 
