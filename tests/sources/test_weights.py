@@ -92,7 +92,7 @@ class Trap:
 def test_a_file_with_code_is_not_run(tmp_path: Path) -> None:
     with (tmp_path / "w.pt").open("wb") as file:
         torch.save({"weight": Trap(tmp_path / "sprung")}, file)
-    with pytest.raises(UsageError, match="it holds other things than tensors"):
+    with pytest.raises(UsageError, match=r"^cannot load \S*w\.pt: it holds other things than tensors"):
         load_weights(nn.Linear(1, 1), tmp_path / "w.pt")
     assert not (tmp_path / "sprung").exists()
 
@@ -101,8 +101,14 @@ def test_a_file_with_code_is_not_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"{ no weights }", pickle.dumps([1, 2])])
 def test_files_that_cannot_be_read(name: str, content: bytes, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UsageError, match=f"{name}"):
+    with pytest.raises(UsageError, match=rf"^cannot load \S*{name}: "):
         load_weights(nn.Linear(1, 1), tmp_path / name)
+
+
+def test_a_file_of_something_else(tmp_path: Path) -> None:
+    torch.save(torch.zeros(2), tmp_path / "w.pt")
+    with pytest.raises(UsageError, match="it holds an object of type Tensor; it must be a state_dict"):
+        load_weights(nn.Linear(1, 1), tmp_path / "w.pt")
 
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pt"])

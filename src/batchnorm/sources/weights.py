@@ -91,12 +91,12 @@ def _load_torch(model: nn.Module, path: Path) -> tuple[list[str], list[str]]:
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
-        raise UsageError(
-            f"cannot load {path}: it holds other things than tensors, which can run code when they are read, or is no "
-            f"file of torch.save. Write one with torch.save(model.state_dict(), FILE)"
+        raise ValueError(
+            "it holds other things than tensors, which can run code when they are read, or is no file of torch.save. "
+            "Write one with torch.save(model.state_dict(), FILE)"
         ) from error
     if not isinstance(state, Mapping):
-        raise UsageError(f"got {path} with an object of type {type(state).__name__}; it must be a state_dict")
+        raise ValueError(f"it holds an object of type {type(state).__name__}; it must be a state_dict")
     missing, unexpected = model.load_state_dict(state, strict=False)
     return missing, unexpected
 
