@@ -15,7 +15,7 @@ Norm = nn.modules.batchnorm._BatchNorm
 
 
 def flow_of(model: nn.Module, *shape: int) -> Flow:
-    calls = observe(model.eval(), torch.ones(shape))
+    calls, _ = observe(model.eval(), torch.ones(shape))
     return Flow(model, regions(model, lambda module: seen_call(calls, module), (False,)), calls)
 
 

@@ -20,7 +20,7 @@ class Optional(nn.Module):
 
 def test_calls_are_seen_in_order() -> None:
     model = Calls(lambda m, x: m.a(m.b(m.a(x), y=x), factor=2.0), a=Optional(), b=Optional())
-    calls = observe(model, torch.zeros(2, 3))
+    calls, _ = observe(model, torch.zeros(2, 3))
     spec = Spec((2, 3), F32)
     assert calls[model] == [Call((spec,), {})]
     assert calls[model.a] == [Call((spec,), {}), Call((spec,), {"factor": 2.0})]

@@ -130,7 +130,7 @@ def test_the_only_call() -> None:
 
 def test_seen_calls() -> None:
     twice = Calls(lambda m, x: m.a(x), a=Untraceable(), b=nn.ReLU())
-    calls = observe(Calls(lambda m, x: m.a(x) + m.a(x, scale=2.0), a=twice.a), torch.ones(1))
+    calls, _ = observe(Calls(lambda m, x: m.a(x) + m.a(x, scale=2.0), a=twice.a), torch.ones(1))
     assert seen_call(calls, twice.a) == (None, "it is called in several ways")
     assert seen_call(calls, twice.b) == (None, "the example inputs do not reach it")
 
@@ -142,7 +142,7 @@ def test_arguments_that_are_no_tensors_are_as_seen() -> None:
             return total * 2 if double and y is None else total
 
     module = Nested()
-    calls = observe(module, ([torch.ones(1), torch.ones(1)], None))
+    calls, _ = observe(module, ([torch.ones(1), torch.ones(1)], None))
     graph, reason = trace(module, seen_call(calls, module)[0])
     assert reason == ""
     assert [node.op for node in graph.nodes] == ["placeholder", "placeholder", "call_function", "output"]

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as Norm
 from batchnorm.modules import BatchNorm
 from batchnorm.surgery import inference, linear
 from batchnorm.surgery.chains import Flow
-from batchnorm.surgery.comparing import ALTOGETHER, difference, outputs
+from batchnorm.surgery.comparing import ALTOGETHER, difference, outputs, tensors
 from batchnorm.surgery.linear import Layer
 from batchnorm.surgery.observing import observe
 from batchnorm.surgery.report import Entry, attach, check_free
@@ -46,7 +46,7 @@ def remove_dead_biases(model: nn.Module, example_inputs: Any) -> nn.Module:  # n
     Source: Ioffe and Szegedy, "Batch Normalization", 2015, section 3.2.
     """
     check_free(model)
-    calls = observe(model, example_inputs)
+    calls, returned = observe(model, example_inputs)
     found = regions(model, lambda module: seen_call(calls, module), modes=(True, False))
     flow = Flow(model, found, calls, training=True)
     why: dict[str, str] = {}
@@ -59,10 +59,9 @@ def remove_dead_biases(model: nn.Module, example_inputs: Any) -> nn.Module:  # n
                 why[path] = answer
             else:
                 dead[path] = answer, norm
-    expected = outputs(model, example_inputs)
     done = {path: f"the bias of {flow.where(layer)} is part of the running mean" for path, (layer, _) in dead.items()}
     undo = [_remove(layer, norm) for layer, norm in dead.values()]
-    error, tolerance = difference(outputs(model, example_inputs), expected)
+    error, tolerance = difference(outputs(model, example_inputs), tensors(returned))
     if not error <= ALTOGETHER * tolerance:
         for step in undo:
             step()

@@ -17,10 +17,15 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torc
 ALTOGETHER = 10
 
 
-def outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:  # noqa: ANN401
+def tensors(outputs: Any) -> list[Tensor]:  # noqa: ANN401 - whatever a model returns
+    """The tensors that a model returned."""
+    return [t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor)]
+
+
+def outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:  # noqa: ANN401 - as `forwarded`
     """The tensors that a model returns in inference."""
     with inference(model):
-        return [t for t in pytree.tree_leaves(forwarded(model, example_inputs)) if isinstance(t, Tensor)]
+        return tensors(forwarded(model, example_inputs))
 
 
 def difference(actual: list[Tensor], expected: list[Tensor]) -> tuple[float, float]:

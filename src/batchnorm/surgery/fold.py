@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as Norm
 
 from batchnorm.surgery import inference, linear
 from batchnorm.surgery.chains import Chain, Flow, find
-from batchnorm.surgery.comparing import ALTOGETHER, difference, outputs
+from batchnorm.surgery.comparing import ALTOGETHER, difference, outputs, tensors
 from batchnorm.surgery.exported import as_module
 from batchnorm.surgery.hooks import hooked
 from batchnorm.surgery.observing import forwarded, hooks_on, observe
@@ -55,7 +55,7 @@ def fold(model: nn.Module | ExportedProgram, example_inputs: Any) -> nn.Module: 
     check_free(model)
     folded = _copied(model)
     norms = {module: path for path, module in folded.named_modules() if isinstance(module, Norm)}
-    calls = observe(folded, example_inputs)
+    calls, returned = observe(folded, example_inputs)
     found = regions(folded, lambda module: seen_call(calls, module), modes=(False,))
     flow = Flow(folded, found, calls)
     why: dict[Norm, str] = {}
@@ -69,7 +69,6 @@ def fold(model: nn.Module | ExportedProgram, example_inputs: Any) -> nn.Module: 
     folds = [_of_chain(flow, chain) for chain in chains]
     folds += [_of_one(norm, f"a scale and shift, because {reason}") for norm, reason in alone.items()]
     errors = _errors(folded, folds, example_inputs)
-    expected = outputs(folded, example_inputs)
     done = {}
     for one, (error, tolerance) in zip(folds, errors, strict=True):
         for norm in one.norms:
@@ -79,7 +78,7 @@ def fold(model: nn.Module | ExportedProgram, example_inputs: Any) -> nn.Module: 
                 why[norm] = f"as {one.what} it is off by {error:.1e} on the example inputs"
         if error <= tolerance:
             folded = one.put_into(folded)
-    reason, error = _why_undo(folded, example_inputs, expected)
+    reason, error = _why_undo(folded, example_inputs, tensors(returned))
     if reason:
         folded, done, why = _copied(model), {}, dict.fromkeys(norms, reason)
     _warn_of_scales({path: norm for norm, path in norms.items() if norm in done})

@@ -98,8 +98,8 @@ def hooks_on(
             handle.remove()
 
 
-def observe(model: nn.Module, example_inputs: Any) -> Calls:  # noqa: ANN401 - as `forwarded`
-    """Every module's calls in one inference pass, in order."""
+def observe(model: nn.Module, example_inputs: Any) -> tuple[Calls, Any]:  # noqa: ANN401 - as `forwarded`
+    """Every module's calls in one inference pass, in order; and what the model returned."""
     calls: Calls = {}
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -107,5 +107,4 @@ def observe(model: nn.Module, example_inputs: Any) -> Calls:  # noqa: ANN401 - a
         calls.setdefault(module, []).append(Call(args, kwargs))
 
     with inference(model), hooks_on(list(model.modules()), before=note):
-        forwarded(model, example_inputs)
-    return calls
+        return calls, forwarded(model, example_inputs)
