@@ -172,10 +172,9 @@ def main() -> None:
                 results += trained(data, size, seed)
                 if options.results is not None:
                     options.results.write_text(json.dumps([asdict(r) for r in results]))
-    print(
-        f"torch {torch.__version__}, 1 thread, {batchnorm.kernels()[0].implementation}, {options.seeds} seeds, ", end=""
-    )
-    print(f"{EPOCHS} epochs of {len(data.train.labels)} images, {time.perf_counter() - start:.0f} s\n")
+    seconds = time.perf_counter() - start
+    print(f"torch {torch.__version__}, 1 thread, {batchnorm.kernels()[0].implementation}, {seconds:.0f} s")
+    print(f"{options.seeds} seeds, {EPOCHS} epochs of {len(data.train.labels)} images\n")
     print("\n".join([*table(results, "accuracy", 2), "", *table(results, "loss", 4)]))
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ import batchnorm as bn
 import consistency
 import oracle
 import tolerances
+from networks import Architecture, crops
 from populations import images, inputs, layers, made
 
 
@@ -111,3 +115,34 @@ def test_the_tables() -> None:
         "exact, other batches: 1 of 4; the others in float64: at most 4.0e-13",
         "average: torch's update_bn within 1.0e-14 in float64",
     ]
+
+
+def small() -> nn.Module:
+    """Dropout, so that "average" has random numbers to draw, and ten classes."""
+    body = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)]
+    return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+
+
+def test_the_whole_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """One small network from its weights to the table; what is in the file is not measured again."""
+    kept = tmp_path / "consistency.json"
+    monkeypatch.setattr(consistency, "ARCHITECTURES", {"small": Architecture("small", small, partial(crops, size=8))})
+    monkeypatch.setattr("sys.argv", ["consistency.py", "--results", str(kept)])
+    consistency.main()
+    out = capsys.readouterr().out
+    assert "exact: 1 of 1 architectures within 1e-05, 0 refused" in out
+    numbers = json.loads(kept.read_text())["small"]
+    assert numbers["layers"] == 2
+    assert numbers["running"] > 0.01
+    assert numbers["trained"]["8"]["pooled"] != numbers["untrained"]["8"]["pooled"]
+    assert max(numbers[state]["update_bn"] for state in consistency.STATES) < tolerances.ASSOCIATIVITY
+    monkeypatch.setattr(consistency, "measure", None)
+    consistency.main()
+    assert capsys.readouterr().out == out
+
+
+def test_an_unknown_name_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["consistency.py", "resnet19"])
+    with pytest.raises(SystemExit):
+        consistency.main()
+    assert "got resnet19; the architectures are resnet18" in capsys.readouterr().err

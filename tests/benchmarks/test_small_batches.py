@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,3 +71,17 @@ def test_differences_are_paired() -> None:
     head, rule, line = small_batches.table(results, "accuracy", 1)
     assert line == "| 4 | halfway | 10.0 | +1.0 ± 0.0 | +2.0 ± 0.0 | +3.0 ± 0.0 | +2.0 ± 0.0 |"
     assert head.count("|") == rule.count("|") == line.count("|")
+
+
+def test_pieces_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = tmp_path / "small.json"
+    monkeypatch.setattr(small_batches, "digits", few)
+    for size in ("8", "16"):
+        monkeypatch.setattr("sys.argv", ["small_batches.py", "--seeds", "2", "--batch", size, "--results", str(kept)])
+        small_batches.main()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| 8 |", "| 16 |"))]
+    assert len(rows) == 4 + 8
+    monkeypatch.setattr(small_batches, "trained", None)  # what is there is not done again
+    small_batches.main()
+    again = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| 8 |", "| 16 |"))]
+    assert again == rows[4:]
