@@ -140,7 +140,7 @@ def table(results: Sequence[Result], quantity: str, digits_shown: int) -> list[s
     for size in BATCH_SIZES:
         for moment in MOMENTS:
             rows = [r for r in results if (r.batch_size, r.moment) == (size, moment)]
-            if not rows:
+            if len({r.seed for r in rows}) < 2:  # no interval yet
                 continue
             of = {method: {r.seed: getattr(r, quantity) for r in rows if r.method == method} for method in METHODS}
             cells = [f"{statistics.mean(of[baseline].values()):.{digits_shown}f}"]

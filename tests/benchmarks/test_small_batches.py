@@ -73,6 +73,11 @@ def test_differences_are_paired() -> None:
     assert head.count("|") == rule.count("|") == line.count("|")
 
 
+def test_one_seed_has_no_interval() -> None:
+    results = [Result(4, "halfway", 0, method, 10.0, 0.0) for method in small_batches.METHODS]
+    assert len(small_batches.table(results, "accuracy", 1)) == 2  # no line below the head
+
+
 def test_pieces_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     kept = tmp_path / "small.json"
     monkeypatch.setattr(small_batches, "digits", few)
