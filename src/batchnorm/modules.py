@@ -152,8 +152,8 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor, *, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Normalise `input`; in training mode, move the running statistics."""
         own = self._parameters  # attributes take several times as long, and `get` would look at them all the same
-        weight: Tensor | None = own["weight"] if "weight" in own else self.weight  # noqa: SIM401
-        bias: Tensor | None = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
+        weight: Tensor | None = own["weight"] if "weight" in own else self.weight  # noqa: SIM401 - not `get`: see above
+        bias: Tensor | None = own["bias"] if "bias" in own else self.bias  # noqa: SIM401 - not `get`: see above
         frozen = self.frozen
         moves = self.track_running_stats and not frozen.statistics
         if frozen.affine:

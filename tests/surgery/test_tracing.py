@@ -58,6 +58,17 @@ class Sets(nn.Module):
         return x
 
 
+class Keeps(nn.Module):
+    """As a cache does: in a dict inside a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[dict[str, Tensor]] = [{}]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.kept[0].setdefault(str(x.device), x)
+
+
 class Counts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -87,6 +98,7 @@ def bare(module: nn.Module, **options: Any) -> tuple[Any, str]:
     [
         (Asks(), "it asks for the type of a tensor"),
         (Sets(), "it sets last"),
+        (Keeps(), "it sets kept"),
         (Makes(), "it makes tensors of its own"),
         (Modal(), "it computes something else in training than in inference"),
         (Untraceable(), ""),
@@ -101,6 +113,7 @@ def test_what_is_not_believed(module: nn.Module, reason: str) -> None:
     if not isinstance(module, Untraceable):
         assert (graph, said) == (None, reason)
     assert {**vars(module)} == before
+    assert getattr(module, "kept", [{}]) == [{}]
     assert torch.equal(torch.random.get_rng_state(), state)
 
 

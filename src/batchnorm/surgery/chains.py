@@ -13,7 +13,7 @@ from batchnorm.surgery.hooks import hooked
 from batchnorm.surgery.linear import Layer
 from batchnorm.surgery.observing import Calls, Spec
 from batchnorm.surgery.rewriting import residual_for
-from batchnorm.surgery.tracing import Region, Regions
+from batchnorm.surgery.tracing import Region, Regions, arguments
 
 # What does nothing in inference.
 _NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -185,14 +185,7 @@ def _inputs(node: fx.Node) -> list[fx.Node]:
     """The nodes whose values a node reads, as often as it does."""
     if node.target is residual_for:  # of its second argument, it reads the shape
         return [argument for argument in node.args[:1] if isinstance(argument, fx.Node)]
-    found: list[fx.Node] = []
-
-    def note(argument: fx.Node) -> fx.Node:
-        found.append(argument)
-        return argument
-
-    fx.node.map_arg((node.args, node.kwargs), note)
-    return found
+    return arguments(node)
 
 
 def _attribute(module: nn.Module, target: str) -> object:

@@ -11,7 +11,7 @@ from torch import fx, nn
 from batchnorm.modules import BatchNorm
 from batchnorm.surgery import activations, linear
 from batchnorm.surgery.hooks import hooked
-from batchnorm.surgery.tracing import Region
+from batchnorm.surgery.tracing import Region, arguments
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_", "__add__", "__iadd__")
 _IN_PLACE = (operator.iadd, "add_", "__iadd__")
@@ -107,18 +107,7 @@ def _next(region: Region, node: fx.Node, nothing: list[fx.Node]) -> tuple[fx.Nod
 
 def _readers(node: fx.Node) -> int:
     """How many there are; one that reads twice counts twice, and the region's output is one."""
-    return sum(argument is node for user in node.users for argument in _flat(user))
-
-
-def _flat(node: fx.Node) -> list[fx.Node]:
-    found: list[fx.Node] = []
-
-    def note(argument: fx.Node) -> fx.Node:
-        found.append(argument)
-        return argument
-
-    fx.node.map_arg((node.args, node.kwargs), note)
-    return found
+    return sum(argument is node for user in node.users for argument in arguments(user))
 
 
 def _added(addition: fx.Node, node: fx.Node) -> fx.Node | str:

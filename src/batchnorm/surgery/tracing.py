@@ -1,11 +1,13 @@
 """Graphs of what a model computes: of the whole where torch.fx can trace it, else of its largest parts.
 
 A trace is believed only if it tells all: not if it depends on the mode of training, asks for the type of an input, sets
-attributes or makes tensors of its own.
+attributes, keeps something in them for the next call, or makes tensors of its own.
 """
 
 from __future__ import annotations
 
+import copy
+import itertools
 import operator
 import sys
 from collections.abc import Callable, Collection, Iterator
@@ -20,6 +22,8 @@ from torch.utils import _pytree as pytree
 
 from batchnorm.surgery.hooks import without_hooks
 from batchnorm.surgery.observing import Call, Calls, Spec
+
+_Container = list[Any] | dict[Any, Any] | set[Any]
 
 
 class Region(NamedTuple):
@@ -43,6 +47,18 @@ class Region(NamedTuple):
     def where(self, node: fx.Node) -> str:
         """The path in the model of what a node calls."""
         return f"{self.path}.{node.target}".lstrip(".")
+
+
+def arguments(node: fx.Node) -> list[fx.Node]:
+    """The nodes among a node's arguments, as often as they stand there."""
+    found: list[fx.Node] = []
+
+    def note(argument: fx.Node) -> fx.Node:
+        found.append(argument)
+        return argument
+
+    fx.node.map_arg((node.args, node.kwargs), note)
+    return found
 
 
 class Regions(NamedTuple):
@@ -164,11 +180,12 @@ def trace(
 
 @contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[set[str]]:
-    """Undo what a forward sets on modules; the names of it are in the yielded set afterwards."""
+    """Undo what a forward sets on modules or keeps in their lists, dicts and sets; the names are in the yielded set."""
     changed: set[str] = set()
     dicts = [
         (d, {**d}) for m in model.modules() for d in (vars(m), m._parameters, m._buffers, m._modules) if d is not None
     ]
+    kept = [(name, c, copy.copy(c)) for m in model.modules() for name, value in vars(m).items() for c in _kept(value)]
     try:
         yield changed
     finally:
@@ -178,6 +195,25 @@ def _as_it_was(model: nn.Module) -> Iterator[set[str]]:
             if changed:
                 current.clear()
                 current.update(before)
+        for name, container, contents in kept:
+            if _identities(container) != _identities(contents):
+                changed.add(name)
+                container.clear()
+                (container.extend if isinstance(container, list) else container.update)(contents)
+
+
+def _kept(value: object) -> Iterator[_Container]:
+    """A list, dict or set, and those inside it; modules and tensors are no business of ours."""
+    if isinstance(value, (list, dict, set)):
+        yield value
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _kept(inner)
+
+
+def _identities(container: _Container) -> list[int]:
+    """What is in it, without asking a proxy whether it equals something."""
+    items = itertools.chain.from_iterable(container.items()) if isinstance(container, dict) else container
+    return [id(item) for item in items]
 
 
 def plain_call(module: nn.Module) -> tuple[Call | None, str]:
