@@ -9,7 +9,7 @@ hooks of this script, in float64. A gap is the worst channel's of all layers: th
     python benchmarks/consistency.py --results consistency.json --seconds 200   # goes on where the last one ended
     python benchmarks/consistency.py resnet18 PatchTST                          # these alone
 
-What it needs besides is said in networks.py.
+What it needs besides is said in consistency_networks.py.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_leaves
 import batchnorm
 from batchnorm.errors import OrderError
 from batchnorm.study.data import digits
-from networks import ARCHITECTURES, Architecture
+from consistency_networks import ARCHITECTURES, Architecture
 
 CLAIM = 1e-5  # the largest gap that method "exact" is to leave
 IMAGES = 125  # so that the last batch is smaller

@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable
 
 import greenlet
 import torch
-from resnet50 import network
 from torch import Tensor, nn
 
 import batchnorm
@@ -29,6 +28,7 @@ from batchnorm import Moments
 from batchnorm.population.available import hand_back
 from batchnorm.population.recalibrate import METHODS
 from batchnorm.population.result import MemoryUse
+from resnet50 import network
 
 GAP = 1e-5  # what method "exact" may leave: statistics are stored in float32, and 53 layers follow one another
 
@@ -139,7 +139,7 @@ class Nested(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The sum, after the stop."""
         if self.inner is not None:
-            return self.inner(x)  # type: ignore[no-any-return]
+            return self.inner(x)  # type: ignore[no-any-return]  # a module's call has no type
         total = x.exp().sum()
         self.stop()
         return total

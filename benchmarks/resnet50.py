@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib
 import math
 import statistics
 import time
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 import batchnorm
 from batchnorm.surgery.convert import convert
+from libraries import library
 
 BATCH, SIZE, CLASSES = 16, 160, 1000
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -62,12 +62,7 @@ def network() -> nn.Module:
     Raises:
         SystemExit: transformers is not installed.
     """
-    try:
-        transformers = importlib.import_module("transformers")
-    except ImportError as error:
-        raise SystemExit(
-            f"the network is that of transformers, which does not import ({error}). Run: pip install transformers"
-        ) from error
+    transformers = library("transformers")
     torch.manual_seed(0)
     model: nn.Module = transformers.ResNetForImageClassification(transformers.ResNetConfig(num_labels=CLASSES))
     return model.train()

@@ -16,7 +16,7 @@ import batchnorm as bn
 import consistency
 import oracle
 import tolerances
-from networks import Architecture, crops
+from consistency_networks import Architecture, crops
 from populations import images, inputs, layers, made
 
 

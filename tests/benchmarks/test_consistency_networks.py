@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from networks import ARCHITECTURES, clips, crops, library, series, waves
+from consistency_networks import ARCHITECTURES, clips, crops, series, waves
 
 DIGITS = torch.rand(3, 64, generator=torch.Generator().manual_seed(0))
 
@@ -43,14 +43,3 @@ def test_frames_differ() -> None:
 
 def test_there_are_enough() -> None:
     assert len(ARCHITECTURES) >= 30
-
-
-@pytest.mark.parametrize("name", ["torchvision", "transformers"])
-def test_a_missing_library_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(module: str) -> None:
-        if module.split(".")[0] == name:
-            raise ImportError(f"No module named {module!r}")
-
-    monkeypatch.setattr("importlib.import_module", absent)
-    with pytest.raises(SystemExit, match=f"pip install .*{name}$"):
-        library({"torchvision": "torchvision.models"}.get(name, name))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from libraries import installed, library
 
 Norm = nn.modules.batchnorm._BatchNorm
 Entry = tuple[nn.Module, dict[str, Any]]
@@ -34,22 +35,12 @@ def images(size: int, *, batch: int = 3, channels: int = 3) -> Tensor:
     return torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(0))
 
 
-def torchvision() -> Any:  # noqa: ANN401 - a module that is not installed where types are checked
-    """Torchvision, which a build without its own operators imports too once two names are there."""
-    for name in ("nms", "qnms"):
-        try:
-            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float threshold) -> Tensor")
-        except RuntimeError:  # it has them
-            break
-    return importlib.import_module("torchvision")
-
-
 def _size(name: str, sizes: dict[str, int]) -> int:
     return next((size for prefix, size in sizes.items() if name.startswith(prefix)), 64)
 
 
 def _torchvision(name: str) -> Entry:
-    models = torchvision().models
+    models = library("torchvision.models")
     options: dict[str, Any] = {"weights": None}
     if name in ("inception_v3", "googlenet"):
         options["init_weights"] = False  # seconds of drawing normal numbers
@@ -69,7 +60,7 @@ def _arguments(model: nn.Module) -> tuple[str, ...]:
 
 
 def _timm(name: str) -> Entry:
-    model = importlib.import_module("timm").create_model(name, pretrained=False)
+    model = library("timm").create_model(name, pretrained=False)
     return model, {"x": images(_size(name, TIMM_SIZES), batch=2 if _size(name, TIMM_SIZES) > 128 else 3)}
 
 
@@ -117,22 +108,24 @@ TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def _transformers(name: str) -> Entry:
-    library = importlib.import_module("transformers")
+    transformers = library("transformers")
     model, config, options = TRANSFORMERS[name]
-    return getattr(library, model)(getattr(library, config)(**options)), {"pixel_values": images(64)}
+    # Errors of half precision are measured on the outputs: two, their usual number, would be chance.
+    made = getattr(transformers, model)(getattr(transformers, config)(num_labels=100, **options))
+    return made, {"pixel_values": images(64)}
 
 
 def architectures() -> Iterator[tuple[str, str, Callable[[], Entry]]]:
     """Library, name, and what makes the model and its inputs; of the libraries that are installed."""
-    if importlib.util.find_spec("torchvision"):
-        models = torchvision().models
+    if installed("torchvision"):
+        models = library("torchvision.models")
         for module in (models, models.segmentation, models.video):
             for name in models.list_models(module=module):
                 yield "torchvision", name, partial(_torchvision, name)
-    for library, build, names in (("timm", _timm, TIMM.split()), ("transformers", _transformers, TRANSFORMERS)):
-        if importlib.util.find_spec(library):
+    for source, build, names in (("timm", _timm, TIMM.split()), ("transformers", _transformers, TRANSFORMERS)):
+        if installed(source):
             for name in names:
-                yield library, name, partial(build, name)
+                yield source, name, partial(build, name)
 
 
 def used(model: nn.Module, inputs: dict[str, Any]) -> nn.Module:

@@ -9,17 +9,16 @@ is installed by itself:
 
 from __future__ import annotations
 
-import importlib
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from libraries import library
 
 CLASSES = 10
 ZOOM = 1.25  # of an image before a part of it is cut out
@@ -62,37 +61,6 @@ def waves(digits: Tensor, _: torch.Generator, *, length: int) -> Tensor:
 def series(digits: Tensor, _: torch.Generator, *, length: int) -> Tensor:
     """(N, length, 8): the rows of pixels as series in time."""
     return F.interpolate(digits.view(-1, 8, 8), size=length, mode="linear").transpose(1, 2).contiguous()
-
-
-def library(name: str) -> Any:  # noqa: ANN401 - a module
-    """torchvision.models or transformers, which are no dependencies of ours.
-
-    Raises:
-        SystemExit: it does not import.
-    """
-    try:
-        _import_torchvision()  # transformers does too, where it is installed
-        return importlib.import_module(name)
-    except ImportError as error:
-        missing = "--no-deps torchvision" if "torchvision" in str(error) else "transformers"
-        raise SystemExit(f"networks of {name} are measured here ({error}). Run: pip install {missing}") from error
-
-
-def _import_torchvision() -> None:
-    """Import torchvision, also one whose compiled operators do not fit torch's build: no network here needs them.
-
-    Without them its Python code fails at import for want of two schemas, those of object detection.
-    """
-    try:
-        importlib.import_module("torchvision")
-    except RuntimeError as error:
-        if "torchvision::nms" not in str(error):
-            raise
-        for module in [module for module in sys.modules if module.split(".")[0] == "torchvision"]:
-            del sys.modules[module]
-        for operator in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou) -> Tensor")
-        importlib.import_module("torchvision")
 
 
 def of_torchvision(name: str, **options: object) -> nn.Module:

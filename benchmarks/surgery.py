@@ -2,7 +2,7 @@
 
     pip install --no-deps torchvision timm
     pip install transformers
-    python benchmarks/architectures.py --json architectures.json
+    python benchmarks/surgery.py --json surgery.json
 
 (`--no-deps`, so that pip does not bring another torch; nothing but code is downloaded, no weights.)
 
@@ -13,7 +13,7 @@ float32: the folded model's outputs. In bfloat16: how far from float32 the unfol
 one moved to bfloat16. Results are merged into the JSON file and models in it are skipped, so that the run can be cut
 into pieces with --seconds.
 
-    python benchmarks/architectures.py --time
+    python benchmarks/surgery.py --time
 
 measures, for a few of them, inference before and after folding and a training step with torch's layers, converted and
 fused: in turn, medians.
@@ -38,9 +38,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from zoo import LARGEST, Norm, architectures, images, torchvision, used
 
 import batchnorm as bn
+from batchnorm.surgery.report import Report
+from libraries import library
+from surgery_networks import LARGEST, Norm, architectures, images, used
 
 STEP = 1e-5  # relative; both are float64, so that it tells another result from rounding
 FOLDED = 1e-4  # float32, relative to the output's largest value
@@ -93,7 +95,7 @@ def rms(actual: list[Tensor], expected: list[Tensor]) -> float:
     )
 
 
-def counts(report: Any) -> dict[str, int]:  # noqa: ANN401 - bn's
+def counts(report: Report) -> dict[str, int]:
     """How often each thing was done, or was the reason why not."""
     names = Counter(("" if e.done else "left: ") + _short(e.what) for e in report)
     return dict(names.most_common())
@@ -131,11 +133,12 @@ def examine(model: nn.Module, inputs: dict[str, Any]) -> Row:
         freed: Any = bn.remove_dead_biases(copy.deepcopy(model).eval(), inputs)
         model.eval()
         folded: Any = bn.fold(model, inputs)
-        half_inputs = {k: v[:1].bfloat16() for k, v in inputs.items()}  # one sample: slow without instructions for it
+        half_inputs = {k: v.bfloat16() for k, v in inputs.items()}
         half = copy.deepcopy(model).bfloat16()
-        halves = [half, bn.fold(half, half_inputs), copy.deepcopy(folded).bfloat16()]
+        # By way of training mode, in which LeViT forgets what it has computed in float32 and would use again.
+        halves = [half, bn.fold(half, half_inputs), copy.deepcopy(folded).train().eval().bfloat16()]
     with torch.no_grad():
-        truth = tensors(model(**{k: v[:1] for k, v in inputs.items()}))
+        truth = tensors(model(**inputs))
         bf16 = [rms(tensors(m(**half_inputs)), truth) for m in halves]
     return {
         "layers": sum(isinstance(m, Norm) for m in model.modules()),
@@ -219,8 +222,10 @@ def summary(results: dict[str, Row]) -> str:
     heads = ["library", "models", "layers", "ours", "fused", "part of another", "scale and shift", "left", "worst step"]
     heads += ["worst fused step", "worst fold", "bf16, then folded", "folded, then bf16"]
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
-    for library in dict.fromkeys(name.partition("/")[0] for name in results):
-        rows = [r for name, r in results.items() if name.startswith(library) and "error" not in r]
+    for source in dict.fromkeys(name.partition("/")[0] for name in results):
+        rows = [r for name, r in results.items() if name.startswith(source) and "error" not in r]
+        if not rows:
+            continue
         half = []
         for way in (1, 2):
             ratios = [r["bfloat16"][way] / r["bfloat16"][0] for r in rows]
@@ -231,7 +236,7 @@ def summary(results: dict[str, Row]) -> str:
         cells += [sum(total(r, "folded", "part") for r in rows), sum(total(r, "folded", "a scale") for r in rows)]
         cells += [sum(r["left"] for r in rows)]
         worst = [f"{max(r[key] for r in rows):.0e}" for key in ("step", "fused step", "fold")]
-        lines.append(f"| {library} | {' | '.join(map(str, [*cells, *worst, *half]))} |")
+        lines.append(f"| {source} | {' | '.join(map(str, [*cells, *worst, *half]))} |")
     for key in ("fused", "folded"):
         reasons: Counter[str] = Counter()
         for row in results.values():
@@ -246,7 +251,7 @@ def timed(repeats: int) -> str:
     lines = [f"| {' | '.join([*heads, 'ratio'])} |", f"|{'---|' * (len(heads) + 1)}"]
     for name in TIMED:
         x = images(128, batch=8)
-        model = used(torchvision().models.get_model(name, weights=None), {"x": x}).eval()
+        model = used(library("torchvision.models").get_model(name, weights=None), {"x": x}).eval()
         folded = bn.fold(model, x)
         with torch.no_grad():
             before, after = _medians([partial(m, x) for m in (model, folded)], repeats)
@@ -294,8 +299,8 @@ def main() -> None:
     results: dict[str, Row] = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
     torch.set_num_threads(options.threads)
     end = time.perf_counter() + options.seconds
-    for library, name, build in architectures():
-        key = f"{library}/{name}"
+    for source, name, build in architectures():
+        key = f"{source}/{name}"
         if key in results or options.only not in key:
             continue
         if time.perf_counter() > end:

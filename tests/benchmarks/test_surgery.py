@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("name", ["ResNet, basic", "RegNet", "MobileNetV2", "LeViT"])
 def test_an_architecture_of_transformers(name: str, tmp_path: Path) -> None:
     file = tmp_path / "results.json"
-    command = [sys.executable, "benchmarks/architectures.py", "--only", f"transformers/{name}", "--json", str(file)]
+    command = [sys.executable, "benchmarks/surgery.py", "--only", f"transformers/{name}", "--json", str(file)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
     assert run.returncode == 0, run.stderr
     row = json.loads(file.read_text())[f"transformers/{name}"]
