@@ -176,8 +176,18 @@ SCENARIOS: dict[str, Callable[[int, int], dict[str, Any]]] = {
 }
 
 
-def run(scenarios: list[str], size: int, folder: Path, timeout: float) -> list[dict[str, Any] | None]:
-    """Start `size` processes, and wait for them.
+def run(
+    scenarios: list[str], size: int, folder: Path, timeout: float, *, script: str = __file__, **variables: str
+) -> list[dict[str, Any] | None]:
+    """Start `size` processes of a script like this one, and wait for them.
+
+    Args:
+        scenarios: their names.
+        size: how many processes.
+        folder: an empty one, for what they find.
+        timeout: in seconds, for all of it.
+        script: its path.
+        variables: for the environment.
 
     Returns:
         What each found, by scenario; None for one that did not come to its end.
@@ -186,9 +196,10 @@ def run(scenarios: list[str], size: int, folder: Path, timeout: float) -> list[d
         "GLOO_SOCKET_IFNAME": "lo",
         "PYTHONPATH": str(Path(__file__).parent),
         "OMP_NUM_THREADS": "1",
+        **variables,
     }
     commands = [
-        [sys.executable, __file__, ",".join(scenarios), str(rank), str(size), str(folder)] for rank in range(size)
+        [sys.executable, script, ",".join(scenarios), str(rank), str(size), str(folder)] for rank in range(size)
     ]
     started = [
         subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=folder)
@@ -204,11 +215,12 @@ def run(scenarios: list[str], size: int, folder: Path, timeout: float) -> list[d
     return [torch.load(file) if file.exists() else None for file in files]
 
 
-def main() -> None:
+def main(known: dict[str, Callable[[int, int], dict[str, Any]]] = SCENARIOS) -> None:
+    """Go through the scenarios that the command line names, and leave what was found."""
     names, rank, size, folder = sys.argv[1].split(","), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
     store = dist.FileStore(str(folder / "store"), size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=GROUP_TIMEOUT)
-    torch.save({name: SCENARIOS[name](rank, size) for name in names}, folder / f"found{rank}")
+    torch.save({name: known[name](rank, size) for name in names}, folder / f"found{rank}")
     if names != ["killed"]:
         dist.destroy_process_group()
 

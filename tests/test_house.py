@@ -29,6 +29,7 @@ FLOORS = {
     "recipe": 4,
     "autograd": 5,
     "functional": 5,
+    "sharing": 5,
     "modules": 6,
     "deferral": 7,
     "population": 7,
@@ -42,7 +43,14 @@ FLOORS = {
     "__main__": 10,
 }
 # The law of shapes raises errors; study's and bench's numbers become report's pages, and report knows nothing of them.
-SAME_FLOOR = {("layout", "errors"), ("functional", "autograd"), ("study", "report"), ("bench", "report")}
+SAME_FLOOR = {
+    ("layout", "errors"),
+    ("functional", "autograd"),
+    ("functional", "sharing"),
+    ("sharing", "autograd"),
+    ("study", "report"),
+    ("bench", "report"),
+}
 
 
 def room(path: Path) -> str:

@@ -6,10 +6,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from batchnorm.errors import OptionError, OrderError, ProcessError
+from batchnorm.moments import Moments, joined
 
 
 class _Message(NamedTuple):
@@ -88,17 +90,64 @@ class Group:
                 self._exchange(_Message(None, f"{type(error).__name__}: {error}", []))
             raise
 
+    def join(self, moments: Moments, positions: int, place: str) -> tuple[Moments, Tensor]:
+        """The moments of all processes together, the same bits in each of them.
+
+        Args:
+            moments: of this process, (C,); of nothing is allowed.
+            positions: how many values of each channel this process has, whether they count in the moments or not.
+            place: where this process is, in words.
+
+        Returns:
+            The joined moments, whose count is floating; and the sum of the positions, ().
+
+        Raises:
+            ProcessError: another process is gone.
+            OrderError: under `TORCH_DISTRIBUTED_DEBUG=DETAIL`, the processes are at different places.
+        """
+        head = torch.stack([moments.count.to(moments.mean.dtype), torch.full_like(moments.count, positions)])
+        all_of_them = self._gather(torch.cat([head.to(moments.mean.dtype), moments.mean, moments.m2]), place)
+        counts, positions_of, means, m2s = all_of_them.split([1, 1, len(moments.mean), len(moments.m2)], dim=1)
+        return joined(counts[:, 0], means, m2s), positions_of.sum()
+
+    def add(self, tensors: Sequence[Tensor], place: str) -> list[Tensor]:
+        """The sums over all processes, the same bits in each of them.
+
+        Args:
+            tensors: of this process, (C,) each.
+            place: as in `join`.
+
+        Raises: as `join`.
+        """
+        return list(self._gather(torch.stack(list(tensors)), place).sum(0))
+
+    def _gather(self, tensor: Tensor, place: str) -> Tensor:
+        """What each process has, (size, *shape), in the order of ranks."""
+        if dist.get_debug_level().name == "DETAIL":  # type: ignore[attr-defined]  # not in torch's list of names
+            self.meet(place)
+        gathered = tensor.new_empty(self.size, *tensor.shape)
+        with _partners():
+            dist.all_gather(list(gathered.unbind()), tensor.contiguous(), group=self._group)
+        return gathered
+
     def _exchange(self, message: _Message) -> list[_Message]:
         messages: list[_Message | None] = [None] * self.size
         self._parted = True  # until it has succeeded: after an exchange that was cut off there can be no other
-        try:
+        with _partners():
             dist.all_gather_object(messages, message, group=self._group)
-        except RuntimeError as error:
-            raise ProcessError(
-                f"another process of the group is gone, or later than the group's timeout: {error}"
-            ) from error
         self._parted = message.failure is not None
         return [m for m in messages if m is not None]
+
+
+@contextmanager
+def _partners() -> Iterator[None]:
+    """An error of torch.distributed inside is one of the other processes."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ProcessError(
+            f"another process of the group is gone, or later than the group's timeout: {error}"
+        ) from error
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from batchnorm import ghost, layout, ops
 from batchnorm.autograd import apply, transformed
+from batchnorm.distributed import Group
 from batchnorm.errors import CountError, OptionError, ShapeError, TransformError
 from batchnorm.kernels import reference
 from batchnorm.moments import Moments, check_weights, joined, statistics_dtype
-from batchnorm.recipe import Recipe, Running, check, check_virtual_batch_size
+from batchnorm.recipe import Recipe, Running, check, check_sharing, check_virtual_batch_size
 
 
 def batch_norm(
@@ -29,6 +31,7 @@ def batch_norm(
     mask: Tensor | None = None,
     residual: Tensor | None = None,
     activation: str | None = None,
+    process_group: dist.ProcessGroup | None = None,
     virtual_batch_size: int | None = None,
     inplace: bool = False,
 ) -> Tensor:
@@ -57,6 +60,8 @@ def batch_norm(
             there for all positions. A mask is a constant to the gradient, and has no effect in inference.
         residual: of input's shape and dtype, added before the activation.
         activation: "relu", "leaky_relu", "silu", "gelu", "hardswish", "elu" (torch's default parameters) or None.
+        process_group: in training, the batch is what all processes of this group have together, in equal or unequal
+            parts; `torch.distributed.group.WORLD` for all there are. See `BatchNorm`'s `sync`.
         virtual_batch_size: in training, normalise every so many samples by their own statistics; a single sample that
             is left over joins the last of these ghost batches. The running statistics see the joined moments.
         inplace: in inference without gradients, write the output over the input and return the input. Where autograd
@@ -83,8 +88,9 @@ def batch_norm(
         running = None
         if running_mean is not None and running_var is not None and not replayed():
             running = Running(running_mean, running_var, None, None, momentum)
+        group = None if process_group is None else Group(process_group)
         output, moments = normalize_by_batch(
-            input, recipe, mask=mask, virtual_batch_size=virtual_batch_size, running=running
+            input, recipe, mask=mask, virtual_batch_size=virtual_batch_size, running=running, group=group
         )
         if moments is not None and running is not None:
             commit(moments, running)
@@ -105,6 +111,8 @@ def normalize_by_batch(
     virtual_batch_size: int | None = None,
     correct: Callable[[Moments], tuple[Tensor, Tensor]] | None = None,
     running: Running | None = None,
+    group: Group | None = None,
+    place: str = "batch_norm",
 ) -> tuple[Tensor, Moments | None]:
     """`batch_norm` in training mode, with the batch's moments as a value: what a layer proposes.
 
@@ -116,9 +124,12 @@ def normalize_by_batch(
         correct: from the batch's moments to r and d of batch renormalization, (C,) each: what is normalised becomes
             normalised * r + d.
         running: where the moments are committed on the way, if one operation can do both: no moments come back then.
+        group: the processes that have parts of the batch; None for this one alone.
+        place: the layer, in words, for errors of processes that are at different ones.
 
     Returns:
-        The output, and the moments of `x`, or None where x is empty or they are committed.
+        The output, and the moments of the batch, all processes' parts of it included, or None where it is empty or they
+        are committed.
 
     Raises: as `batch_norm`.
     """
@@ -126,6 +137,13 @@ def normalize_by_batch(
         raise OptionError(f"got eps={recipe.eps}; eps must be positive in training. torch's default is 1e-5")
     num_channels = check(x, recipe)
     numel = x.numel()
+    if group is not None and group.size > 1:
+        from batchnorm import sharing  # not before it is needed: it imports torch's compiler
+
+        check_sharing(True, None, virtual_batch_size)
+        mask = _positions(x, recipe, mask)
+        shared = sharing.normalized(x, recipe, mask, _moments(x, recipe, mask), correct, group, place)
+        return (_empty_output(x, recipe), None) if shared is None else shared
     if numel == 0:
         return _empty_output(x, recipe), None
     cut = None if virtual_batch_size is None else _ghost_batches(x, recipe, virtual_batch_size)
@@ -140,24 +158,29 @@ def normalize_by_batch(
     if cut is not None:
         return _by_ghost_batches(x, recipe, mask, cut)
     if correct is not None:
-        r, d = correct(_moments(x, recipe, mask))
-        weight, bias = recipe.weight, recipe.bias
-        shift = d if weight is None else weight * d
-        recipe = recipe._replace(
-            weight=r if weight is None else weight * r, bias=shift if bias is None else bias + shift
-        )
+        recipe = recipe.corrected(*correct(_moments(x, recipe, mask)))
     # A compiled graph wants to see what changes.
     if running is not None and not (torch.compiler.is_compiling() or transformed()):
         return apply(x, None, None, *recipe[:3], mask, recipe[3:], running), None
     return _by_batch(x, recipe, mask)
 
 
-def batch_moments(x: Tensor, recipe: Recipe, mask: Tensor | None) -> Moments | None:
+def batch_moments(
+    x: Tensor, recipe: Recipe, mask: Tensor | None, group: Group | None = None, place: str = "batch_norm"
+) -> Moments | None:
     """The moments of x, for a layer that normalises by others but proposes these; None where x is empty."""
-    return _moments(x, recipe, _positions(x, recipe, mask)) if x.numel() else None
+    mask = _positions(x, recipe, mask)
+    if group is not None and group.size > 1:
+        from batchnorm import sharing  # not before it is needed: it imports torch's compiler
+
+        moments: Moments | None = sharing.joined(x, recipe, _moments(x, recipe, mask), group, place)
+        return moments
+    return _moments(x, recipe, mask) if x.numel() else None
 
 
 def _moments(x: Tensor, recipe: Recipe, mask: Tensor | None) -> Moments:
+    if x.numel() == 0:
+        return Moments.empty(x.shape[layout.channel_axis(x.dim(), recipe.channel_dim)], device=x.device)
     implementation = reference if transformed() else ops.implementation(x)
     return Moments(*implementation.batch_moments(x.detach(), recipe.channel_dim, mask))
 

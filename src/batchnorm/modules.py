@@ -5,20 +5,25 @@ A forward pass in training mode *proposes* the batch's moments; a *commit* blend
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import Self
 
 from batchnorm import functional, layout
+from batchnorm.distributed import Group
 from batchnorm.errors import BatchNormError, OptionError, ShapeError
 from batchnorm.moments import Moments
-from batchnorm.recipe import Recipe, Running, check_activation, check_virtual_batch_size
+from batchnorm.recipe import Recipe, Running, check_activation, check_sharing, check_virtual_batch_size
 from batchnorm.renorm import Renorm, corrections
 
 _STATISTICS = ("running_mean", "running_var")
+_NUMBERS = itertools.count(1)
 _HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -43,6 +48,8 @@ class Frozen(NamedTuple):
 _OPTIONS: dict[str, Any] = {
     "activation": None,
     "channel_dim": 1,
+    "sync": False,
+    "process_group": None,
     "virtual_batch_size": None,
     "renorm": None,
     "inplace": False,
@@ -69,6 +76,11 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         bias: with affine, whether there is a beta.
         activation: "relu", "leaky_relu", "silu", "gelu", "hardswish", "elu" (torch's default parameters) or None.
         channel_dim: the dimension of the channels; -1 for channels last.
+        sync: in training, take the statistics from what all processes have together, in equal or unequal parts, an
+            empty one included; on any device and backend of torch.distributed. All must call their layers in the same
+            order; under `TORCH_DISTRIBUTED_DEBUG=DETAIL` a process that does not is named. No effect without
+            torch.distributed or with one process.
+        process_group: with sync, the processes; None for the default group. A copy of the layer refers to the same.
         virtual_batch_size: in training, normalise every so many samples by their own statistics: ghost batches. The
             running statistics see the joined moments; a single sample that is left over joins the last.
         renorm: batch renormalization, `Renorm`; training then normalises by nearly the running statistics.
@@ -83,6 +95,8 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         num_held_back: (C,) int64, not in the state_dict: how often a channel's new statistics were not finite and were
             held back; the other channels' moved.
         frozen: what `freeze` set.
+        place: what distinguishes this layer from others in errors of processes: "number 4" for the fourth layer that
+            this process made, and its path where `convert` made it.
 
     Running statistics are float32 at least, also in a layer of a half-precision dtype and after `.half()`: an average
     whose steps are smaller than its rounding would stand still.
@@ -91,6 +105,7 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         OptionError: an unknown activation, or options that exclude each other, when the layer is made.
         ShapeError, DTypeError, CountError, OptionError: when it is called, as `functional.batch_norm`; the layer
             stays as it was, `num_batches_tracked` included.
+        ProcessError, OrderError: another process is gone, or at another layer.
 
     Source: Ioffe and Szegedy, "Batch Normalization", 2015.
     """
@@ -98,10 +113,13 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     ranks: ClassVar[tuple[int, ...]] = ()
     activation: str | None
     channel_dim: int
+    sync: bool
+    process_group: dist.ProcessGroup | None
     virtual_batch_size: int | None
     renorm: Renorm | None
     inplace: bool
     frozen: Frozen
+    place: str
     num_held_back: Tensor | None
     # Where proposals go instead of being committed: `deferred` sets it for a while.
     _receiver: Callable[[Moments], None] | None = None
@@ -118,6 +136,8 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         *,
         bias: bool = True,
         activation: str | None = None,
+        sync: bool = False,
+        process_group: dist.ProcessGroup | None = None,
         virtual_batch_size: int | None = None,
         renorm: Renorm | None = None,
         channel_dim: int = 1,
@@ -125,6 +145,7 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     ) -> None:
         check_activation(activation)
         check_virtual_batch_size(virtual_batch_size)
+        check_sharing(sync, process_group, virtual_batch_size)
         if renorm is not None and (virtual_batch_size is not None or not track_running_stats):
             raise OptionError(
                 "got renorm with virtual_batch_size or without running statistics; batch renormalization corrects a "
@@ -135,10 +156,13 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             self.register_parameter("bias", None)
         self.activation = activation
         self.channel_dim = channel_dim
+        self.sync = sync
+        self.process_group = process_group
         self.virtual_batch_size = virtual_batch_size
         self.renorm = renorm
         self.inplace = inplace
         self.frozen = Frozen()
+        self.place = f"number {next(_NUMBERS)}"
         self._complete_buffers()
 
     def _complete_buffers(self) -> None:
@@ -167,18 +191,22 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
                     if not self.training:
                         return functional.normalize_by(input, mean, var, recipe, inplace=self.inplace)
                     output = functional.normalize_by(input, mean, var, recipe)
-                    if (
-                        not frozen.statistics
-                        and (proposal := functional.batch_moments(input, recipe, mask)) is not None
-                    ):
-                        self._propose(proposal)
+                    if not frozen.statistics:
+                        proposal = functional.batch_moments(
+                            input, recipe, mask, *(self._sharing() if self.sync else ())
+                        )
+                        if proposal is not None:
+                            self._propose(proposal)
                     return output
             if not self.training:  # without running statistics
                 return functional.normalize_by_batch(input, recipe, mask=mask)[0]
+            group, place = self._sharing() if self.sync else (None, "")
             output, proposal = functional.normalize_by_batch(
                 input,
                 recipe,
                 mask=mask,
+                group=group,
+                place=place,
                 virtual_batch_size=self.virtual_batch_size,
                 correct=None if self.renorm is None else self._correction,
                 running=self._running() if self._receiver is None and moves and not functional.replayed() else None,
@@ -188,6 +216,10 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         if proposal is not None and moves:
             self._propose(proposal)
         return output
+
+    def _sharing(self) -> tuple[Group, str]:
+        """The processes that share the statistics, and what to call this layer among them."""
+        return Group(self.process_group), f"{type(self).__name__}({self.num_features}), {self.place}"
 
     def _correction(self, moments: Moments) -> tuple[Tensor, Tensor]:
         """Batch renormalization's r and d."""
@@ -247,6 +279,14 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
                 self._buffers[name] = _at_least_float32(buffer)
         if self.num_held_back is not None and not self.num_held_back.is_meta:
             self.num_held_back.zero_()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy that refers to the same processes: their group is a handle, which cannot be copied."""
+        memo[id(self.process_group)] = self.process_group
+        copied = self.__new__(type(self))
+        memo[id(self)] = copied
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
 
     def _check_input_dim(self, input: Tensor) -> None:
         if self.ranks and input.dim() not in self.ranks:

@@ -21,6 +21,12 @@ class Recipe(NamedTuple):
     channel_dim: int
     activation: str | None
 
+    def corrected(self, r: Tensor, d: Tensor) -> Recipe:
+        """The recipe for what is normalised, times r, plus d, (C,) each: batch renormalization."""
+        weight, bias = self.weight, self.bias
+        shift = d if weight is None else weight * d
+        return self._replace(weight=r if weight is None else weight * r, bias=shift if bias is None else bias + shift)
+
 
 class Running(NamedTuple):
     """Running statistics, and how much new ones weigh: what `kernels.reference.commit` takes besides the moments."""
@@ -83,3 +89,20 @@ def check_virtual_batch_size(size: int | None) -> None:
     """
     if size is not None and not (isinstance(size, int) and size >= 1):
         raise OptionError(f"got virtual_batch_size={size}; it must be a positive number of samples, or None")
+
+
+def check_sharing(sync: bool, process_group: object, virtual_batch_size: int | None) -> None:
+    """What a layer is told about other processes fits together.
+
+    Raises:
+        OptionError: a group without sync, or sync with ghost batches.
+    """
+    if process_group is not None and not sync:
+        raise OptionError(
+            "got a process_group without sync=True; a group is for sharing statistics. Pass both, or none"
+        )
+    if sync and virtual_batch_size is not None:
+        raise OptionError(
+            f"got virtual_batch_size={virtual_batch_size} with statistics that processes share; ghost batches make a "
+            f"batch smaller, sharing makes it larger. Leave one of the two out"
+        )

@@ -239,3 +239,26 @@ def test_the_made_up_layer_is_as_timms() -> None:
     x = torch.randn(2, 3, 4, 4)
     layer = timms()(3, nn.ReLU())
     torch.testing.assert_close(layer(x), F.relu(F.batch_norm(x, None, None, training=True)))
+
+
+@pytest.mark.parametrize("made", [nn.SyncBatchNorm, nn.BatchNorm2d])
+@pytest.mark.parametrize("sync", [True, False])
+def test_sharing_that_convert_added_goes_and_torchs_stays(made: Any, sync: bool) -> None:
+    layer = made(4)
+    attributes = {**vars(layer)}
+    assert type(revert(convert(layer, sync=sync))) is made
+    assert vars(layer) == attributes
+
+
+@pytest.mark.parametrize("ours", [bn.BatchNorm, bn.BatchNorm2d])
+def test_a_layer_made_as_ours_that_shares_becomes_torchs_that_does(ours: Any) -> None:
+    group = object()
+    reverted = revert(ours(4, sync=True, process_group=group))
+    assert type(reverted) is nn.SyncBatchNorm
+    assert vars(reverted).keys() == vars(nn.SyncBatchNorm(4)).keys()
+    assert reverted.process_group is group
+
+
+def test_a_layer_of_any_rank_that_does_not_share_is_left() -> None:
+    with pytest.warns(UserWarning, match=r"left as they are: the model itself \(BatchNorm\)"):
+        assert type(revert(bn.BatchNorm(4))) is bn.BatchNorm

@@ -6,10 +6,11 @@ import warnings
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from batchnorm.modules import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
-from batchnorm.recipe import check_virtual_batch_size
+from batchnorm.recipe import check_sharing, check_virtual_batch_size
 from batchnorm.surgery import activations
 from batchnorm.surgery.hooks import hooked
 
@@ -17,6 +18,7 @@ OURS: dict[type[nn.Module], type[BatchNorm]] = {
     nn.BatchNorm1d: BatchNorm1d,
     nn.BatchNorm2d: BatchNorm2d,
     nn.BatchNorm3d: BatchNorm3d,
+    nn.SyncBatchNorm: BatchNorm,
 }
 # timm's layer with an activation inside, recognised without timm.
 _TIMMS = "timm.layers.norm_act.BatchNormAct2d"
@@ -37,35 +39,52 @@ class Origin(NamedTuple):
     options: dict[str, Any]
 
 
-def convert(model: nn.Module, *, virtual_batch_size: int | None = None) -> nn.Module:
-    """Make every `torch.nn.BatchNorm1d`, `2d` and `3d` of a model one of ours, in place.
+def convert(
+    model: nn.Module,
+    *,
+    sync: bool = False,
+    process_group: dist.ProcessGroup | None = None,
+    virtual_batch_size: int | None = None,
+) -> nn.Module:
+    """Make every `torch.nn.BatchNorm1d`, `2d`, `3d` and `SyncBatchNorm` of a model one of ours, in place.
 
     A layer stays the object that it was and only changes its class: its parameters, buffers, hooks, flags and other
     attributes stay, and whoever refers to it still does: a second parent, an optimizer, another model. Only running
     statistics of half precision become new tensors, of float32 and equal values. Layers that are ours already are left.
+    A `SyncBatchNorm` becomes a `BatchNorm`, which takes any rank as it does, with `sync=True` and its own group.
     timm's `BatchNormAct2d` becomes a `BatchNorm2d` with its activation inside, if that is one of ours and it drops
     nothing. `revert` undoes all of this.
 
     A layer is left that may mean something else than torch's: of another subclass, or with an attribute of its own
-    where ours have one, such as a replaced `forward`; one UserWarning names all of these. `SyncBatchNorm` is among
-    them.
+    where ours have one, such as a replaced `forward`; one UserWarning names all of these. With `sync=True` it names
+    those that were ours already and do not share their statistics, too.
 
     Args:
         model: any module; it may be a batch-norm layer itself.
+        sync: of the layers that become ours: whether processes share their statistics.
+        process_group: with sync, these processes; None for all. A `SyncBatchNorm` keeps its own.
         virtual_batch_size: of the layers that become ours, for ghost batches.
 
     Returns:
         `model`, the same object.
 
     Raises:
-        OptionError: `virtual_batch_size` is no positive number; nothing is changed.
+        OptionError: `virtual_batch_size` is no positive number, or does not go with the others; nothing is changed.
     """
     check_virtual_batch_size(virtual_batch_size)
-    left = become_ours(model, {"virtual_batch_size": virtual_batch_size})
+    check_sharing(sync, process_group, virtual_batch_size)
+    left = [
+        f"{path or 'the model itself'} ({type(layer).__qualname__}, ours already, with sync=False)"
+        for path, layer in model.named_modules()
+        if sync and isinstance(layer, BatchNorm) and not layer.sync
+    ]
+    options = {"sync": sync, "process_group": process_group, "virtual_batch_size": virtual_batch_size}
+    left += become_ours(model, options)
     if left:
         warnings.warn(
-            f"left as they are: {', '.join(left)}. Only layers that are exactly torch.nn.BatchNorm1d, 2d or 3d, or "
-            f"timm's BatchNormAct2d, are converted. Replace these by hand if ours are to stand in for them",
+            f"left as they are: {', '.join(left)}. Only layers that are exactly torch.nn.BatchNorm1d, 2d, 3d or "
+            f"SyncBatchNorm, or timm's BatchNormAct2d, are converted. Replace these by hand if ours are to stand in "
+            f"for them",
             UserWarning,
             stacklevel=2,
         )
@@ -78,16 +97,14 @@ def become_ours(model: nn.Module, options: dict[str, Any] | None = None) -> list
     for path, module in list(model.named_modules()):
         if isinstance(module, BatchNorm) or not isinstance(module, nn.modules.batchnorm._BatchNorm):
             continue
-        if obstacle := _become_ours(module, options or {}):
+        if obstacle := _become_ours(module, path, options or {}):
             left.append(f"{path or 'the model itself'} ({obstacle})")
     return left
 
 
-def _become_ours(layer: nn.modules.batchnorm._BatchNorm, options: dict[str, Any]) -> str | None:
+def _become_ours(layer: nn.modules.batchnorm._BatchNorm, path: str, options: dict[str, Any]) -> str | None:
     """Change the layer's class, or say what keeps it from changing."""
     theirs = type(layer)
-    if isinstance(layer, nn.SyncBatchNorm):
-        return f"{theirs.__qualname__}, whose statistics are those of several processes"
     if activations.qualified(theirs) == _TIMMS:
         activation, obstacle = _activation_inside(layer)
         if obstacle:
@@ -96,9 +113,13 @@ def _become_ours(layer: nn.modules.batchnorm._BatchNorm, options: dict[str, Any]
         options = options | {"activation": activation}
     elif theirs in OURS:
         ours = OURS[theirs]
+        if isinstance(layer, nn.SyncBatchNorm):
+            if options.get("virtual_batch_size") is not None:
+                return f"{theirs.__qualname__}, whose statistics processes share: ghost batches are the contrary"
+            options = options | {"sync": True, "process_group": layer.process_group}
     else:
         return theirs.__qualname__
-    added, buffers = additions(ours)
+    added, buffers = additions(ours, theirs)
     defined = {name for cls in ours.__mro__ if issubclass(cls, BatchNorm) for name in vars(cls)}
     own = vars(layer).keys() | layer._parameters.keys() | layer._buffers.keys() | layer._modules.keys()
     if clash := sorted(own & (added.keys() | buffers | defined | {ORIGIN})):
@@ -108,7 +129,7 @@ def _become_ours(layer: nn.modules.batchnorm._BatchNorm, options: dict[str, Any]
     # The class of an object, and not a new object: that would leave the old one with whoever else refers to it, and a
     # compiled call would go on calling the old one. torch's parametrizations and lazy layers change class like this.
     layer.__class__ = ours
-    vars(layer).update({**added, **options, ORIGIN: Origin(theirs, dtypes, options)})
+    vars(layer).update({**added, **options, "place": path, ORIGIN: Origin(theirs, dtypes, options)})
     assert isinstance(layer, BatchNorm)
     layer._complete_buffers()
     return None
@@ -126,9 +147,8 @@ def _activation_inside(layer: nn.Module) -> tuple[str | None, str]:
     return (None, "") if type(act) is nn.Identity else activations.of_module(act)
 
 
-def additions(ours: type[BatchNorm]) -> tuple[dict[str, object], set[str]]:
+def additions(ours: type[BatchNorm], theirs: type[nn.Module]) -> tuple[dict[str, object], set[str]]:
     """What our constructor sets and torch's does not: attributes at their defaults, and the names of buffers."""
-    theirs = next(torchs for torchs, cls in OURS.items() if cls is ours)
-    fresh, torchs = (cls(1, device="meta") for cls in (ours, theirs))
+    fresh, torchs = (cls(1, device="meta") for cls in (ours, theirs if theirs in OURS else nn.BatchNorm2d))
     attributes = {name: value for name, value in vars(fresh).items() if name not in vars(torchs)}
     return attributes, fresh._buffers.keys() - torchs._buffers.keys()

@@ -7,11 +7,15 @@ import warnings
 import torch
 from torch import nn
 
-from batchnorm.modules import BatchNorm
-from batchnorm.surgery.convert import ORIGIN, OURS, Origin, additions
+from batchnorm.modules import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.surgery.convert import ORIGIN, Origin, additions
 from batchnorm.surgery.fuse import unfuse
 
-THEIRS: dict[type[nn.Module], type[nn.Module]] = {ours: theirs for theirs, ours in OURS.items()}
+THEIRS: dict[type[BatchNorm], type[nn.Module]] = {
+    BatchNorm1d: nn.BatchNorm1d,
+    BatchNorm2d: nn.BatchNorm2d,
+    BatchNorm3d: nn.BatchNorm3d,
+}
 _STATISTICS = ("running_mean", "running_var")
 
 
@@ -19,8 +23,9 @@ def revert(model: nn.Module) -> nn.Module:
     """Make every layer of ours in a model one of torch.nn's, in place, without loss: `convert` and `fuse` are undone.
 
     A layer stays the object that it was, with its parameters, buffers, hooks, flags and other attributes, and gets the
-    class back that it had before `convert`; one made as ours gets that of its namesake. Running statistics that were of
-    half precision are so again. What `convert` added to it (an activation of timm's layer, ghost batches) goes.
+    class back that it had before `convert`; one made as ours gets that of its namesake, or of `SyncBatchNorm` if it has
+    `sync=True`. Running statistics that were of half precision are so again. What `convert` added to it (an activation
+    of timm's layer, ghost batches, sharing) goes.
 
     A layer that torch.nn cannot express is left, and one UserWarning names all of these with the reason: an option of
     ours that `convert` did not set, frozen parts (`unfreeze` first), `BatchNorm`, which takes any rank, or a subclass.
@@ -49,15 +54,15 @@ def revert(model: nn.Module) -> nn.Module:
 def _become_theirs(layer: BatchNorm) -> str | None:
     """Change the layer's class, or say what keeps it from changing."""
     ours = type(layer)
-    if ours not in THEIRS:
+    origin = vars(layer).get(ORIGIN) or _namesake(layer)
+    if origin is None:
         return ours.__qualname__
-    origin: Origin = vars(layer).get(ORIGIN) or Origin(THEIRS[ours], {}, {})
     beyond = [f"{name}={value}" for name, value in layer.options().items() if origin.options.get(name) != value]
     if beyond:
         return f"{ours.__qualname__} with {', '.join(beyond)}"
     if origin.options.get("activation") != layer.activation:
         return f"{ours.__qualname__} without the activation that {origin.cls.__qualname__} has"
-    attributes, buffers = additions(ours)
+    attributes, buffers = additions(ours, origin.cls)
     for name in (*attributes, ORIGIN):
         vars(layer).pop(name, None)
     for name in buffers:
@@ -67,6 +72,14 @@ def _become_theirs(layer: BatchNorm) -> str | None:
         if (buffer := layer._buffers[name]) is not None:
             layer._buffers[name] = buffer.to(_dtype(layer, origin, name, buffer))
     return None
+
+
+def _namesake(layer: BatchNorm) -> Origin | None:
+    """What would have become this layer, where it was made as ours."""
+    ours = type(layer)
+    if layer.sync and ours in (BatchNorm, *THEIRS):
+        return Origin(nn.SyncBatchNorm, {}, {"sync": True, "process_group": layer.process_group})
+    return Origin(THEIRS[ours], {}, {}) if ours in THEIRS else None
 
 
 def _dtype(layer: nn.Module, origin: Origin, name: str, buffer: torch.Tensor) -> torch.dtype:
