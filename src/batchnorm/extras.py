@@ -9,6 +9,7 @@ from batchnorm.errors import UsageError
 # Of each extra, what is imported, and what it is called where packages are installed from.
 EXTRAS = {
     "study": {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "jinja2": "jinja2"},
+    "onnx": {"onnx": "onnx", "onnxscript": "onnxscript"},
     "files": {"numpy": "numpy", "safetensors": "safetensors"},
 }
 

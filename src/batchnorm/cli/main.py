@@ -10,6 +10,7 @@ import click
 
 import batchnorm
 from batchnorm.cli.bench import bench
+from batchnorm.cli.fold import fold
 from batchnorm.cli.kernels import kernels
 from batchnorm.cli.recalibrate import recalibrate
 from batchnorm.cli.study import study
@@ -26,7 +27,7 @@ def _commands(context: click.Context) -> None:
         context.exit(2)
 
 
-for _command in (recalibrate, study, kernels, bench):
+for _command in (recalibrate, fold, study, kernels, bench):
     _commands.add_command(_command)
 
 

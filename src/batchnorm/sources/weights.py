@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,9 +78,20 @@ def save_weights(model: nn.Module, path: Path) -> None:
         UsageError: it cannot be written.
     """
     form = _format(path)
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
+    with whole_file(path) as temporary:
         form.save(model, temporary)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Where to write what becomes `path` at the end, if there is no error.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    temporary = path.with_name(f"{path.name}.tmp{path.suffix}")  # torch.export wants its own suffix
+    try:
+        yield temporary
         temporary.replace(path)
     except (OSError, RuntimeError, ValueError) as error:
         raise UsageError(f"cannot write to {path}: {error}") from error

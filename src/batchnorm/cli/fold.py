@@ -1,0 +1,57 @@
+"""`batchnorm fold`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+import batchnorm
+from batchnorm.errors import UsageError
+from batchnorm.population.batches import samples
+from batchnorm.sources.data import load_data
+from batchnorm.sources.model import load_model
+from batchnorm.sources.program import check_program, save_program
+from batchnorm.sources.reference import blaming
+
+_FILE = click.Path(path_type=Path)
+_SHAPE = re.compile(r"\d+([,x]\d+)*")
+
+
+@click.command()
+@click.argument("model", metavar="MODEL")
+@click.option("--output", type=_FILE, required=True, metavar="FILE", help="Where the folded model is written.")
+@click.option("--example", required=True, metavar="SHAPE|DATA", help="An input's shape, such as 2,3,224,224; or data.")
+@click.option("--weights", type=_FILE, metavar="FILE", help="Weights to begin with, instead of MODEL's own.")
+def fold(model: str, output: Path, example: str, weights: Path | None) -> None:
+    """Fold MODEL's batch-norm layers into the linear layers beside them, for inference.
+
+    MODEL is package.module:callable or path/file.py:callable, and returns the model. Each fold is checked on the
+    example: standard normal values of that shape, or the first batch of DATA, such a callable or a .npz file.
+
+    FILE ends with .pt2 (a program of torch.export, which runs without MODEL's code), .onnx, or .safetensors or .pt
+    (the weights of the folded model).
+    """
+    check_program(output)
+    net = load_model(model, weights)
+    inputs = _example(example)
+    with blaming("the model"):
+        folded: Any = batchnorm.fold(net, inputs)
+    save_program(folded, inputs, output)
+    click.echo(str(folded.report))
+
+
+def _example(text: str) -> Any:  # noqa: ANN401 - what the model takes
+    """A tensor of a shape, or what the first batch of DATA gives the model."""
+    if _SHAPE.fullmatch(text):
+        shape = [int(size) for size in re.split("[,x]", text)]
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    batch = next(iter(load_data(text)), None)
+    if batch is None or samples(batch) in (None, 0):
+        raise UsageError(
+            f"got --example {text}, whose first batch has no samples; it must be a shape such as 2,3,224,224, or data"
+        )
+    return batch[0] if isinstance(batch, (tuple, list)) else batch

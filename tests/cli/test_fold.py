@@ -1,0 +1,151 @@
+"""`batchnorm fold`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import batchnorm as bn
+import tolerances
+from batchnorm.cli.main import main
+from commands import fails
+
+CODE = """
+import torch
+from torch import nn
+def net():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.BatchNorm2d(2))
+    for _ in range(3):
+        model(torch.randn(8, 3, 8, 8) * 3 + 1)
+    return model.train()
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+    def forward(self, x):
+        y = self.norm(self.conv(x))
+        return y if float(y.sum()) > 0 else -y
+def branching():
+    return Branching()
+def wide():
+    return nn.Linear(7, 7)
+def data():
+    yield torch.randn(4, 3, 8, 8), torch.zeros(4)
+def nothing():
+    return []
+"""
+# torch's own, while it exports.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def code(project: Path) -> None:
+    (project / "my.py").write_text(CODE)
+
+
+def images(n: int = 5) -> Tensor:
+    return torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def expected(x: Tensor) -> Tensor:
+    """The model itself, in inference."""
+    names: dict[str, object] = {}
+    exec(CODE, names)
+    with torch.no_grad():
+        output: Tensor = names["net"]().eval()(x)  # type: ignore[operator]
+    return output
+
+
+def close(actual: Tensor, x: Tensor) -> None:
+    relative, absolute = tolerances.AGAINST_TORCH[torch.float32]
+    torch.testing.assert_close(actual, expected(x), rtol=relative, atol=absolute)
+
+
+@pytest.mark.parametrize("example", ["2,3,8,8", "2x3x8x8", "my.py:data", "x.npz"])
+def test_a_program_that_runs_by_itself(example: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """For batches of another size than the example's, too."""
+    np.savez("x.npz", x=images().numpy())
+    assert main(["fold", "my.py:net", "--output", "folded.pt2", "--example", example]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("2 of 2 folded, outputs differ by at most ")
+    assert lines[1:] == ["1  part of 0", "4  part of 3"]
+    program = torch.export.load("folded.pt2").module()
+    assert not any("norm" in str(node.target) for node in torch.export.load("folded.pt2").graph.nodes)
+    for n in (2, 5, 7):
+        close(program(images(n)), images(n))
+    assert {path.name for path in Path().iterdir()} - {"__pycache__"} == {"my.py", "x.npz", "folded.pt2"}
+
+
+def test_onnx() -> None:
+    assert main(["fold", "my.py:net", "--output", "folded.onnx", "--example", "2,3,8,8"]) == 0
+    session = onnxruntime.InferenceSession("folded.onnx", providers=["CPUExecutionProvider"])
+    (y,) = session.run(None, {session.get_inputs()[0].name: images().numpy()})
+    close(torch.from_numpy(y), images())
+
+
+@pytest.mark.parametrize("name", ["folded.safetensors", "folded.pt"])
+def test_weights(name: str) -> None:
+    assert main(["fold", "my.py:net", "--output", name, "--example", "2,3,8,8"]) == 0
+    state = load_file(name) if name.endswith("safetensors") else torch.load(name, weights_only=True)
+    names: dict[str, object] = {}
+    exec(CODE, names)
+    folded = bn.fold(names["net"](), images())  # type: ignore[operator]
+    folded.load_state_dict(state)
+    close(folded(images()).detach(), images())
+
+
+def test_weights_to_begin_with() -> None:
+    names: dict[str, object] = {}
+    exec(CODE, names)
+    model = names["net"]()  # type: ignore[operator]
+    with torch.no_grad():
+        model[4].bias.add_(3)
+    torch.save(model.state_dict(), "other.pt")
+    command = ["fold", "my.py:net", "--weights", "other.pt", "--output", "folded.pt2", "--example", "2,3,8,8"]
+    assert main(command) == 0
+    close(torch.export.load("folded.pt2").module()(images()) - 3, images())
+
+
+def test_an_example_of_one_sample_stays_one() -> None:
+    assert main(["fold", "my.py:net", "--output", "folded.pt2", "--example", "1,3,8,8"]) == 0
+    program = torch.export.load("folded.pt2").module()
+    close(program(images(1)), images(1))
+    with pytest.raises(AssertionError):
+        program(images(2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("my.py:net", "--output", "x.gguf", "--example", "2,3,8,8"),
+            "got x.gguf; the name of a folded model must end",
+        ),
+        (("my.py:net", "--output", "no/x.pt2", "--example", "2,3,8,8"), "cannot write to no/x.pt2"),
+        (("my.py:net", "--output", "x.pt2", "--example", "my.py:nothing"), "whose first batch has no samples"),
+        (("my.py:net", "--output", "x.pt2", "--example", "2;3"), "got DATA 2;3; it must be package.module:callable"),
+        (("my.py:net", "--output", "x.pt2", "--example", "2,5,8,8"), "the model raised RuntimeError"),
+        (
+            ("my.py:branching", "--output", "x.pt2", "--example", "2,3,8,8"),
+            "torch.export cannot make a program of this",
+        ),
+    ],
+)
+def test_refusals(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str) -> None:
+    assert message in fails(capsys, "fold", *arguments)
+    assert not list(Path().glob("x.*"))
+
+
+def test_weights_of_a_model_that_cannot_be_exported() -> None:
+    assert main(["fold", "my.py:branching", "--output", "x.safetensors", "--example", "2,3,8,8"]) == 0
+    assert "conv.weight" in load_file("x.safetensors")
