@@ -169,7 +169,9 @@ _operators = torch.ops.batchnorm
 
 def implementation(x: Tensor) -> Any:  # noqa: ANN401 - a namespace of operators, or a module with the same names
     """Where the operations for `x` are: an object with a function for each name in `SCHEMAS`."""
-    return _operators if x.is_cpu and x.dtype in _NATIVE_DTYPES else reference
+    native = x.is_cpu and x.dtype in _NATIVE_DTYPES
+    # A compiled graph holds operators: torch's compiler cannot look into what the reference does to get derivatives.
+    return _operators if native or torch.compiler.is_compiling() else reference
 
 
 def cpu_levels() -> tuple[str, ...]:

@@ -311,7 +311,7 @@ def _preactivation_grad(
     wide = dy.to(statistics_dtype(x.device))
     if activation is None:
         return wide
-    with torch.enable_grad():
-        z = _preactivation(x, mean, var, weight, bias, residual, eps, channel_dim).detach().requires_grad_()
-        (dz,) = torch.autograd.grad(ACTIVATIONS[activation](z), z, wide)
+    z = _preactivation(x, mean, var, weight, bias, residual, eps, channel_dim).detach()
+    pullback = torch.func.vjp(ACTIVATIONS[activation], z)[1]
+    dz: Tensor = pullback(wide)[0]
     return dz
