@@ -55,6 +55,9 @@ POPULATION = 1e-5
 # float32, through a few layers.
 PARTS = 1e-6
 
+# The same on the CPU and on a GPU, relative and absolute: convolutions add up float32 values in other orders.
+CONVOLVED = 1e-4
+
 # A benchmark's answer against float64, relative, and ten times that absolute for sums: it need only tell right from
 # wrong.
 BENCH_ANSWER = {"float32": 1e-4, "bfloat16": 5e-2}
