@@ -23,6 +23,7 @@ from torch.optim.swa_utils import update_bn
 import batchnorm as bn
 import oracle
 import tolerances
+from batchnorm.surgery.conventions import from_convention
 
 RIGHT = tolerances.AGAINST_TORCH[torch.float32][1]  # over 1 + |value|: a trap is a wrong value, not a rounding
 
@@ -43,6 +44,7 @@ class Kit:
         convert: a model's torch.nn layers become others.
         fold: (model in inference, example input) to a model with batch norm folded into linear layers.
         recompute: (model, batches): running statistics from data.
+        from_keras: a layer from Keras' values, by Keras' names.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Kit:
     convert: Callable[[nn.Module], nn.Module]
     fold: Callable[[nn.Module, Tensor], nn.Module]
     recompute: Callable[[nn.Module, Iterable[Tensor]], object]
+    from_keras: Callable[[dict[str, Any]], nn.Module]
 
 
 def _zeros_for_padding(layer: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
@@ -85,6 +88,14 @@ def _torchs_fold(model: nn.Module, _: Tensor) -> nn.Module:
     return fuse_conv_bn_eval(layer, norm, transpose=isinstance(layer, nn.ConvTranspose2d))
 
 
+def _names_alike(values: dict[str, Any]) -> nn.Module:
+    """momentum as momentum, a running variance as a running variance."""
+    layer = nn.BatchNorm1d(len(values["moving_mean"]), eps=values["epsilon"], momentum=values["momentum"])
+    state = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_variance"}
+    layer.load_state_dict({ours: values[name] for ours, name in state.items()}, strict=False)
+    return layer
+
+
 TORCH = Kit(
     "torch.nn",
     nn.BatchNorm1d,
@@ -97,6 +108,7 @@ TORCH = Kit(
     convert=nn.SyncBatchNorm.convert_sync_batchnorm,
     fold=_torchs_fold,
     recompute=lambda model, batches: update_bn(batches, model),
+    from_keras=_names_alike,
 )
 OURS = Kit(
     "batchnorm",
@@ -110,6 +122,7 @@ OURS = Kit(
     convert=bn.convert,
     fold=bn.fold,
     recompute=bn.recalibrate,
+    from_keras=lambda values: from_convention("keras", values),
 )
 
 

@@ -94,3 +94,14 @@ def large_scale(kit: Kit) -> str:
         kit.fold(model.double(), draw(2, 3, 4, 4))
     said = any("multiply a channel by more than" in str(warning.message) for warning in caught)
     return expect(said, "a warning names the layer" if said else "nothing is said")
+
+
+def other_words(kit: Kit) -> str:
+    """One training step of a layer whose values come from Keras."""
+    ones = torch.ones(3)
+    values = {"gamma": ones, "beta": 0 * ones, "moving_mean": 5 * ones, "moving_variance": ones}
+    layer, x = kit.from_keras({**values, "momentum": 0.99, "epsilon": 1e-3}), draw(8, 3, dtype=torch.float32)
+    layer(x)
+    mean = layer.running_mean[0].item()
+    right = abs(mean - (0.99 * 5 + 0.01 * x[:, 0].mean().item())) < RIGHT
+    return expect(right, f"a running mean of 5 with Keras' momentum 0.99 is {show(mean)} after a batch around 0")

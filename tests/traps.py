@@ -81,6 +81,7 @@ TRAPS = [
     Trap("folding into a convolution that two layers read", surgery.two_readers, False, "surgery"),
     Trap("folding into a transposed convolution of groups", surgery.grouped, True, "surgery"),
     Trap("folding in half precision", surgery.half_precision, False, "surgery"),
+    Trap("momentum as another library means it", surgery.other_words, True, "surgery"),
     Trap("a scale of 1e5 from a variance of next to nothing, silently", surgery.large_scale, True, "surgery"),
 ]
 
