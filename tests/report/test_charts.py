@@ -76,14 +76,14 @@ def test_a_gap_is_a_gap() -> None:
 @pytest.mark.parametrize("logarithmic", [False, True])
 def test_curves_without_a_single_number_can_be_drawn(logarithmic: bool) -> None:
     nothing = Curve("nothing", [1, 2], [None, None], [None, None], [None, None])
-    drawing = svg(replace(CHART, curves=[nothing], logarithmic=logarithmic, mark=None), "nothing")
+    drawing = svg(replace(CHART, curves=[nothing], log_y=logarithmic, mark=None), "nothing")
     assert "nothing" in drawing
 
 
 def test_a_logarithmic_axis_spreads_powers_evenly_and_bears_zero() -> None:
     x, powers = [1, 2, 3], [1.0, 10.0, 100.0]
     curve = Curve("powers", x, powers, [0.0, 10.0, 100.0], powers)
-    drawing = svg(replace(CHART, curves=[curve], logarithmic=True, mark=None), "log")
+    drawing = svg(replace(CHART, curves=[curve], log_y=True, mark=None), "log")
     heights = [float(y) for y in re.findall(r"[ML] [\d.]+ ([\d.]+)", lines(drawing)[0])]
     assert heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], rel=1e-3)
 

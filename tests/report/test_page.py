@@ -56,8 +56,10 @@ def document(words: str = "words", sections: int = 2) -> Document:
     curve = Curve(words, [1, 2], [0.5, 1.5], [0.25, 1.0], [1.0, 2.0])
     chart = Chart(f"title {words}", f"description {words}", words, words, [curve])
     table = Table(f"caption {words}", ("network", f"column {words}"), [("batch norm", f"cell {words}"), ("plain", "7")])
-    section = Section(f"question {words}", [f"answer {words}"], table, [chart, chart], [f"note {words}"])
-    return Document(f"heading {words}", [section] * sections, f"command {words}", [("name", f"fact {words}")])
+    section = Section("key", f"question {words}", [f"answer {words}"], [], [table], [chart, chart], [f"note {words}"])
+    return Document(
+        f"heading {words}", "introduction", [section] * sections, f"command {words}", [("name", f"fact {words}")]
+    )
 
 
 @pytest.mark.parametrize("sections", [0, 1, 2])

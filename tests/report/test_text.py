@@ -44,7 +44,7 @@ def test_a_terminal_without_unicode_can_show_it() -> None:
 
 def test_a_section_is_its_title_its_table_and_its_summary() -> None:
     stream = io.StringIO()
-    section = Section("Why?", ["Because [it] is.", "And so on."], CONTENT, [], ["not shown"])
+    section = Section("why", "Why?", ["Because [it] is.", "And so on."], [], [CONTENT], [], ["not shown"])
     show(section, Console(file=stream, width=80))
     text = stream.getvalue()
     parts = ("Why?", "batch norm", "Because [it] is.", "And so on.")

@@ -217,7 +217,7 @@ def test_the_sentence_on_inference_follows_from_the_numbers(ours: int, plain: in
 
 def test_the_table_holds_the_numbers() -> None:
     runs = pairs([10, 30], [None, 20]) + pairs([10, 20], [None, None], 0.5)
-    table = section(numbers_of(runs)).table
+    table = section(numbers_of(runs)).tables[0]
     assert [row[:3] for row in table.rows] == [
         ("batch norm", "0.1", "20 (2/2)"),
         ("plain", "0.1", "> 40 (1/2)"),

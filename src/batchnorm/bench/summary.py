@@ -18,22 +18,23 @@ def section(rows: Sequence[Row], *, warm: bool) -> Section:
     """
     rivals = [rival for rival in RIVALS if any(rival in row.seconds for row in rows)]
     return Section(
+        key="bench",
         title="BN + ReLU: ours and the others",
         summary=[sentence for rival in rivals for sentence in _sentences(rows, rival)],
-        table=Table(
-            caption=f"medians in ms; {'warm' if warm else 'fresh'} outputs; x: the rival's time over ours",
-            columns=(
-                "case",
-                "phase",
-                "ours",
-                *(f"{rival}, x" for rival in rivals),
-                "over floor",
-                "peak, MiB: ours/torch",
-            ),
-            rows=[_cells(row, rivals) for row in rows],
-        ),
-        charts=[],
-        notes=[],
+        tables=[
+            Table(
+                caption=f"medians in ms; {'warm' if warm else 'fresh'} outputs; x: the rival's time over ours",
+                columns=(
+                    "case",
+                    "phase",
+                    "ours",
+                    *(f"{rival}, x" for rival in rivals),
+                    "over floor",
+                    "peak, MiB: ours/torch",
+                ),
+                rows=[_cells(row, rivals) for row in rows],
+            )
+        ],
     )
 
 

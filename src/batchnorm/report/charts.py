@@ -44,10 +44,19 @@ def svg(chart: Chart, name: str) -> str:
         figure = Figure(figsize=_SIZE, layout="constrained")
         axes = figure.add_subplot()
         for i, curve in enumerate(chart.curves):
-            low, middle, high = (_floats(values) for values in (curve.low, curve.middle, curve.high))
-            axes.fill_between(curve.x, low, high, color=_CURVES[i], alpha=0.2, linewidth=0)
-            axes.plot(curve.x, middle, color=_CURVES[i], linestyle=LINE_STYLES[i], linewidth=1.6, label=curve.label)
-        if chart.logarithmic:
+            if curve.low is not None and curve.high is not None:
+                axes.fill_between(
+                    curve.x, _floats(curve.low), _floats(curve.high), color=_CURVES[i], alpha=0.2, linewidth=0
+                )
+            axes.plot(
+                curve.x,
+                _floats(curve.middle),
+                color=_CURVES[i],
+                linestyle=LINE_STYLES[i],
+                linewidth=1.6,
+                label=curve.label,
+            )
+        if chart.log_y:
             axes.set_yscale("log")
         if chart.mark is not None:
             axes.axhline(chart.mark, color=_INK, linestyle="dotted", linewidth=1)

@@ -4,6 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+Outcome = Literal["yes", "no", "open"]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A statement, and what became of it.
+
+    Attributes:
+        claim: the statement, in words short enough for one line.
+        outcome: whether it holds; "open" where that cannot be told. It decides colour and sign, never the words.
+        verdict: the same as the reader is told it: "supported".
+        criterion: what decides, fixed before the numbers were known.
+        evidence: the numbers that decided, on one line too.
+    """
+
+    claim: str
+    outcome: Outcome
+    verdict: str
+    criterion: str
+    evidence: str
 
 
 @dataclass(frozen=True)
@@ -23,21 +45,23 @@ class Table:
 
 @dataclass(frozen=True)
 class Curve:
-    """A line with a band around it; None is a gap.
+    """A line, or separate points; None is a gap.
 
     Attributes:
         label: the name in the legend.
-        x: positions, shared by the other three.
-        middle: the line.
-        low: the lower edge of the band.
-        high: the upper edge of the band.
+        x: positions, as many as there are values.
+        middle: the values.
+        low: the lower ends of their intervals, if they have any: a band around a line, bars at points.
+        high: the upper ends.
+        points: whether the values are separate points, not joined by a line.
     """
 
     label: str
     x: Sequence[float]
     middle: Sequence[float | None]
-    low: Sequence[float | None]
-    high: Sequence[float | None]
+    low: Sequence[float | None] | None = None
+    high: Sequence[float | None] | None = None
+    points: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,8 +73,10 @@ class Chart:
         description: the same in words and numbers, for those who cannot see it.
         x_label: what runs to the right.
         y_label: what runs upwards.
-        curves: at most as many as `charts.LINE_STYLES`.
-        logarithmic: whether y is on a logarithmic scale.
+        curves: at most as many as `charts.STYLES`.
+        log_x: whether x is on a logarithmic scale.
+        log_y: whether y is.
+        names: names for positions of x, in place of numbers.
         mark: a height to draw a dotted line at, if any.
     """
 
@@ -59,7 +85,9 @@ class Chart:
     x_label: str
     y_label: str
     curves: Sequence[Curve]
-    logarithmic: bool = False
+    log_x: bool = False
+    log_y: bool = False
+    names: Sequence[tuple[float, str]] = ()
     mark: float | None = None
 
 
@@ -68,18 +96,24 @@ class Section:
     """One question with its answer.
 
     Attributes:
+        key: its address in the page: letters, digits and hyphens, unlike any other section's.
         title: the question.
         summary: the answer in plain sentences.
-        table: the numbers behind it.
+        judged: the statements that it decides.
+        tables: the numbers behind it.
         charts: the curves behind it.
         notes: how it was measured, and what was not.
+        code: what to type to see it oneself; several lines, or nothing.
     """
 
+    key: str
     title: str
     summary: Sequence[str]
-    table: Table
-    charts: Sequence[Chart]
-    notes: Sequence[str]
+    judged: Sequence[Judged] = ()
+    tables: Sequence[Table] = ()
+    charts: Sequence[Chart] = ()
+    notes: Sequence[str] = ()
+    code: str = ""
 
 
 @dataclass(frozen=True)
@@ -88,12 +122,14 @@ class Document:
 
     Attributes:
         title: its heading.
+        introduction: what it is, in one or two sentences.
         sections: in order.
         command: the command line that makes it again.
         facts: names and values of what it ran on.
     """
 
     title: str
+    introduction: str
     sections: Sequence[Section]
     command: str
     facts: Sequence[tuple[str, str]]

@@ -30,7 +30,8 @@ def table(content: Table) -> RichTable:
 def show(section: Section, console: Console) -> None:
     """Print the section's title, table and summary."""
     console.print(Text(section.title, style="bold"))
-    console.print(table(section.table))
+    for content in section.tables:
+        console.print(table(content))
     for sentence in section.summary:
         console.print(Text(sentence))
         console.print()

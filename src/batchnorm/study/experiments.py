@@ -107,7 +107,10 @@ def study(
         "environment": {"command": command, **environment},
     }
     title = "What batch normalization does to training"
-    document = Document(title, sections, command, [(name, str(value)) for name, value in environment.items()])
+    introduction = "Pairs of networks, with and without it, trained on handwritten digits from the same weights."
+    document = Document(
+        title, introduction, sections, command, [(name, str(value)) for name, value in environment.items()]
+    )
     files = {"results.json": json.dumps(results, allow_nan=False) + "\n", "report.html": page(document)}
     with _writing(out):
         for name, content in files.items():

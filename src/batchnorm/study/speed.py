@@ -186,13 +186,14 @@ def section(numbers: Speed) -> Section:
     """What the numbers say, in words, a table and curves."""
     plan = numbers.plan
     return Section(
+        key="speed",
         title="Fewer steps, larger learning rates?",
         summary=[
             *(_steps_sentence(numbers, rate) for rate in plan.learning_rates),
             *([_rates_sentence(numbers)] if len(plan.learning_rates) > 1 else []),
             _inference_sentence(numbers),
         ],
-        table=_table(numbers),
+        tables=[_table(numbers)],
         charts=[chart for rate in plan.learning_rates for chart in (_accuracy(numbers, rate), _loss(numbers, rate))],
         notes=_notes(numbers),
     )
@@ -314,7 +315,7 @@ def _loss(numbers: Speed, rate: float) -> Chart:
         x_label="step",
         y_label="training loss",
         curves=curves,
-        logarithmic=True,
+        log_y=True,
     )
 
 
