@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 
-from batchnorm.report.document import Chart, Curve, Document, Section, Table
+from batchnorm.report.document import Chart, Curve, Document, Judged, Section, Table
 from batchnorm.report.page import page
 
 HOSTILE = """<script>alert("x")</script> & '{{ 7 * 7 }}' https://example.org"""
+PARTS = (
+    *("heading", "introduction", "question", "answer", "claim", "verdict", "criterion", "evidence", "caption"),
+    *("column", "cell", "title", "note", "code", "command", "fact"),
+)
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 
 
@@ -56,9 +61,23 @@ def document(words: str = "words", sections: int = 2) -> Document:
     curve = Curve(words, [1, 2], [0.5, 1.5], [0.25, 1.0], [1.0, 2.0])
     chart = Chart(f"title {words}", f"description {words}", words, words, [curve])
     table = Table(f"caption {words}", ("network", f"column {words}"), [("batch norm", f"cell {words}"), ("plain", "7")])
-    section = Section("key", f"question {words}", [f"answer {words}"], [], [table], [chart, chart], [f"note {words}"])
+    judged = Judged(f"claim {words}", "no", f"verdict {words}", f"criterion {words}", f"evidence {words}")
+    section = Section(
+        key="key",
+        title=f"question {words}",
+        summary=[f"answer {words}"],
+        judged=[judged, replace(judged, outcome="yes")],
+        tables=[table, table],
+        charts=[chart, chart],
+        notes=[f"note {words}"],
+        code=f"code {words}",
+    )
     return Document(
-        f"heading {words}", "introduction", [section] * sections, f"command {words}", [("name", f"fact {words}")]
+        f"heading {words}",
+        f"introduction {words}",
+        [replace(section, key=f"key-{i}") for i in range(sections)],
+        f"command {words}",
+        [("name", f"fact {words}")],
     )
 
 
@@ -66,13 +85,14 @@ def document(words: str = "words", sections: int = 2) -> Document:
 def test_the_page_is_well_formed(sections: int) -> None:
     reader = read(page(document(sections=sections)))
     assert reader.count["html"] == reader.count["h1"] == reader.count["main"] == 1
-    assert reader.count["svg"] == reader.count["figure"] == reader.count["figcaption"] == 2 * sections
-    assert reader.count["table"] == sections
+    drawings = [value for name, value in reader.attributes if (name, value) == ("role", "img")]
+    assert len(drawings) == reader.count["figure"] == reader.count["figcaption"] == 2 * sections
+    assert reader.count["table"] == 2 * sections
 
 
 def test_everything_said_is_in_it() -> None:
     text = "".join(read(page(document())).text)
-    for part in ("heading", "question", "answer", "caption", "column", "cell", "title", "note", "command", "fact"):
+    for part in PARTS:
         assert f"{part} words" in text
 
 
@@ -81,7 +101,7 @@ def test_hostile_text_stays_text() -> None:
     reader = read(html)
     assert reader.count["script"] == 0
     text = "".join(reader.text)
-    for part in ("heading", "question", "answer", "caption", "column", "cell", "title", "note", "command", "fact"):
+    for part in PARTS:
         assert f"{part} {HOSTILE}" in text
     assert ("aria-label", f"description {HOSTILE}") in reader.attributes
 
@@ -108,16 +128,49 @@ def test_ids_are_unique_and_labels_exist() -> None:
     assert named <= ids.keys()
 
 
+def test_the_summary_says_what_became_of_every_statement_and_leads_to_it() -> None:
+    html = page(document(sections=3))
+    summary = html[html.index('<section class="overview"') : html.index('<section class="part"')]
+    assert re.findall(r"<b>(\d+)</b> verdict words", summary) == ["3", "3"], "what holds, and what does not"
+    assert re.findall(r'<a href="#([\w-]+)">claim words</a>', summary) == [f"key-{i}" for i in (0, 0, 1, 1, 2, 2)]
+    assert summary.count('class="evidence">evidence words') == 6
+
+
+def test_a_section_without_statements_is_in_the_summary_too() -> None:
+    bare = Document("heading", "introduction", [Section("bare", "a question", ["an answer"])], "command", [])
+    html = page(bare)
+    read(html)
+    assert '<a href="#bare">a question</a>' in html
+    assert 'class="tally"' not in html
+    assert "<table" not in html
+
+
+def test_every_link_inside_leads_somewhere() -> None:
+    reader = read(page(document()))
+    ids = {value for name, value in reader.attributes if name == "id"}
+    targets = {value.removeprefix("#") for name, value in reader.attributes if name == "href"}
+    assert {"page-main", "page-summary", "key-0", "key-1"} <= targets
+    assert targets <= ids
+
+
+def test_two_sections_of_one_key_are_refused() -> None:
+    twice = document(sections=1)
+    with pytest.raises(ValueError, match=r"a key of its own.*key-0"):
+        page(replace(twice, sections=[*twice.sections, *twice.sections]))
+
+
 def test_light_dark_print_and_phones_are_thought_of() -> None:
     html = page(document())
     assert "@media screen and (prefers-color-scheme: dark)" in html
     assert "@media print" in html
     assert ("name", "viewport") in read(html).attributes
-    used = set(re.findall(r"var\((--[\w-]+)\)", html))
-    light, dark = html.split("@media screen", 1)
-    for variable in used:
-        assert f"{variable}:" in light
-        assert f"{variable}:" in dark
+    both = re.findall(r"(?:^|[^{]\n)\s*:root \{(.*?)\}", html, re.DOTALL)
+    light, dark = (
+        set(re.findall(r"(--[\w-]+): *#", "".join(rules)))
+        for rules in (both, re.findall(r"prefers-color-scheme: dark\) \{\s*:root \{(.*?)\}", html, re.DOTALL))
+    )
+    assert light == dark, "every colour has a light and a dark value"
+    assert set(re.findall(r"var\((--[\w-]+)\)", html)) - {"--serif", "--sans", "--mono"} <= dark
 
 
 def test_the_same_document_is_the_same_page() -> None:

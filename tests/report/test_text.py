@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
 from rich.console import Console
 
-from batchnorm.report.document import Section, Table
+from batchnorm.report.document import Judged, Outcome, Section, Table
 from batchnorm.report.text import following, progress, show, table
 
 CONTENT = Table(
@@ -42,15 +43,37 @@ def test_a_terminal_without_unicode_can_show_it() -> None:
     assert "97.2 (96.9-97.5)" in printed(80, "ascii")
 
 
-def test_a_section_is_its_title_its_table_and_its_summary() -> None:
+def test_a_section_is_its_title_its_statements_its_tables_and_its_summary() -> None:
     stream = io.StringIO()
-    section = Section("why", "Why?", ["Because [it] is.", "And so on."], [], [CONTENT], [], ["not shown"])
+    judged = Judged("it is [so]", "open", "inconclusive", "not shown", "+1 [0 to 2]")
+    other = Table("another", ("a", "b"), [("c", "d")])
+    section = Section(
+        "why", "Why?", ["Because [it] is.", "And so on."], [judged], [CONTENT, other], [], ["not shown"], "not shown"
+    )
     show(section, Console(file=stream, width=80))
     text = stream.getvalue()
-    parts = ("Why?", "batch norm", "Because [it] is.", "And so on.")
+    parts = (
+        *("Why?", "inconclusive: it is [so]", "+1 [0 to 2]"),
+        *("batch norm", "another", "Because [it] is.", "And so on."),
+    )
     positions = [text.index(part) for part in parts]
     assert positions == sorted(positions)
     assert "not shown" not in text
+
+
+def test_a_table_wider_than_the_terminal_loses_nothing() -> None:
+    stream = io.StringIO()
+    wide = Table("wide", ("network", *map(str, range(12))), [("plain", *(f"{i} (9{i}.1-9{i}.9)" for i in range(12)))])
+    show(Section("wide", "Wide", [], [], [wide]), Console(file=stream, width=60))
+    assert all(cell in stream.getvalue() for cell in wide.rows[0])
+
+
+@pytest.mark.parametrize("outcome", ["yes", "no", "open"])
+def test_a_verdict_is_coloured_and_said(outcome: Outcome) -> None:
+    stream = io.StringIO()
+    judged = Judged("claim", outcome, "verdict", "criterion", "evidence")
+    show(Section("key", "Title", [], [judged]), Console(file=stream, width=60, force_terminal=True))
+    assert re.search("\x1b\\[1;3\\dmverdict\x1b\\[0m: claim", stream.getvalue())
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import get_args
+
 from batchnorm.report import charts
-from batchnorm.report.document import Document
+from batchnorm.report.document import Document, Outcome
 
 
 def page(document: Document) -> str:
-    """The document as HTML. All of its text is escaped; only the drawings are markup, and they are our own."""
+    """The document as HTML. All of its text is escaped; only the drawings are markup, and they are our own.
+
+    Raises:
+        ValueError: two sections have one key, or there are more curves in a chart than there are styles.
+    """
     import jinja2
     from markupsafe import Markup
 
+    keys = [section.key for section in document.sections]
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"each section needs a key of its own, got {keys}")
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("batchnorm.report"),
         autoescape=True,
@@ -19,8 +29,20 @@ def page(document: Document) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    drawings = [
-        [Markup(charts.svg(chart, f"chart-{i}-{j}")) for j, chart in enumerate(section.charts)]
-        for i, section in enumerate(document.sections)
-    ]
-    return environment.get_template("page.html.j2").render(document=document, drawings=drawings)
+    drawings = {
+        section.key: [Markup(charts.svg(chart, f"{section.key}-{i}")) for i, chart in enumerate(section.charts)]
+        for section in document.sections
+    }
+    return environment.get_template("page.html.j2").render(
+        document=document, drawings=drawings, tally=_tally(document), styles=charts.STYLES
+    )
+
+
+def _tally(document: Document) -> list[tuple[Outcome, str, int]]:
+    """How often each verdict was given: what holds first, what is open last."""
+    counts = Counter((row.outcome, row.verdict) for section in document.sections for row in section.judged)
+    order: tuple[Outcome, ...] = get_args(Outcome)
+    return sorted(
+        ((outcome, verdict, count) for (outcome, verdict), count in counts.items()),
+        key=lambda entry: (order.index(entry[0]), entry[1]),
+    )

@@ -6,32 +6,44 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import rich.box
-from rich.console import Console
+from rich.console import Console, Group
+from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from batchnorm.report.document import Section, Table
+from batchnorm.report.document import Outcome, Section, Table
+
+STYLES: dict[Outcome, str] = {"yes": "bold green", "no": "bold red", "open": "bold yellow"}
 
 
-def table(content: Table) -> RichTable:
-    """`content` as a table that rich can print. Cells are taken literally, brackets included."""
-    drawn = RichTable(title=Text(content.caption), title_justify="left", box=rich.box.SIMPLE_HEAD)
+def table(content: Table) -> Group:
+    """`content` as rich can print it, below its caption. Cells are taken literally, brackets included."""
+    drawn = RichTable(box=rich.box.SIMPLE_HEAD)
     drawn.show_edge, drawn.padding = False, (0, 1, 0, 0)
+    widths = []
     for i, column in enumerate(content.columns):
         # As narrow as may be, for a terminal of 80 columns: headings break between words, cells do not.
         width = max(map(len, [*column.split(), *(row[i] for row in content.rows)]))
         drawn.add_column(Text(column), justify="left" if i == 0 else "right", width=width)
+        widths.append(width + 1)
+    drawn.width = sum(widths) + len(widths) - 1
     for row in content.rows:
         drawn.add_row(*map(Text, row))
-    return drawn
+    return Group(Text(content.caption, style="italic"), drawn)
 
 
 def show(section: Section, console: Console) -> None:
-    """Print the section's title, table and summary."""
+    """Print the section's title, what became of its statements, its tables and its summary."""
     console.print(Text(section.title, style="bold"))
+    for row in section.judged:
+        console.print(Text.assemble((row.verdict, STYLES[row.outcome]), f": {row.claim}"))
+        console.print(Padding(Text(row.evidence), (0, 0, 0, 2)))
+    if section.judged:
+        console.print()
     for content in section.tables:
-        console.print(table(content))
+        # Wider than the terminal, it breaks at the edge: rich would leave out what has no room.
+        console.print(table(content), crop=False)
     for sentence in section.summary:
         console.print(Text(sentence))
         console.print()
