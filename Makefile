@@ -1,4 +1,5 @@
-# Every target does its own set-up: Python 3.10 or newer, make and a C++ compiler are all that a machine needs.
+# Every target does its own set-up: Python 3.10 or newer, make and a C++ compiler are all that a machine needs,
+# and Chromium for the long tests.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,7 +13,7 @@ demo: $(VENV)/installed ## the study's quick form, on real data
 test: $(VENV)/installed ## the tests that take seconds each
 	$(BIN)/python -m pytest -m "not long"
 
-test-long: $(VENV)/installed ## the others: wheels, the study, the scripts of the docs
+test-long: $(VENV)/installed ## the others: wheels, the study, the scripts of the docs, reports in Chromium
 	$(BIN)/python -m pytest -m long
 
 check: $(VENV)/installed ## format, lint and types
