@@ -37,6 +37,7 @@ def named(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("page", PAGES, ids=named)
 def test_python_snippets(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A page's snippets share their names, in order, as a reader would type them."""
