@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 
 from batchnorm.report.document import Chart, Curve, Document, Judged, Section, Table
-from batchnorm.report.page import page
+from batchnorm.report.page import page, typeset
 
 HOSTILE = """<script>alert("x")</script> & '{{ 7 * 7 }}' https://example.org"""
 PARTS = (
@@ -157,6 +157,26 @@ def test_two_sections_of_one_key_are_refused() -> None:
     twice = document(sections=1)
     with pytest.raises(ValueError, match=r"a key of its own.*key-0"):
         page(replace(twice, sections=[*twice.sections, *twice.sections]))
+
+
+@pytest.mark.parametrize(
+    ("text", "printed"),
+    [
+        ("-1.4 points (-4.2 to -.5)", "\u22121.4 points (\u22124.2 to \u2212.5)"),
+        ("92.2 % of 95 %", "92.2\u00a0% of 95\u00a0%"),
+        ("88.1-97.9, batch-2, --out, 1e-05, a - b, half %", "88.1-97.9, batch-2, --out, 1e-05, a - b, half %"),
+    ],
+)
+def test_numbers_are_set_with_care(text: str, printed: str) -> None:
+    assert typeset(text) == printed
+
+
+def test_code_is_left_as_it_is() -> None:
+    section = Section("key", "title", ["down by -3"], code="x = -3 % 4")
+    html = page(Document("heading", "introduction", [section], "batchnorm study --seed -3", []))
+    assert "down by \u22123" in html
+    assert "<code>x = -3 % 4</code>" in html
+    assert "<code>batchnorm study --seed -3</code>" in html
 
 
 def test_light_dark_print_and_phones_are_thought_of() -> None:

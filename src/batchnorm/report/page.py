@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import get_args
 
@@ -29,6 +30,7 @@ def page(document: Document) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters["typeset"] = typeset
     drawings = {
         section.key: [Markup(charts.svg(chart, f"{section.key}-{i}")) for i, chart in enumerate(section.charts)]
         for section in document.sections
@@ -36,6 +38,12 @@ def page(document: Document) -> str:
     return environment.get_template("page.html.j2").render(
         document=document, drawings=drawings, tally=_tally(document), styles=charts.STYLES
     )
+
+
+def typeset(text: str) -> str:
+    """Text as a printer would set it: a minus that is one, and no line between a number and its per cent."""
+    text = re.sub(r"(?<![^\s(])-(?=\.?\d)", "\N{MINUS SIGN}", text)
+    return re.sub(r"(?<=\d) (?=%)", "\N{NO-BREAK SPACE}", text)
 
 
 def _tally(document: Document) -> list[tuple[Outcome, str, int]]:
