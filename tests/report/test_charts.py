@@ -118,10 +118,15 @@ def test_points_are_not_joined_and_their_bars_reach_from_low_to_high() -> None:
     chart = replace(CHART, curves=[replace(ONE, points=True)], mark=None)
     drawing = svg(chart, "points")
     assert len(coordinates(drawing)) == 3 * 3 + 1  # values, both ends of their intervals, the legend
-    bars = re.findall(r"M ([\d.]+) ([\d.]+) ?\n?L ([\d.]+) ([\d.]+)", drawing)
-    upright = [(float(a), float(b), float(d)) for a, b, c, d in bars if a == c]
-    lengths = {round(abs(bottom - top), 3) for x, bottom, top in upright if x in {x for x, _ in coordinates(drawing)}}
-    assert len(lengths) == 1, "all three intervals are 2 wide"
+    ends: dict[float, list[float]] = {}
+    for x, y in coordinates(drawing):
+        ends.setdefault(x, []).append(y)
+    at = {x: (min(ys), max(ys)) for x, ys in ends.items() if len(ys) == 3}
+    bars = re.findall(r"M ([\d.]+) ([\d.]+)\s+L ([\d.]+) ([\d.]+)[^>]*stroke: var\(--curve-0\)", drawing)
+    upright = {float(x): sorted((float(y), float(end))) for x, y, last, end in bars if x == last}
+    assert len(at) == 3
+    for x, reach in at.items():
+        assert upright[x] == pytest.approx(list(reach))
     assert svg(replace(chart, curves=[replace(ONE, low=None, high=None, points=True)]), "bare") != drawing
 
 
