@@ -42,13 +42,15 @@ FLOORS = {
     "cli": 9,
     "__main__": 10,
 }
-# The law of shapes raises errors; study's and bench's numbers become report's pages, and report knows nothing of them.
+# The law of shapes raises errors; study's and bench's numbers become report's pages, and report knows nothing of them;
+# the study takes data as commands do.
 SAME_FLOOR = {
     ("layout", "errors"),
     ("functional", "autograd"),
     ("functional", "sharing"),
     ("sharing", "autograd"),
     ("study", "report"),
+    ("study", "sources"),
     ("bench", "report"),
 }
 

@@ -8,7 +8,13 @@ from batchnorm.errors import UsageError
 
 # Of each extra, what is imported, and what it is called where packages are installed from.
 EXTRAS = {
-    "study": {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "jinja2": "jinja2"},
+    "study": {
+        "sklearn": "scikit-learn",
+        "matplotlib": "matplotlib",
+        "jinja2": "jinja2",
+        "numpy": "numpy",
+        "scipy": "scipy",
+    },
     "onnx": {"onnx": "onnx", "onnxscript": "onnxscript"},
     "files": {"numpy": "numpy", "safetensors": "safetensors"},
 }

@@ -1,23 +1,43 @@
-"""Does batch normalization need fewer steps, and does it bear larger learning rates?
-
-Pairs of the same deep network, with and without our layers, from the same initial weights, on the same batches.
-"""
+"""Fewer steps: pairs of the same deep network, with and without batch normalization, each at a fair learning rate."""
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
 from batchnorm.report.document import Chart, Curve, Section, Table, percent
 from batchnorm.study import training
-from batchnorm.study.data import Digits, digits
-from batchnorm.study.networks import perceptron
+from batchnorm.study.experiment import Args, Conclusion, Experiment, Results, Setting
+from batchnorm.study.networks import Placement, perceptron
+from batchnorm.study.statistics import Interval, best_of_the_others, effect_size, mean_interval
+from batchnorm.study.verdict import Claim, Finding
 
-WITH, WITHOUT = "batch norm", "plain"
-NETWORKS = {WITH: True, WITHOUT: False}
+NAME = "speed"
+NETWORKS: dict[str, Placement] = {"batch norm": "before", "plain": "none"}
+WITH, WITHOUT = NETWORKS
+
+# More than once as many: any saving counts as "fewer steps", how large it is the interval says.
+BEST = Claim(
+    "fewer-steps-best-rates",
+    "M11",
+    "It needs fewer steps, each network at its best learning rate",
+    "steps of the plain network over steps with batch norm, the pairs' geometric mean",
+    1.0,
+    "times",
+)
+SAME = Claim(
+    "fewer-steps-same-rate",
+    "M11",
+    "It needs fewer steps at the plain network's best rate",
+    "steps of the plain network over steps with batch norm, the pairs' geometric mean",
+    1.0,
+    "times",
+)
 
 
 @dataclass(frozen=True)
@@ -25,119 +45,41 @@ class Plan:
     """What is trained, and how.
 
     Attributes:
-        seeds: how many pairs there are at each learning rate; their seeds are 0, 1, ...
+        seeds: pairs at each learning rate; their seeds are 0, 1, ...
         steps: optimiser steps of each training.
         evaluate_every: steps between two evaluations.
-        learning_rates: a moderate and a large one. The moderate one is where the plain network learns fastest (of
-            0.05, 0.1, 0.15 and 0.2); the large one is five times that.
+        rates: the learning rates.
         hidden: features of each hidden layer.
-        batch_size: images in a step.
-        target: the test accuracy whose first step is looked for.
+        batch_size: samples in a step.
+        reach: the target, as a share of the way from chance to the best mean accuracy of any network at any rate.
     """
 
-    seeds: int
-    steps: int = 600
+    seeds: int = 10
+    steps: int = 500
     evaluate_every: int = 5
-    learning_rates: tuple[float, ...] = (0.1, 0.5)
+    rates: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
     hidden: tuple[int, ...] = (64,) * 8
     batch_size: int = 32
-    target: float = 0.95
-
-    @property
-    def work(self) -> int:
-        """Steps of all trainings together."""
-        return self.seeds * len(self.learning_rates) * len(NETWORKS) * self.steps
+    reach: float = 0.95
 
 
-@dataclass(frozen=True)
-class Run:
-    """One training.
-
-    Attributes:
-        network: a key of `NETWORKS`.
-        learning_rate: of every step.
-        seed: of the initial weights and the order of the images.
-        curve: how it went.
-        steps_to_target: the first evaluated step at or above the target; None where there is none.
-        one_at_a_time: test accuracy at the end, predicting single images.
-        in_batches: the same, predicting batches.
-        different: test images whose two predictions differ.
-    """
-
-    network: str
-    learning_rate: float
-    seed: int
-    curve: training.Curve
-    steps_to_target: int | None
-    one_at_a_time: float
-    in_batches: float
-    different: int
+def tasks(plan: Plan) -> list[Args]:
+    """A training for each network, rate and seed."""
+    return [(network, rate, seed) for network in NETWORKS for rate in plan.rates for seed in range(plan.seeds)]
 
 
-@dataclass(frozen=True)
-class Cell:
-    """The runs of one network at one learning rate, over all seeds.
-
-    Attributes:
-        network: a key of `NETWORKS`.
-        learning_rate: of every step.
-        reached: seeds that reached the target.
-        median_steps: the median of the steps to it over all seeds, where one that did not reach it counts as longer
-            than any; None where that makes the median longer than the training.
-        accuracy_mean: of the test accuracy after the last step.
-        accuracy_low: its smallest.
-        accuracy_high: its largest.
-        one_at_a_time: mean test accuracy predicting single images.
-        in_batches: mean test accuracy predicting batches.
-        different: predictions that differ between the two, of all seeds together.
-    """
-
-    network: str
-    learning_rate: float
-    reached: int
-    median_steps: float | None
-    accuracy_mean: float
-    accuracy_low: float
-    accuracy_high: float
-    one_at_a_time: float
-    in_batches: float
-    different: int
-
-
-@dataclass(frozen=True)
-class Speed:
-    """The numbers of this experiment."""
-
-    plan: Plan
-    train_images: int
-    test_images: int
-    cells: tuple[Cell, ...]
-    runs: tuple[Run, ...]
-
-
-def run(plan: Plan, advance: Callable[[int], None]) -> Speed:
-    """Train every pair.
-
-    Args:
-        plan: what to train.
-        advance: called with the number of steps done since the last call; `plan.work` in all.
-    """
-    data = digits()
-    # Seeds outermost, so that the time left can be told from the first runs.
-    runs = tuple(
-        _train(plan, data, network, rate, seed, advance)
-        for seed in range(plan.seeds)
-        for rate in plan.learning_rates
-        for network in NETWORKS
-    )
-    cells = tuple(summarize(runs, network, rate) for rate in plan.learning_rates for network in NETWORKS)
-    return Speed(plan, len(data.train.labels), len(data.test.labels), cells, runs)
-
-
-def _train(plan: Plan, data: Digits, network: str, rate: float, seed: int, advance: Callable[[int], None]) -> Run:
+def run(setting: Setting, plan: Plan, network: str, rate: float, seed: int) -> dict[str, Any]:
+    """Train one network once."""
+    data = setting.data
     generator = torch.Generator().manual_seed(seed)  # the weights first, then the order: both kinds draw alike
-    pixels = data.train.images.shape[1]
-    model = perceptron(pixels, plan.hidden, 10, normalized=NETWORKS[network], generator=generator)
+    model = perceptron(
+        data.features,
+        plan.hidden,
+        data.classes,
+        placement=NETWORKS[network],
+        layers=setting.layers,
+        generator=generator,
+    )
     curve = training.train(
         model,
         data,
@@ -146,228 +88,207 @@ def _train(plan: Plan, data: Digits, network: str, rate: float, seed: int, advan
         steps=plan.steps,
         evaluate_every=plan.evaluate_every,
         generator=generator,
-        advance=advance,
     )
-    single = training.predict(model, data.test.images, 1)
-    batched = training.predict(model, data.test.images, plan.batch_size)
-    return Run(
-        network,
-        rate,
-        seed,
-        curve,
-        training.first_step(curve.steps, curve.test_accuracy, plan.target),
-        training.accuracy(single, data.test.labels),
-        training.accuracy(batched, data.test.labels),
-        int((single != batched).sum()),
-    )
+    return asdict(curve)
 
 
-def summarize(runs: Sequence[Run], network: str, rate: float) -> Cell:
-    """One cell from the runs of its network at its learning rate, of which there is at least one."""
-    chosen = [run for run in runs if run.network == network and run.learning_rate == rate]
-    steps = [run.steps_to_target for run in chosen]
-    median = statistics.median(float("inf") if step is None else step for step in steps)
-    final = [run.curve.test_accuracy[-1] for run in chosen]
-    return Cell(
-        network=network,
-        learning_rate=rate,
-        reached=len(steps) - steps.count(None),
-        median_steps=None if median == float("inf") else median,
-        accuracy_mean=statistics.fmean(final),
-        accuracy_low=min(final),
-        accuracy_high=max(final),
-        one_at_a_time=statistics.fmean(run.one_at_a_time for run in chosen),
-        in_batches=statistics.fmean(run.in_batches for run in chosen),
-        different=sum(run.different for run in chosen),
-    )
+@dataclass(frozen=True)
+class Cell:
+    """One network at one learning rate.
+
+    Attributes:
+        network: a key of `NETWORKS`.
+        rate: the learning rate.
+        accuracy: mean test accuracy after the last step.
+        reached: seeds that reached the target.
+        steps: of each seed, the first evaluated step at the target; None where there is none.
+    """
+
+    network: str
+    rate: float
+    accuracy: float
+    reached: int
+    steps: tuple[int | None, ...]
 
 
-def section(numbers: Speed) -> Section:
-    """What the numbers say, in words, a table and curves."""
-    plan = numbers.plan
-    return Section(
-        key="speed",
-        title="Fewer steps, larger learning rates?",
-        summary=[
-            *(_steps_sentence(numbers, rate) for rate in plan.learning_rates),
-            *([_rates_sentence(numbers)] if len(plan.learning_rates) > 1 else []),
-            _inference_sentence(numbers),
-        ],
-        tables=[_table(numbers)],
-        charts=[chart for rate in plan.learning_rates for chart in (_accuracy(numbers, rate), _loss(numbers, rate))],
-        notes=_notes(numbers),
-    )
+@dataclass(frozen=True)
+class Comparison:
+    """The pairs at the learning rates that were chosen for them.
+
+    Attributes:
+        rates: of each network, each seed's rate, chosen by the other seeds.
+        steps: of each network, each seed's steps, `Plan.steps` where it did not reach the target.
+        ratio: plain over batch norm, the geometric mean.
+        effect: of the pairs' logarithms.
+    """
+
+    rates: dict[str, tuple[float, ...]]
+    steps: dict[str, tuple[int, ...]]
+    ratio: Interval
+    effect: float | None
 
 
-def _cell(numbers: Speed, network: str, rate: float) -> Cell:
-    return next(cell for cell in numbers.cells if (cell.network, cell.learning_rate) == (network, rate))
-
-
-def _steps_sentence(numbers: Speed, rate: float) -> str:
-    reach = {network: _reach(_cell(numbers, network, rate), numbers.plan) for network in NETWORKS}
-    return (
-        f"At learning rate {rate:g}, the network with batch normalization reached {100 * numbers.plan.target:g} % test "
-        f"accuracy {reach[WITH]}, the plain one {reach[WITHOUT]}. {_order(numbers, rate)}"
-    )
-
-
-def _reach(cell: Cell, plan: Plan) -> str:
-    if cell.reached == 0:
-        return f"with none of {plan.seeds} seeds within {plan.steps} steps"
-    if cell.median_steps is None:
-        return f"with only {cell.reached} of {plan.seeds} seeds within {plan.steps} steps"
-    share = "" if cell.reached == plan.seeds else f" (with {cell.reached} of {plan.seeds} seeds within {plan.steps})"
-    return f"after a median of {cell.median_steps:g} steps{share}"
-
-
-def _order(numbers: Speed, rate: float) -> str:
-    """Which of each pair was first, and whether the seeds agree."""
-    first = {
-        (run.network, run.seed): run.steps_to_target or numbers.plan.steps + 1
-        for run in numbers.runs
-        if run.learning_rate == rate
+def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
+    """Find the target, each network's best rates, and compare."""
+    ends = {
+        (network, rate): statistics.fmean(results[network, rate, seed]["test_accuracy"][-1] for seed in _seeds(plan))
+        for network in NETWORKS
+        for rate in plan.rates
     }
-    seeds = numbers.plan.seeds
-    earlier = sum(first[WITH, seed] < first[WITHOUT, seed] for seed in range(seeds))
-    later = sum(first[WITH, seed] > first[WITHOUT, seed] for seed in range(seeds))
-    if earlier == later == 0:
-        return "Neither was earlier with any seed."
-    if seeds in (earlier, later):
-        return f"With every seed, the {'batch-normalised' if earlier else 'plain'} one was earlier."
-    return f"The batch-normalised one was earlier with {earlier} of {seeds} seeds, the plain one with {later}."
+    chance = setting.data.chance
+    target = chance + plan.reach * (max(ends.values()) - chance)
+    cells = []
+    for (network, rate), end in ends.items():
+        curves = [results[network, rate, seed] for seed in _seeds(plan)]
+        steps = tuple(training.first_step(curve["steps"], curve["test_accuracy"], target) for curve in curves)
+        cells.append(Cell(network, rate, end, len(steps) - steps.count(None), steps))
+    best = {network: _best(plan, cells, network) for network in NETWORKS}
+    fair = _compare(plan, cells, best)
+    same = _compare(plan, cells, dict.fromkeys(NETWORKS, best[WITHOUT]))
+    findings = [BEST.judge(fair.ratio, fair.effect, plan.seeds), SAME.judge(same.ratio, same.effect, plan.seeds)]
+    numbers = {
+        "target": target,
+        "cells": [asdict(cell) for cell in cells],
+        "best_rates": asdict(fair),
+        "same_rate": asdict(same),
+    }
+    return Conclusion(numbers, findings, _section(plan, results, target, cells, fair, same, findings))
 
 
-def _rates_sentence(numbers: Speed) -> str:
-    low, high = min(numbers.plan.learning_rates), max(numbers.plan.learning_rates)
-    changes = []
-    for network in NETWORKS:
-        before, after = (_cell(numbers, network, rate).accuracy_mean for rate in (low, high))
-        changes.append(f"from {percent(before)} % to {percent(after)} %")
-    return (
-        f"From learning rate {low:g} to {high:g}, the mean final test accuracy went {changes[0]} with batch "
-        f"normalization, and {changes[1]} without."
+def _seeds(plan: Plan) -> range:
+    return range(plan.seeds)
+
+
+def _best(plan: Plan, cells: Sequence[Cell], network: str) -> tuple[float, ...]:
+    """Each seed's rate: where the other seeds were quickest to the target, by their mean logarithm."""
+    return best_of_the_others(
+        {
+            cell.rate: [-math.log(steps or plan.steps) for steps in cell.steps]
+            for cell in cells
+            if cell.network == network
+        }
     )
 
 
-def _inference_sentence(numbers: Speed) -> str:
-    differ = []
-    for network in NETWORKS:
-        count = sum(cell.different for cell in numbers.cells if cell.network == network)
-        differ.append(f"{count:,}" if count else "none")
-    total = numbers.test_images * numbers.plan.seeds * len(numbers.plan.learning_rates)
-    return (
-        f"Predicting one image at a time instead of {numbers.plan.batch_size} changed {differ[0]} of {total:,} "
-        f"predictions with batch normalization (by its running statistics), and {differ[1]} without."
+def _compare(plan: Plan, cells: Sequence[Cell], rates: dict[str, tuple[float, ...]]) -> Comparison:
+    found = {(cell.network, cell.rate): cell.steps for cell in cells}
+    steps = {
+        network: tuple(found[network, rate][seed] or plan.steps for seed, rate in enumerate(rates[network]))
+        for network in NETWORKS
+    }
+    logs = [math.log(plain / ours) for ours, plain in zip(steps[WITH], steps[WITHOUT], strict=True)]
+    return Comparison(rates, steps, mean_interval(logs).map(math.exp), effect_size(logs))
+
+
+def _section(
+    plan: Plan,
+    results: Results,
+    target: float,
+    cells: Sequence[Cell],
+    fair: Comparison,
+    same: Comparison,
+    findings: Sequence[Finding],
+) -> Section:
+    return Section(
+        key=NAME,
+        title="Does it need fewer training steps?",
+        summary=[
+            "The article says that a network with batch normalization needs fewer training steps. Here pairs of the "
+            f"same {len(plan.hidden)}-layer network, with and without it, were trained until they classified "
+            f"{percent(target)} % of the test samples rightly.",
+            _sentence(f"Each at the learning rate that suits it best ({_rates(fair)})", plan, fair),
+            _sentence(f"Both at the rate that suits the plain network ({_rates(same)})", plan, same),
+        ],
+        judged=[finding.judged() for finding in findings],
+        tables=[_table(plan, target, cells)],
+        charts=_charts(plan, results, target, fair),
+        notes=_notes(plan, target),
+        code="batchnorm study",
     )
 
 
-def _table(numbers: Speed) -> Table:
-    plan = numbers.plan
+def _rates(comparison: Comparison) -> str:
+    """The chosen rates: mostly one, sometimes another for a seed."""
+    chosen = {network: sorted(set(rates)) for network, rates in comparison.rates.items()}
+    words = {network: " or ".join(f"{rate:g}" for rate in rates) for network, rates in chosen.items()}
+    return words[WITH] if words[WITH] == words[WITHOUT] else f"{words[WITH]} with, {words[WITHOUT]} without"
+
+
+def _sentence(where: str, plan: Plan, comparison: Comparison) -> str:
+    medians = {network: statistics.median(steps) for network, steps in comparison.steps.items()}
+    earlier = sum(a < b for a, b in zip(comparison.steps[WITH], comparison.steps[WITHOUT], strict=True))
+    later = sum(a > b for a, b in zip(comparison.steps[WITH], comparison.steps[WITHOUT], strict=True))
+    ratio = comparison.ratio
+    return (
+        f"{where}, the network with batch normalization took a median of {medians[WITH]:g} steps, the plain one "
+        f"{medians[WITHOUT]:g}; it was earlier with {earlier} of {plan.seeds} seeds, later with {later}. The plain one "
+        f"took {ratio.estimate:.2f} times as many (95 % interval {ratio.low:.2f} to {ratio.high:.2f})."
+    )
+
+
+def _table(plan: Plan, target: float, cells: Sequence[Cell]) -> Table:
+    def median(cell: Cell) -> str:
+        if cell.reached == 0:
+            return "never"
+        value = statistics.median(float("inf") if steps is None else steps for steps in cell.steps)
+        return f"> {plan.steps}" if value == float("inf") else f"{value:g}"
+
     return Table(
-        caption=f"{plan.seeds} seeds each, {plan.steps} steps; accuracies in % of {numbers.test_images} test images",
-        columns=(
-            "network",
-            "learning rate",
-            f"steps to {100 * plan.target:g} % (seeds)",
-            "final accuracy (range)",
-            "one at a time",
-            "in batches",
-            "differ",
-        ),
+        caption=f"Median steps to {percent(target)} % over {plan.seeds} seeds, and accuracy after {plan.steps} steps",
+        columns=("network", "learning rate", "steps", "seeds that got there", "final accuracy, %"),
         rows=[
-            (
-                cell.network,
-                f"{cell.learning_rate:g}",
-                f"{_median_steps(cell, plan)} ({cell.reached}/{plan.seeds})",
-                f"{percent(cell.accuracy_mean)} ({percent(cell.accuracy_low)}-{percent(cell.accuracy_high)})",
-                percent(cell.one_at_a_time),
-                percent(cell.in_batches),
-                f"{cell.different}/{numbers.test_images * plan.seeds}",
-            )
-            for cell in numbers.cells
+            (cell.network, f"{cell.rate:g}", median(cell), f"{cell.reached}/{plan.seeds}", percent(cell.accuracy))
+            for cell in cells
         ],
     )
 
 
-def _median_steps(cell: Cell, plan: Plan) -> str:
-    if cell.reached == 0:
-        return "never"
-    return f"> {plan.steps}" if cell.median_steps is None else f"{cell.median_steps:g}"
-
-
-def _accuracy(numbers: Speed, rate: float) -> Chart:
-    curves = _curves(numbers, rate, lambda curve: [100 * value for value in curve.test_accuracy])
-    return Chart(
-        title=f"Test accuracy at learning rate {rate:g}",
-        description=_description(f"Test accuracy in per cent at learning rate {rate:g}", numbers, curves),
-        x_label="step",
-        y_label="test accuracy, %",
-        curves=curves,
-        mark=100 * numbers.plan.target,
-    )
-
-
-def _loss(numbers: Speed, rate: float) -> Chart:
-    curves = _curves(numbers, rate, lambda curve: curve.training_loss)
-    return Chart(
-        title=f"Training loss at learning rate {rate:g}",
-        description=_description(f"Training loss at learning rate {rate:g}", numbers, curves),
-        x_label="step",
-        y_label="training loss",
-        curves=curves,
-        log_y=True,
-    )
-
-
-def _curves(
-    numbers: Speed, rate: float, values: Callable[[training.Curve], Sequence[float | None]]
-) -> tuple[Curve, ...]:
-    """Mean and range over the seeds; a gap where any seed has no number, lest the survivors flatter the rest."""
+def _charts(plan: Plan, results: Results, target: float, fair: Comparison) -> list[Chart]:
     curves = []
-    for network in NETWORKS:
-        chosen = [run.curve for run in numbers.runs if (run.network, run.learning_rate) == (network, rate)]
-        points = [
-            [value for value in at if value is not None] if None not in at else None
-            for at in zip(*map(values, chosen), strict=True)
-        ]
-        middle, low, high = (
-            [None if point is None else summary(point) for point in points] for summary in (statistics.fmean, min, max)
+    for network, rates in fair.rates.items():
+        runs = [results[network, rate, seed]["test_accuracy"] for seed, rate in enumerate(rates)]
+        at = [[100 * value for value in values] for values in zip(*runs, strict=True)]
+        steps = results[network, rates[0], 0]["steps"]
+        curves.append(
+            Curve(network, steps, [statistics.fmean(v) for v in at], [min(v) for v in at], [max(v) for v in at])
         )
-        curves.append(Curve(network, chosen[0].steps, middle, low, high))
-    return tuple(curves)
-
-
-def _description(what: str, numbers: Speed, curves: Sequence[Curve]) -> str:
-    ends = [
-        f"{curve.label} ends at " + ("no number" if curve.middle[-1] is None else f"{curve.middle[-1]:.3g}")
-        for curve in curves
-    ]
-    return f"{what}, mean and range over {numbers.plan.seeds} seeds, {numbers.plan.steps} steps: {', '.join(ends)}."
-
-
-def _notes(numbers: Speed) -> list[str]:
-    plan = numbers.plan
+    ends = ", ".join(f"{curve.label} ends at {curve.middle[-1]:.3g}" for curve in curves)
     return [
-        f"Data: scikit-learn's handwritten digits, 8 by 8 pixels, {numbers.train_images:,} to train and "
-        f"{numbers.test_images} to test, cut at random in equal shares of each digit. The same writers may be in both.",
-        f"Networks: {len(plan.hidden)} hidden layers of {_widths(plan.hidden)} with ReLU; with batch normalization "
-        f"before each ReLU, or plain. Both of a pair start from the same linear weights (He's initialisation, made for "
-        f"deep plain ReLU networks) and see the same batches of {plan.batch_size} in the same order.",
+        Chart(
+            title="Test accuracy, each network at its best learning rate",
+            description=f"Test accuracy in per cent over {plan.steps} steps, mean and range of the seeds: {ends}.",
+            x_label="step",
+            y_label="test accuracy, %",
+            curves=curves,
+            mark=100 * target,
+        )
+    ]
+
+
+def _notes(plan: Plan, target: float) -> list[str]:
+    return [
+        f"Networks: {len(plan.hidden)} hidden layers of {plan.hidden[0]} with ReLU; with batch normalization before "
+        "each ReLU, or plain. Both of a pair start from the same linear weights (He's initialisation, made for deep "
+        f"plain ReLU networks) and see the same batches of {plan.batch_size} in the same order.",
         "Plain stochastic gradient descent on the cross-entropy: no momentum, weight decay or schedule, each of which "
         "would change what a learning rate means.",
-        f"Every {plan.evaluate_every} steps the whole test set is classified, with batch normalization by its running "
-        f"statistics. Steps to {100 * plan.target:g} % are those before the first such test at or above it; one such "
-        "test is enough, even if a later one is below. A seed that never got there counts as slower than all others.",
-        "Final accuracy: mean and range over the seeds after the last step. One at a time, in batches: the mean of the "
-        "same network predicting single images, and in batches; differ: predictions that were not the same. An output "
-        "that is not a finite number counts as wrong.",
-        f"With {plan.seeds} seeds, a difference that is not larger than the ranges may be chance.",
-        "Curves: mean and range over the seeds. The training loss is the mean of the batches since the point before; "
-        "its curve has a gap where the loss of any seed is not a finite number.",
-        "Not measured: time (a step with batch normalization costs more), other data, optimisers and learning rates. "
-        "The learning rates were chosen with an eye on this test set: near the plain network's best, and beyond it.",
+        f"The target, {percent(target)} %, is {100 * plan.reach:g} % of the way from always guessing the commonest "
+        "class to the best mean accuracy of any network at any rate. Every "
+        f"{plan.evaluate_every} steps the whole test set is classified, with batch normalization by its running "
+        "statistics; the first time at the target counts, even if a later one is below.",
+        "Best learning rate: for each seed, the rate at which the other seeds were quickest, so that no run takes part "
+        "in the choice that it is for.",
+        f"A run that did not reach the target counts as the {plan.steps} steps that it used.",
+        "Not measured: time. A step with batch normalization costs more than one without.",
     ]
 
 
-def _widths(hidden: Sequence[int]) -> str:
-    return " and ".join(str(width) for width in sorted(set(hidden)))
+EXPERIMENT = Experiment(
+    name=NAME,
+    claims=(BEST, SAME),
+    full=Plan(),
+    quick=Plan(seeds=6, steps=150, rates=(0.05, 0.2, 0.5), hidden=(32,) * 6),
+    tasks=tasks,
+    run=run,
+    conclude=conclude,
+)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from batchnorm.study.data import Digits
+from batchnorm.study.data import Data, Part
 
 NO_CLASS = -1
 
@@ -21,7 +22,7 @@ class Curve:
 
     Attributes:
         steps: optimiser steps done at each evaluation.
-        test_accuracy: the share of test images classified rightly then, in inference mode.
+        test_accuracy: the share of test samples classified rightly then, in inference mode.
         training_loss: the mean loss of the steps since the evaluation before; None where it is not a finite number.
     """
 
@@ -32,52 +33,63 @@ class Curve:
 
 def train(
     network: nn.Module,
-    digits: Digits,
+    data: Data,
     *,
     learning_rate: float,
     batch_size: int,
     steps: int,
     evaluate_every: int,
     generator: torch.Generator,
-    advance: Callable[[int], None],
 ) -> Curve:
-    """Train with plain stochastic gradient descent on the cross-entropy, and watch.
-
-    Plain, because momentum, weight decay or a schedule would each change what a learning rate means.
+    """Train by `descend`, and watch.
 
     Args:
         network: changed in place.
-        digits: trained on one part, evaluated on the other.
+        data: trained on one part, evaluated on the other.
         learning_rate: of every step.
-        batch_size: images in a step.
+        batch_size: samples in a step.
         steps: how many.
         evaluate_every: steps between two evaluations; the last step is always evaluated.
-        generator: the source of the order of the images.
-        advance: called with the number of steps done since the last call.
+        generator: the source of the order of the samples.
     """
-    optimizer = torch.optim.SGD(network.parameters(), learning_rate)
-    order = batches(len(digits.train.labels), batch_size, generator)
     at: list[int] = []
     accuracies: list[float] = []
     losses: list[float | None] = []
     loss_sum = torch.zeros((), dtype=torch.float64)
-    network.train()
-    for step in range(1, steps + 1):
-        chosen = next(order)
-        optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(network(digits.train.images[chosen]), digits.train.labels[chosen])
-        torch.autograd.backward(loss)
-        optimizer.step()
-        loss_sum += loss.detach()
+    descent = descend(network, data.train, learning_rate=learning_rate, batch_size=batch_size, generator=generator)
+    for step, loss in enumerate(itertools.islice(descent, steps), 1):
+        loss_sum += loss
         if step % evaluate_every == 0 or step == steps:
-            done = step - (at[-1] if at else 0)
-            mean_loss = loss_sum.item() / done
+            mean_loss = loss_sum.item() / (step - (at[-1] if at else 0))
             at.append(step)
             losses.append(mean_loss if math.isfinite(mean_loss) else None)
-            accuracies.append(accuracy(predict(network, digits.test.images), digits.test.labels))
+            accuracies.append(accuracy(predict(network, data.test.inputs), data.test.labels))
             loss_sum.zero_()
-            advance(done)
     return Curve(tuple(at), tuple(accuracies), tuple(losses))
+
+
+def descend(
+    network: nn.Module, part: Part, *, learning_rate: float, batch_size: int, generator: torch.Generator
+) -> Iterator[Tensor]:
+    """Plain stochastic gradient descent on the cross-entropy, without end: yields each step's loss after the step.
+
+    Plain, because momentum, weight decay or a schedule would each change what a learning rate means.
+
+    Args:
+        network: changed in place, and in training mode at each step.
+        part: what it learns from.
+        learning_rate: of every step.
+        batch_size: samples in a step.
+        generator: the source of the order of the samples.
+    """
+    optimizer = torch.optim.SGD(network.parameters(), learning_rate)
+    for chosen in batches(len(part.labels), batch_size, generator):
+        network.train()
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(network(part.inputs[chosen]), part.labels[chosen])
+        torch.autograd.backward(loss)
+        optimizer.step()
+        yield loss.detach()
 
 
 def batches(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -88,25 +100,30 @@ def batches(count: int, batch_size: int, generator: torch.Generator) -> Iterator
             yield order[start : start + batch_size]
 
 
-def predict(network: nn.Module, images: Tensor, batch_size: int | None = None) -> Tensor:
-    """The class of each image, in inference mode.
+def predict(network: nn.Module, inputs: Tensor, batch_size: int | None = None) -> Tensor:
+    """The class of each sample, in inference mode.
 
     Args:
         network: left in the mode that it was in.
-        images: (N, features).
-        batch_size: how many images the network sees at a time; None is all.
+        inputs: (N, *shape).
+        batch_size: how many samples the network sees at a time; None is all.
 
     Returns:
         (N,) classes; `NO_CLASS` where an output is not a finite number, which is never right.
     """
+    outputs = infer(network, inputs, batch_size)
+    return outputs.argmax(1).where(outputs.isfinite().all(1), NO_CLASS)
+
+
+def infer(network: nn.Module, inputs: Tensor, batch_size: int | None = None) -> Tensor:
+    """The outputs, (N, classes), in inference mode; arguments as `predict`."""
     training = network.training
     network.eval()
     try:
         with torch.no_grad():
-            outputs = torch.cat([network(part) for part in torch.split(images, batch_size or len(images))])
+            return torch.cat([network(part) for part in torch.split(inputs, batch_size or len(inputs))])
     finally:
         network.train(training)
-    return outputs.argmax(1).where(outputs.isfinite().all(1), NO_CLASS)
 
 
 def accuracy(predictions: Tensor, labels: Tensor) -> float:
@@ -114,7 +131,7 @@ def accuracy(predictions: Tensor, labels: Tensor) -> float:
     return int((predictions == labels).sum()) / len(labels)
 
 
-def first_step(steps: tuple[int, ...], accuracies: tuple[float, ...], target: float) -> int | None:
+def first_step(steps: Sequence[int], accuracies: Sequence[float], target: float) -> int | None:
     """The first evaluated step with an accuracy of at least `target`; None where there is none."""
     return next((step for step, reached in zip(steps, accuracies, strict=True) if reached >= target), None)
 

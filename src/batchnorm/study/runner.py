@@ -1,0 +1,208 @@
+"""A run through the table of experiments: what `batchnorm study` does."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import shlex
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from batchnorm import extras
+from batchnorm.errors import UsageError
+from batchnorm.report import text
+from batchnorm.report.document import Document
+from batchnorm.report.page import page
+from batchnorm.study import data as samples
+from batchnorm.study.experiment import Args, Conclusion, Experiment, Setting
+from batchnorm.study.experiments import EXPERIMENTS
+from batchnorm.study.kept import Kept, software, write
+from batchnorm.study.networks import LAYERS, OURS
+from batchnorm.study.verdict import Finding
+from batchnorm.study.workers import compute, cores
+
+SCHEMA = 2
+TITLE = "What batch normalization does"
+TASKS = "tasks"  # the folder in which results are kept
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a run leaves.
+
+    Attributes:
+        findings: a verdict on every claim, in order.
+        page: where the report is.
+    """
+
+    findings: tuple[Finding, ...]
+    page: Path
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One task: of which experiment, by its position in the table, with which arguments."""
+
+    experiment: int
+    args: Args
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What workers do; sent to each once, with the data."""
+
+    setting: Setting
+    runs: tuple[Any, ...]
+    plans: tuple[Any, ...]
+
+    def __call__(self, job: _Job) -> dict[str, Any]:
+        run, plan = self.runs[job.experiment], self.plans[job.experiment]
+        return run(self.setting, plan, *job.args)  # type: ignore[no-any-return]  # as Experiment.run says
+
+
+def study(
+    out: Path,
+    *,
+    console: Console,
+    quick: bool = False,
+    data: str | None = None,
+    layers: str = OURS.name,
+    experiments: Sequence[Experiment[Any]] = EXPERIMENTS,
+    processes: int | None = None,
+) -> Study:
+    """Do the tasks of all experiments, and write results.json, report.html and the figures into `out`.
+
+    Each task's result is kept in `out` as it comes. A run that was interrupted, even killed, goes on where it was when
+    it is started again, and ends with the same results.json, byte for byte.
+
+    Args:
+        out: a directory, made where it is not there.
+        console: where the progress is shown.
+        quick: the small plans.
+        data: as `data.load` takes it; the digits unless told.
+        layers: a name of `networks.LAYERS`.
+        experiments: which.
+        processes: how many to compute with; as many as there are cores unless told. The results do not depend on it.
+
+    Raises:
+        UsageError: a package of the extra is missing, the data are not as they must be, or `out` cannot be written to.
+    """
+    extras.require("study", "the study")
+    with _writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()  # better to fail now than after the work
+    started = time.time()
+    setting = Setting(samples.digits() if data is None else samples.load(data), LAYERS[layers])
+    plans = [experiment.quick if quick else experiment.full for experiment in experiments]
+    with _writing(out):
+        stores = [
+            Kept(out / TASKS, experiment, plan, setting) for experiment, plan in zip(experiments, plans, strict=True)
+        ]
+    tasks = [experiment.tasks(plan) for experiment, plan in zip(experiments, plans, strict=True)]
+    jobs = [_Job(i, args) for i, many in enumerate(tasks) for args in many if stores[i].get(args) is None]
+    # In a mixed order, so that the time left can be told from the first ones. Results do not depend on the order.
+    random.Random(0).shuffle(jobs)
+    work = _Work(setting, tuple(experiment.run for experiment in experiments), tuple(plans))
+    with text.progress(console, "study", len(jobs)) as advance:
+        for position, result in compute(work, jobs, processes or cores()):
+            with _writing(out):
+                stores[jobs[position].experiment].put(jobs[position].args, result)
+            advance(1)
+    # Read back, new ones too, so that a number is the same whether it is of this run or of one before.
+    conclusions = [
+        experiment.conclude(setting, plan, {args: _kept(store, args) for args in many})
+        for experiment, plan, store, many in zip(experiments, plans, stores, tasks, strict=True)
+    ]
+    facts = {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+        "took": f"{time.time() - started:.0f} s for {len(jobs)} of {sum(map(len, tasks))} tasks, the others were kept",
+        "data": f"{setting.data.name} ({setting.data.digest})",
+        "layers": layers,
+        **software(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": str(os.cpu_count() or 1),
+    }
+    command = _command(out, quick, data, layers)
+    document = _document(conclusions, setting, command, facts)
+    results = _results(experiments, plans, conclusions, setting, quick)
+    html = page(document)
+    with _writing(out):
+        write(out / "results.json", json.dumps(results, allow_nan=False, indent=1) + "\n")
+        write(out / "report.html", html)
+    findings = tuple(finding for conclusion in conclusions for finding in conclusion.findings)
+    return Study(findings, out / "report.html")
+
+
+def _kept(store: Kept, args: Args) -> dict[str, Any]:
+    result = store.get(args)
+    if result is None:
+        raise UsageError(f"the result of {args} is gone; something else removes files of the study's --out")
+    return result
+
+
+def _results(
+    experiments: Sequence[Experiment[Any]],
+    plans: Sequence[Any],
+    conclusions: Sequence[Conclusion],
+    setting: Setting,
+    quick: bool,
+) -> dict[str, Any]:
+    """results.json: nothing in it changes from run to run."""
+    data = setting.data
+    return {
+        "schema": SCHEMA,
+        "quick": quick,
+        "layers": setting.layers.name,
+        "data": {
+            "name": data.name,
+            "digest": data.digest,
+            "shape": data.shape,
+            "classes": data.classes,
+            "train": len(data.train.labels),
+            "test": len(data.test.labels),
+        },
+        "software": software(),
+        "experiments": {
+            experiment.name: {
+                "plan": asdict(plan),
+                "findings": [finding.record() for finding in conclusion.findings],
+                "numbers": conclusion.numbers,
+            }
+            for experiment, plan, conclusion in zip(experiments, plans, conclusions, strict=True)
+        },
+    }
+
+
+def _document(conclusions: Sequence[Conclusion], setting: Setting, command: str, facts: dict[str, str]) -> Document:
+    data = setting.data
+    introduction = (
+        f"The statements of an article on batch normalization, examined on {data.name}: {len(data.train.labels):,} "
+        f"samples to train and {len(data.test.labels):,} to test, {data.classes} classes. Each statement became an "
+        "experiment with a criterion that was fixed before its numbers were known; the verdicts below are computed."
+    )
+    return Document(
+        TITLE, introduction, [conclusion.section for conclusion in conclusions], command, list(facts.items())
+    )
+
+
+def _command(out: Path, quick: bool, data: str | None, layers: str) -> str:
+    parts = ["batchnorm", "study", *(["--quick"] if quick else []), *(["--data", data] if data is not None else [])]
+    return shlex.join([*parts, *(["--layers", layers] if layers != OURS.name else []), "--out", str(out)])
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"cannot write to {out}: {error.strerror or error}. Choose another --out") from error
