@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from batchnorm.study import speed
+from batchnorm.study import rates, speed
 from batchnorm.study.experiment import Experiment
 
-EXPERIMENTS: tuple[Experiment[Any], ...] = (speed.EXPERIMENT,)
+EXPERIMENTS: tuple[Experiment[Any], ...] = (speed.EXPERIMENT, rates.EXPERIMENT)

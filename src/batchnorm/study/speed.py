@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from batchnorm.report.document import Chart, Curve, Section, Table, percent
+from batchnorm.report.document import Chart, Section, Table, percent
 from batchnorm.study import training
 from batchnorm.study.experiment import Args, Conclusion, Experiment, Results, Setting
 from batchnorm.study.networks import Placement, perceptron
 from batchnorm.study.statistics import Interval, best_of_the_others, effect_size, mean_interval
 from batchnorm.study.verdict import Claim, Finding
+from batchnorm.study.words import chosen, ends, span, spread
 
 NAME = "speed"
 NETWORKS: dict[str, Placement] = {"batch norm": "before", "plain": "none"}
@@ -201,28 +202,25 @@ def _section(
         ],
         judged=[finding.judged() for finding in findings],
         tables=[_table(plan, target, cells)],
-        charts=_charts(plan, results, target, fair),
+        charts=[_chart(plan, results, target, fair)],
         notes=_notes(plan, target),
         code="batchnorm study",
     )
 
 
 def _rates(comparison: Comparison) -> str:
-    """The chosen rates: mostly one, sometimes another for a seed."""
-    chosen = {network: sorted(set(rates)) for network, rates in comparison.rates.items()}
-    words = {network: " or ".join(f"{rate:g}" for rate in rates) for network, rates in chosen.items()}
-    return words[WITH] if words[WITH] == words[WITHOUT] else f"{words[WITH]} with, {words[WITHOUT]} without"
+    ours, plain = (chosen(comparison.rates[network]) for network in NETWORKS)
+    return ours if ours == plain else f"{ours} with, {plain} without"
 
 
 def _sentence(where: str, plan: Plan, comparison: Comparison) -> str:
     medians = {network: statistics.median(steps) for network, steps in comparison.steps.items()}
     earlier = sum(a < b for a, b in zip(comparison.steps[WITH], comparison.steps[WITHOUT], strict=True))
     later = sum(a > b for a, b in zip(comparison.steps[WITH], comparison.steps[WITHOUT], strict=True))
-    ratio = comparison.ratio
     return (
         f"{where}, the network with batch normalization took a median of {medians[WITH]:g} steps, the plain one "
         f"{medians[WITHOUT]:g}; it was earlier with {earlier} of {plan.seeds} seeds, later with {later}. The plain one "
-        f"took {ratio.estimate:.2f} times as many (95 % interval {ratio.low:.2f} to {ratio.high:.2f})."
+        f"took {span(comparison.ratio, '.2f')} times as many."
     )
 
 
@@ -243,26 +241,20 @@ def _table(plan: Plan, target: float, cells: Sequence[Cell]) -> Table:
     )
 
 
-def _charts(plan: Plan, results: Results, target: float, fair: Comparison) -> list[Chart]:
+def _chart(plan: Plan, results: Results, target: float, fair: Comparison) -> Chart:
     curves = []
     for network, rates in fair.rates.items():
-        runs = [results[network, rate, seed]["test_accuracy"] for seed, rate in enumerate(rates)]
-        at = [[100 * value for value in values] for values in zip(*runs, strict=True)]
-        steps = results[network, rates[0], 0]["steps"]
-        curves.append(
-            Curve(network, steps, [statistics.fmean(v) for v in at], [min(v) for v in at], [max(v) for v in at])
-        )
-    ends = ", ".join(f"{curve.label} ends at {curve.middle[-1]:.3g}" for curve in curves)
-    return [
-        Chart(
-            title="Test accuracy, each network at its best learning rate",
-            description=f"Test accuracy in per cent over {plan.steps} steps, mean and range of the seeds: {ends}.",
-            x_label="step",
-            y_label="test accuracy, %",
-            curves=curves,
-            mark=100 * target,
-        )
-    ]
+        runs = [results[network, rate, seed] for seed, rate in enumerate(rates)]
+        accuracies = zip(*(run["test_accuracy"] for run in runs), strict=True)
+        curves.append(spread(network, runs[0]["steps"], [[100 * value for value in at] for at in accuracies]))
+    return Chart(
+        title="Test accuracy, each network at its best learning rate",
+        description=f"Test accuracy in per cent over {plan.steps} steps, mean and range of the seeds: {ends(curves)}.",
+        x_label="step",
+        y_label="test accuracy, %",
+        curves=curves,
+        mark=100 * target,
+    )
 
 
 def _notes(plan: Plan, target: float) -> list[str]:
