@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from batchnorm.study import rates, speed
+from batchnorm.study import dropout, placement, rates, speed
 from batchnorm.study.experiment import Experiment
 
-EXPERIMENTS: tuple[Experiment[Any], ...] = (speed.EXPERIMENT, rates.EXPERIMENT)
+EXPERIMENTS: tuple[Experiment[Any], ...] = (
+    placement.EXPERIMENT,
+    speed.EXPERIMENT,
+    rates.EXPERIMENT,
+    dropout.EXPERIMENT,
+)

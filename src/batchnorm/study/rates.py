@@ -164,11 +164,11 @@ def _section(plan: Plan, threshold: float, ours: Usable, plain: Usable, findings
         title="Does it allow a larger learning rate?",
         summary=[
             "The article says that batch normalization allows a larger learning rate. Here pairs of the same "
-            f"{len(plan.hidden)}-layer network were trained for {plan.steps} steps at each of {len(plan.rates)} rates from "
-            f"{plan.rates[0]:g} to {plan.rates[-1]:g}. A rate is usable if the network ends with {percent(threshold)} % of "
-            "the test samples right.",
-            f"The largest usable rate was {_largest(ours)} with batch normalization, {_largest(plain)} without: a factor "
-            f"of {span(higher.map(lambda decades: 10**decades))}.",
+            f"{len(plan.hidden)}-layer network were trained for {plan.steps} steps at each of {len(plan.rates)} rates "
+            f"from {plan.rates[0]:g} to {plan.rates[-1]:g}. A rate is usable if the network ends with "
+            f"{percent(threshold)} % of the test samples right.",
+            f"The largest usable rate was {_largest(ours)} with batch normalization, {_largest(plain)} without: a "
+            f"factor of {span(higher.map(lambda decades: 10**decades))}.",
             f"The usable rates made up {_range(ours)} decades with batch normalization, {_range(plain)} without: a "
             f"difference of {span(wider, '+.2f', 'decades')}.",
             f"The best rate was {ours.best:g} with batch normalization ({_at_best(plan, ours)} % right on average), "
@@ -179,13 +179,13 @@ def _section(plan: Plan, threshold: float, ours: Usable, plain: Usable, findings
         charts=[_chart(plan, threshold, ours, plain)],
         notes=[
             f"Networks: {len(plan.hidden)} hidden layers of {plan.hidden[0]} with ReLU, He's initialisation; batch "
-            f"normalization before each ReLU, or none. Both of a pair start from the same linear weights and see the same "
-            f"batches of {plan.batch_size}. Plain stochastic gradient descent, no schedule.",
+            f"normalization before each ReLU, or none. Both of a pair start from the same linear weights and see the "
+            f"same batches of {plan.batch_size}. Plain stochastic gradient descent, no schedule.",
             f"Usable: {100 * plan.usable:g} % of the way from always guessing the commonest class to the best mean "
-            "accuracy of either network at any rate. What is usable within so few steps is less than what would be in the "
-            "end: small rates are still learning. That concerns both networks alike.",
-            "The grid's steps are half a decade, so a pair's difference is known to a factor of 3. A network without any "
-            "usable rate counts as one whose largest is a step below the grid.",
+            "accuracy of either network at any rate. What is usable within so few steps is less than what would be in "
+            "the end: small rates are still learning. That concerns both networks alike.",
+            f"The grid's steps are a factor of {10**plan.decades:.2g}: no difference is known more closely. A network "
+            "without any usable rate counts as one whose largest is a step below the grid.",
             "An output that is not a finite number counts as wrong: a network that diverged has less than chance.",
         ],
         code="batchnorm study",
@@ -246,7 +246,7 @@ EXPERIMENT = Experiment(
     name=NAME,
     claims=(LARGEST, RANGE),
     full=Plan(),
-    quick=Plan(seeds=6, steps=80, rates=(0.0032, 0.032, 0.32, 3.2), hidden=(32,) * 5),
+    quick=Plan(seeds=6, steps=150, rates=(0.01, 0.1, 1.0), hidden=(32,) * 4),
     tasks=tasks,
     run=run,
     conclude=conclude,

@@ -279,7 +279,7 @@ EXPERIMENT = Experiment(
     name=NAME,
     claims=(BEST, SAME),
     full=Plan(),
-    quick=Plan(seeds=6, steps=150, rates=(0.05, 0.2, 0.5), hidden=(32,) * 6),
+    quick=Plan(seeds=6, steps=200, evaluate_every=10, rates=(0.1, 0.4), hidden=(32,) * 4),
     tasks=tasks,
     run=run,
     conclude=conclude,
