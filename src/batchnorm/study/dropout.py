@@ -88,7 +88,7 @@ def tasks(plan: Plan) -> list[Args]:
 
 
 def run(setting: Setting, plan: Plan, network: str, rate: float, seed: int) -> dict[str, Any]:
-    """Train one network once; its accuracies at the end."""
+    """Train one network once; the accuracies that it settles at."""
     data, kind = setting.data, NETWORKS[network]
     generator = torch.Generator().manual_seed(seed)  # samples, weights, order: all four networks draw alike
     few = torch.randperm(len(data.train.labels), generator=generator)[: plan.samples]
@@ -105,12 +105,8 @@ def run(setting: Setting, plan: Plan, network: str, rate: float, seed: int) -> d
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # what is dropped comes from torch's global generator
         descent = training.descend(model, part, learning_rate=rate, batch_size=plan.batch_size, generator=generator)
-        for _ in range(plan.steps):
-            next(descent)
-    return {
-        "train": training.accuracy(training.predict(model, part.inputs), part.labels),
-        "test": training.accuracy(training.predict(model, data.test.inputs), data.test.labels),
-    }
+        train, test = training.settle(model, descent, plan.steps, [part, data.test])
+    return {"train": train, "test": test}
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from batchnorm.modules import BatchNorm1d, BatchNorm2d
 # Where batch normalization stands: before the activation, after it, or nowhere.
 Placement = Literal["before", "after", "none"]
 KERNEL = 3
+GRID = 4  # what a residual network's images are averaged down to, each way, before the last layer
 
 
 @dataclass(frozen=True)
@@ -148,8 +149,9 @@ def residual(
         *(Block(width, images, placement, layers, generator) for _ in range(blocks)),
     ]
     if images:
-        modules += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    modules.append(_linear(width, classes, bias=True, gain="linear", generator=generator))
+        modules += [nn.AdaptiveAvgPool2d(GRID), nn.Flatten()]
+    features = width * GRID**2 if images else width
+    modules.append(_linear(features, classes, bias=True, gain="linear", generator=generator))
     return nn.Sequential(*modules)
 
 

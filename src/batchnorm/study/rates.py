@@ -73,7 +73,7 @@ def tasks(plan: Plan) -> list[Args]:
 
 
 def run(setting: Setting, plan: Plan, network: str, rate: float, seed: int) -> dict[str, Any]:
-    """Train one network once; the accuracy that it ends with."""
+    """Train one network once; the test accuracy that it settles at."""
     data = setting.data
     generator = torch.Generator().manual_seed(seed)  # the weights first, then the order: both kinds draw alike
     model = perceptron(
@@ -84,16 +84,9 @@ def run(setting: Setting, plan: Plan, network: str, rate: float, seed: int) -> d
         layers=setting.layers,
         generator=generator,
     )
-    curve = training.train(
-        model,
-        data,
-        learning_rate=rate,
-        batch_size=plan.batch_size,
-        steps=plan.steps,
-        evaluate_every=plan.steps,
-        generator=generator,
-    )
-    return {"accuracy": curve.test_accuracy[-1]}
+    descent = training.descend(model, data.train, learning_rate=rate, batch_size=plan.batch_size, generator=generator)
+    (accuracy,) = training.settle(model, descent, plan.steps, [data.test])
+    return {"accuracy": accuracy}
 
 
 @dataclass(frozen=True)
@@ -103,7 +96,7 @@ class Usable:
     Attributes:
         network: a key of `NETWORKS`.
         best: the rate with the best mean accuracy.
-        accuracy: of each rate, each seed's test accuracy at the end.
+        accuracy: of each rate, each seed's test accuracy.
         largest: of each seed, the largest usable rate; None where none is.
         decades: of each seed, the range that the usable rates make up, each counting for one step of the grid.
     """
