@@ -194,7 +194,7 @@ def measure(architecture: Architecture) -> dict[str, Any]:
     """One row's numbers."""
     start = time.perf_counter()
     part, generator = digits().train, torch.Generator().manual_seed(0)
-    images = architecture.data(part.images[: STEPS * TRAINED_ON], generator)
+    images = architecture.data(part.inputs[: STEPS * TRAINED_ON].flatten(1), generator)
     data = images[:IMAGES]
     torch.manual_seed(0)
     model = architecture.make()

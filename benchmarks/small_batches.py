@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 import batchnorm
-from batchnorm.study.data import Digits, digits
+from batchnorm.study.data import Data, digits
 from batchnorm.study.training import batches, one_thread
 
 BATCH_SIZES = (2, 4, 8, 16)
@@ -90,18 +90,17 @@ def score(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, floa
     return 100 * float(right), float(F.cross_entropy(outputs.double(), labels))
 
 
-def judged(model: nn.Module, data: Digits, batch_size: int) -> dict[str, tuple[float, float]]:
+def judged(model: nn.Module, data: Data, batch_size: int) -> dict[str, tuple[float, float]]:
     """The scores of copies of a network, by method."""
-    train, test = (part.images.view(-1, 1, 8, 8) for part in (data.train, data.test))
     scores = {}
     for method, recompute in METHODS.items():
         changed = copy.deepcopy(model)
-        recompute(changed, train.split(batch_size))
-        scores[method] = score(changed, test, data.test.labels)
+        recompute(changed, data.train.inputs.split(batch_size))
+        scores[method] = score(changed, data.test.inputs, data.test.labels)
     return scores
 
 
-def trained(data: Digits, batch_size: int, seed: int) -> list[Result]:
+def trained(data: Data, batch_size: int, seed: int) -> list[Result]:
     """One network's training, and what it comes to at both moments."""
     torch.manual_seed(seed)
     model = network()
@@ -110,7 +109,7 @@ def trained(data: Digits, batch_size: int, seed: int) -> list[Result]:
     rate = LEARNING_RATE * batch_size / 16
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 2 * (1 - step / steps)))
-    images, results = data.train.images.view(-1, 1, 8, 8), []
+    images, results = data.train.inputs, []
     for step in range(1, steps + 1):
         chosen = next(order)
         optimizer.zero_grad()

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import small_batches
-from batchnorm.study.data import Digits, digits
+from batchnorm.study.data import Data, digits
 from small_batches import Result
 
 FEW = 24
 
 
-def few() -> Digits:
+def few() -> Data:
     data = digits()
-    parts = [type(p)(p.indices[:FEW], p.images[:FEW], p.labels[:FEW]) for p in (data.train, data.test)]
-    return Digits(*parts)
+    train, test = (type(p)(p.indices[:FEW], p.inputs[:FEW], p.labels[:FEW]) for p in (data.train, data.test))
+    return replace(data, train=train, test=test)
 
 
 def test_the_interval_is_students() -> None:
@@ -36,7 +37,7 @@ def test_methods_change_statistics_alone() -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     losses = [loss for _, loss in scores.values()]
     assert len(set(losses)) == len(small_batches.METHODS)
-    assert scores["running average"] == small_batches.score(model, data.test.images.view(-1, 1, 8, 8), data.test.labels)
+    assert scores["running average"] == small_batches.score(model, data.test.inputs, data.test.labels)
 
 
 def test_a_score() -> None:

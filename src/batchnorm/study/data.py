@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -128,7 +129,7 @@ def cut(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any], name: str) -> Data:
     from sklearn.model_selection import train_test_split
 
     used = min(len(x), MOST)
-    test_size = round(used / 5)
+    test_size = math.ceil(used / 5)
     sizes = {"test_size": test_size, "train_size": used - test_size}
     indices = train_test_split(np.arange(len(x)), stratify=y, random_state=0, **sizes)
     classes, numbers = np.unique(y, return_inverse=True)

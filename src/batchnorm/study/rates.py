@@ -239,7 +239,7 @@ EXPERIMENT = Experiment(
     name=NAME,
     claims=(LARGEST, RANGE),
     full=Plan(),
-    quick=Plan(seeds=6, steps=150, rates=(0.01, 0.1, 1.0), hidden=(32,) * 4),
+    quick=Plan(seeds=6, steps=200, rates=(0.01, 0.1, 1.0), hidden=(32,) * 4),
     tasks=tasks,
     run=run,
     conclude=conclude,

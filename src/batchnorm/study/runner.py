@@ -19,20 +19,20 @@ from rich.console import Console
 
 from batchnorm import extras
 from batchnorm.errors import UsageError
-from batchnorm.report import text
+from batchnorm.report import charts, text
 from batchnorm.report.document import Document
 from batchnorm.report.page import page
 from batchnorm.study import data as samples
 from batchnorm.study.experiment import Args, Conclusion, Experiment, Setting
 from batchnorm.study.experiments import EXPERIMENTS
-from batchnorm.study.kept import Kept, software, write
+from batchnorm.study.kept import Kept, alone, software, write
 from batchnorm.study.networks import LAYERS, OURS
 from batchnorm.study.verdict import Finding
 from batchnorm.study.workers import compute, cores
 
 SCHEMA = 2
 TITLE = "What batch normalization does"
-TASKS = "tasks"  # the folder in which results are kept
+TASKS, FIGURES = "tasks", "figures"  # folders in `out`
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,16 @@ def study(
     command = _command(out, quick, data, layers)
     document = _document(conclusions, setting, command, facts)
     results = _results(experiments, plans, conclusions, setting, quick)
+    figures = {
+        f"{section.key}-{i}.svg": charts.file(chart, f"{section.key}-{i}")
+        for section in document.sections
+        for i, chart in enumerate(section.charts, 1)
+    }
     html = page(document)
-    with _writing(out):
+    with _writing(out), alone(out):
+        (out / FIGURES).mkdir(exist_ok=True)
+        for name, drawing in figures.items():
+            write(out / FIGURES / name, drawing)
         write(out / "results.json", json.dumps(results, allow_nan=False, indent=1) + "\n")
         write(out / "report.html", html)
     findings = tuple(finding for conclusion in conclusions for finding in conclusion.findings)
