@@ -89,3 +89,16 @@ ONE_ROUNDING = {
     torch.float16: (4.9e-4, 6.0e-8),
     torch.bfloat16: (3.92e-3, 1e-30),
 }
+
+# A number of the study's that passed through a few float32 layers, against the same in float64, relative or of values
+# of order 1: some hundred roundings of 6e-8. A wrong formula is off by 1e-2 and more.
+STUDY = 1e-4
+
+# The same where a network was trained on the way, or where a value less itself is divided by sqrt(eps), 316 times it.
+STUDY_TRAINED = 1e-3
+
+# A share of samples, where two ways to compute the same network round differently: one in a hundred near the border.
+STUDY_SHARE = 0.01
+
+# A number of the study's that is float64 throughout, relative.
+STUDY_DOUBLE = 1e-9

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from batchnorm.study import dropout, placement, rates, speed
+from batchnorm.study import (
+    dropout,
+    equations,
+    placement,
+    rates,
+    speed,
+)
 from batchnorm.study.experiment import Experiment
 
 EXPERIMENTS: tuple[Experiment[Any], ...] = (
     placement.EXPERIMENT,
+    equations.EXPERIMENT,
     speed.EXPERIMENT,
     rates.EXPERIMENT,
     dropout.EXPERIMENT,

@@ -34,7 +34,7 @@ class Layers:
     vectors: type[nn.Module]
     images: type[nn.Module]
 
-    def norm(self, features: int, *, images: bool = False, **options: bool) -> nn.Module:
+    def norm(self, features: int, *, images: bool = False, **options: bool | float) -> nn.Module:
         """A layer of batch normalization for so many features, alone."""
         return (self.images if images else self.vectors)(features, **options)
 

@@ -1,0 +1,34 @@
+"""The smallest plans of the experiments, and how tests carry them out."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from typing import Any
+
+from batchnorm.study import equations
+from batchnorm.study.experiment import Conclusion, Experiment, Setting
+from batchnorm.study.training import one_thread
+
+TINY: dict[str, Any] = {
+    "equations": equations.Plan(seeds=2, features=8, shown=3),
+}
+
+
+def carried_out(experiment: Experiment[Any], setting: Setting, plan: Any) -> Conclusion:
+    """All tasks one after the other, their results through JSON as when they are kept, and the conclusion."""
+    with one_thread():
+        results = {
+            args: json.loads(json.dumps(experiment.run(setting, plan, *args), allow_nan=False))
+            for args in experiment.tasks(plan)
+        }
+    return experiment.conclude(setting, plan, results)
+
+
+def runs_as_printed(code: str) -> str:
+    """What a section's snippet prints when it is run by itself."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, "the snippet", "exec"), {})
+    return printed.getvalue()
