@@ -7,6 +7,7 @@ from typing import Any
 from batchnorm.study import (
     dropout,
     equations,
+    noise,
     placement,
     rates,
     speed,
@@ -16,6 +17,7 @@ from batchnorm.study.experiment import Experiment
 EXPERIMENTS: tuple[Experiment[Any], ...] = (
     placement.EXPERIMENT,
     equations.EXPERIMENT,
+    noise.EXPERIMENT,
     speed.EXPERIMENT,
     rates.EXPERIMENT,
     dropout.EXPERIMENT,
