@@ -7,6 +7,7 @@ from typing import Any
 from batchnorm.study import (
     dropout,
     equations,
+    inference,
     noise,
     placement,
     rates,
@@ -18,6 +19,7 @@ EXPERIMENTS: tuple[Experiment[Any], ...] = (
     placement.EXPERIMENT,
     equations.EXPERIMENT,
     noise.EXPERIMENT,
+    inference.EXPERIMENT,
     speed.EXPERIMENT,
     rates.EXPERIMENT,
     dropout.EXPERIMENT,
