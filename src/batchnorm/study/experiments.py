@@ -11,6 +11,7 @@ from batchnorm.study import (
     noise,
     placement,
     rates,
+    shift,
     speed,
 )
 from batchnorm.study.experiment import Experiment
@@ -20,6 +21,7 @@ EXPERIMENTS: tuple[Experiment[Any], ...] = (
     equations.EXPERIMENT,
     noise.EXPERIMENT,
     inference.EXPERIMENT,
+    shift.EXPERIMENT,
     speed.EXPERIMENT,
     rates.EXPERIMENT,
     dropout.EXPERIMENT,

@@ -1,0 +1,383 @@
+"""Internal covariate shift (M9): what a step of all layers at once does to what each of them receives.
+
+The linear example `y = x w1 w2 ... wk`, with the terms of its step written out, and the shift of every layer's input
+in real training, with and without batch normalization.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.report.document import Chart, Curve, Section, Table
+from batchnorm.study import training
+from batchnorm.study.equations import digits_of
+from batchnorm.study.experiment import Args, Conclusion, Experiment, Results, Setting
+from batchnorm.study.networks import Placement, perceptron
+from batchnorm.study.statistics import Interval, effect_size, mean_interval
+from batchnorm.study.verdict import Claim, Verdict
+
+LINEAR = "linear"
+PLAIN, WITH = "plain", "batch norm"
+NETWORKS: dict[str, Placement] = {PLAIN: "none", WITH: "before"}
+# A network that diverges shifts without bound, one that is dead not at all; both have to have a logarithm.
+_SMALLEST, _LARGEST = 1e-6, 1e3
+
+# float64 carries 15.9 digits; twelve leave room for the sum of a thousand terms.
+EXPANDED = Claim(
+    "linear-expansion",
+    "M9",
+    "The step of y = x w1 ... wk is the sum of its expanded terms",
+    "decimal digits in which the sum agrees with the step, at worst",
+    12.0,
+    "digits",
+    counted="steps",
+)
+# A tenth of the step: as much as the learning rate, 0.1, moves a weight of 1.
+UNFORESEEN = Claim(
+    "linear-orders",
+    "M9",
+    "The deeper, the more of a linear net's step the gradient missed",
+    "unforeseen share of the step at ten layers less that at three",
+    0.1,
+)
+DEEPER = Claim(
+    "shift-grows",
+    "M9",
+    "Without batch norm the shift grows from layer to layer",
+    "shift of the last layer's input over that of the second's",
+    1.0,
+    "times",
+)
+LESS = Claim(
+    "shift-reduced",
+    "M9",
+    "Batch norm reduces the shift of the layers' inputs",
+    "shift without batch norm over the shift with it, mean over the layers",
+    1.0,
+    "times",
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is trained, and how.
+
+    Attributes:
+        seeds: how many linear examples, and pairs of networks; their seeds are 0, 1, ...
+        depths: layers of the linear example.
+        example_rate: its learning rate.
+        spread: the standard deviation of its weights around 1.
+        steps: optimiser steps of each training.
+        every: steps from one measured step to the next.
+        learning_rate: of every step.
+        batch_size: samples in a step.
+        hidden: features of each hidden layer.
+        watched: training samples whose way through the layers is watched.
+    """
+
+    seeds: int
+    depths: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10)
+    example_rate: float = 0.1
+    spread: float = 0.1
+    steps: int = 300
+    every: int = 10
+    learning_rate: float = 0.1
+    batch_size: int = 32
+    hidden: tuple[int, ...] = (64,) * 8
+    watched: int = 256
+
+
+def tasks(plan: Plan) -> Sequence[Args]:
+    """A task for each linear example and each network."""
+    return [(kind, seed) for seed in range(plan.seeds) for kind in (LINEAR, *NETWORKS)]
+
+
+def run(setting: Setting, plan: Plan, kind: str, seed: int) -> dict[str, Any]:
+    """One linear example at every depth, or one training of one network."""
+    generator = torch.Generator().manual_seed(seed)
+    if kind == LINEAR:
+        drawn = torch.randn(max(plan.depths), generator=generator, dtype=torch.float64)
+        weights = (1 + plan.spread * drawn).tolist()
+        return {"depths": [_example(weights[:depth], plan.example_rate) for depth in plan.depths]}
+    data = setting.data
+    network = perceptron(
+        data.features,
+        plan.hidden,
+        data.classes,
+        placement=NETWORKS[kind],
+        layers=setting.layers,
+        generator=generator,
+    )
+    watched = data.train.inputs[: plan.watched]
+    descent = training.descend(
+        network, data.train, learning_rate=plan.learning_rate, batch_size=plan.batch_size, generator=generator
+    )
+    measured = range(plan.every, plan.steps + 1, plan.every)
+    shifts, spreads = [], []
+    for _ in measured:
+        for _ in islice(descent, plan.every - 1):
+            pass
+        before = layer_inputs(network, watched)
+        next(descent)
+        after = layer_inputs(network, watched)
+        shifts.append([shift(*pair) for pair in zip(before, after, strict=True)])
+        spreads.append([spread(*pair) for pair in zip(before, after, strict=True)])
+    return {
+        "steps": list(measured),
+        "shift_by_layer": _geometric(list(zip(*shifts, strict=True))),
+        "spread_by_layer": _geometric(list(zip(*spreads, strict=True))),
+        "shift_by_step": _geometric(shifts),
+    }
+
+
+def expand(weights: Sequence[float], rate: float) -> list[float]:
+    """The terms of one gradient step on `y = w1 w2 ... wk` (x = 1, and y itself is what descends), by their order.
+
+    The new output is the product of all `w_i - rate g_i`, where `g_i` is the product of the other weights. Written
+    out it has 2^k terms; those with j factors `-rate g_i` are of order j in the rate.
+
+    Returns:
+        k + 1 sums: order 0, the old output, to order k.
+
+    Source: Goodfellow, Bengio and Courville, "Deep Learning", 2016, section 8.7.1.
+    """
+    orders = [1.0]
+    for weight, gradient in zip(weights, _gradients(weights), strict=True):
+        moved = -rate * gradient
+        kept = [weight * term for term in orders] + [0.0]
+        taken = [0.0] + [moved * term for term in orders]
+        orders = [a + b for a, b in zip(kept, taken, strict=True)]
+    return orders
+
+
+def _gradients(weights: Sequence[float]) -> list[float]:
+    return [math.prod(w for j, w in enumerate(weights) if j != i) for i in range(len(weights))]
+
+
+def _example(weights: Sequence[float], rate: float) -> dict[str, Any]:
+    """The step as it is and as it is written out."""
+    old = math.prod(weights)
+    new = math.prod(w - rate * g for w, g in zip(weights, _gradients(weights), strict=True))
+    orders = expand(weights, rate)
+    return {
+        "step": new - old,
+        "orders": orders[1:],
+        "error": abs(math.fsum(orders) - new) / abs(new),
+        "unforeseen": abs((new - old - orders[1]) / orders[1]),
+    }
+
+
+def layer_inputs(network: nn.Module, x: Tensor) -> list[Tensor]:
+    """What each linear layer but the first receives when `x` passes in training mode; the network stays as it is."""
+    network = copy.deepcopy(network).train()
+    seen: list[Tensor] = []
+    for layer in [module for module in network.modules() if isinstance(module, nn.Linear)][1:]:
+        layer.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].double()))
+    with torch.no_grad():
+        network(x)
+    return seen
+
+
+def shift(before: Tensor, after: Tensor) -> float:
+    """How far the features' means moved, in standard deviations: `rms(mean' - mean) / sqrt(mean of the variances)`.
+
+    Args:
+        before: (N, C) the inputs of a layer before a step.
+        after: (N, C) the same after it.
+
+    Returns:
+        At least 1e-6 and at most 1e3; what is not a finite number counts as 1e3.
+    """
+    moved = float((after.mean(0) - before.mean(0)).square().mean().sqrt())
+    return _bounded(moved / max(_width(before), _SMALLEST))
+
+
+def spread(before: Tensor, after: Tensor) -> float:
+    """How much their width changed: `|log(width' / width)|`, where the width is the root of the mean variance."""
+    width, new = (max(_width(x), _SMALLEST) for x in (before, after))
+    return _bounded(abs(math.log(new / width)))
+
+
+def _width(x: Tensor) -> float:
+    return float(x.var(0, correction=0).mean().sqrt())
+
+
+def _bounded(value: float) -> float:
+    return min(max(value, _SMALLEST), _LARGEST) if math.isfinite(value) else _LARGEST
+
+
+def _geometric(rows: Sequence[Sequence[float]]) -> list[float]:
+    return [statistics.geometric_mean(row) for row in rows]
+
+
+def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
+    """Judge the claims over the seeds."""
+    runs = {kind: [results[kind, seed] for seed in range(plan.seeds)] for kind in (LINEAR, *NETWORKS)}
+    examples = [example for run in runs[LINEAR] for example in run["depths"]]
+    three, ten = plan.depths.index(3), plan.depths.index(10)
+    unforeseen = [run["depths"][ten]["unforeseen"] - run["depths"][three]["unforeseen"] for run in runs[LINEAR]]
+    grows = [math.log(run["shift_by_layer"][-1] / run["shift_by_layer"][0]) for run in runs[PLAIN]]
+    # The geometric mean over the layers is the same as that over the steps.
+    overall = {kind: [statistics.geometric_mean(run["shift_by_layer"]) for run in runs[kind]] for kind in NETWORKS}
+    reduced = [math.log(plain / ours) for plain, ours in zip(overall[PLAIN], overall[WITH], strict=True)]
+    findings = [
+        EXPANDED.judge(Interval.exact(digits_of(max(e["error"] for e in examples))), None, len(examples)),
+        UNFORESEEN.judge(mean_interval(unforeseen), effect_size(unforeseen), plan.seeds),
+        DEEPER.judge(mean_interval(grows).map(math.exp), effect_size(grows), plan.seeds),
+        LESS.judge(mean_interval(reduced).map(math.exp), effect_size(reduced), plan.seeds),
+    ]
+    by_layer = {
+        kind: [
+            mean_interval([math.log(run["shift_by_layer"][i]) for run in runs[kind]]).map(math.exp)
+            for i in range(len(plan.hidden))
+        ]
+        for kind in NETWORKS
+    }
+    shares = [mean_interval([run["depths"][i]["unforeseen"] for run in runs[LINEAR]]) for i in range(len(plan.depths))]
+    section = Section(
+        key="shift",
+        title="What does a step do to the layers above?",
+        summary=[
+            "The article explains the trouble of deep networks by internal covariate shift: every layer is updated as "
+            "if the others stood still, but all move at once, and so each layer's input changes under it. Its example "
+            "is y = x w1 w2 w3, whose step has terms in which the updates of several layers multiply.",
+            f"Written out for 1 to {max(plan.depths)} layers, the part of the step that the gradient did not foresee "
+            f"was {100 * shares[three].estimate:.0f} % of what it foresaw at three layers and "
+            f"{100 * shares[ten].estimate:.0f} % at ten.",
+            f"In real training of {len(plan.hidden)} hidden layers, one step moved the inputs of the second layer by "
+            f"{by_layer[PLAIN][0].estimate:.3f} standard deviations and those of the last by "
+            f"{by_layer[PLAIN][-1].estimate:.3f}; with batch normalization by {by_layer[WITH][0].estimate:.4f} and "
+            f"{by_layer[WITH][-1].estimate:.4f}.",
+            _verdict_sentence(findings[-1].verdict),
+        ],
+        judged=[finding.judged() for finding in findings],
+        tables=[_example_table(plan, runs[LINEAR]), _layers_table(plan, runs, by_layer)],
+        charts=[_example_chart(plan, shares), _layers_chart(plan, by_layer)],
+        notes=[
+            f"Linear example: x = 1, weights drawn around 1 with a standard deviation of {plan.spread}, learning rate "
+            f"{plan.example_rate}, y itself descends.",
+            f"Training: plain gradient descent, learning rate {plan.learning_rate} for both networks, {plan.steps} "
+            f"steps, every {plan.every}th measured on {plan.watched} training samples that pass in training mode; "
+            "geometric means over steps and seeds.",
+            "The shift is that of each feature's mean, in standard deviations of the layer's input. That it is small "
+            "where each feature has just been normalised to gamma and beta is what batch normalization is made for. "
+            "Whether this is why it helps is another question: see the dispute.",
+        ],
+        code=CODE,
+    )
+    numbers = {"runs": [{"kind": kind, "seed": seed, **result} for (kind, seed), result in results.items()]}
+    return Conclusion(numbers, findings, section)
+
+
+def _verdict_sentence(verdict: Verdict) -> str:
+    return {
+        Verdict.SUPPORTED: "So batch normalization did reduce the shift.",
+        Verdict.NOT_SUPPORTED: "So batch normalization did not reduce the shift; it was larger with it.",
+        Verdict.INCONCLUSIVE: "Whether batch normalization reduced the shift cannot be told from these numbers.",
+    }[verdict]
+
+
+def _example_table(plan: Plan, runs: Sequence[dict[str, Any]]) -> Table:
+    rows = []
+    for i, depth in enumerate(plan.depths):
+        examples = [run["depths"][i] for run in runs]
+        orders = [statistics.fmean(term) for term in zip(*(e["orders"] for e in examples), strict=True)]
+        shown = [f"{term:+.4f}" for term in orders[:3]] + ["-"] * (3 - len(orders))
+        rest = f"{math.fsum(orders[3:]):+.4f}" if len(orders) > 3 else "-"
+        rows.append(
+            [str(depth), f"{2**depth - 1:,}", *shown, rest, f"{statistics.fmean(e['step'] for e in examples):+.4f}"]
+        )
+    return Table(
+        "The step of y = x w1 ... wk by the order of its terms: means over the seeds",
+        ["Layers", "Terms", "First: foreseen", "Second", "Third", "Higher", "Whole step"],
+        rows,
+    )
+
+
+def _layers_table(plan: Plan, runs: dict[str, list[dict[str, Any]]], by_layer: dict[str, list[Interval]]) -> Table:
+    rows = []
+    for i in range(len(plan.hidden)):
+        row = [str(i + 2)]
+        for kind in NETWORKS:
+            width = statistics.geometric_mean(run["spread_by_layer"][i] for run in runs[kind])
+            interval = by_layer[kind][i]
+            row += [f"{interval.estimate:.4f} ({interval.low:.4f} to {interval.high:.4f})", f"{100 * width:.2f}"]
+        rows.append(row)
+    return Table(
+        "What one step of training does to a layer's input: shift in standard deviations, change of width in per cent",
+        ["Layer", "Plain: shift", "Plain: width", "Batch norm: shift", "Batch norm: width"],
+        rows,
+    )
+
+
+def _example_chart(plan: Plan, shares: Sequence[Interval]) -> Chart:
+    return Chart(
+        title="The unforeseen part of a linear network's step",
+        description=f"The part of the step that is not of first order, in per cent of the part that is, grows from "
+        f"{100 * shares[0].estimate:.0f} at {plan.depths[0]} layer to {100 * shares[-1].estimate:.0f} at "
+        f"{plan.depths[-1]} layers.",
+        x_label="layers",
+        y_label="unforeseen (% of the foreseen)",
+        curves=[
+            Curve(
+                "second and higher orders",
+                plan.depths,
+                [100 * share.estimate for share in shares],
+                [100 * share.low for share in shares],
+                [100 * share.high for share in shares],
+            )
+        ],
+    )
+
+
+def _layers_chart(plan: Plan, by_layer: dict[str, list[Interval]]) -> Chart:
+    layers = range(2, len(plan.hidden) + 2)
+    spoken = "; ".join(
+        f"{kind}: from {intervals[0].estimate:.4f} at layer 2 to {intervals[-1].estimate:.4f} at the last"
+        for kind, intervals in by_layer.items()
+    )
+    return Chart(
+        title="Shift of each layer's input in one step of training",
+        description=f"Shift of the features' means in standard deviations, logarithmic. {spoken}.",
+        x_label="layer",
+        y_label="shift (standard deviations)",
+        curves=[
+            Curve(
+                kind,
+                list(layers),
+                [interval.estimate for interval in intervals],
+                [interval.low for interval in intervals],
+                [interval.high for interval in intervals],
+            )
+            for kind, intervals in by_layer.items()
+        ],
+        log_y=True,
+    )
+
+
+CODE = """\
+from batchnorm.study.shift import expand
+
+for depth in (1, 3, 10):
+    old, foreseen, *higher = expand([1.0] * depth, 0.1)
+    print(depth, foreseen, sum(higher))
+"""
+
+EXPERIMENT = Experiment(
+    name="shift",
+    claims=(EXPANDED, UNFORESEEN, DEEPER, LESS),
+    full=Plan(seeds=10),
+    quick=Plan(seeds=6, steps=60),
+    tasks=tasks,
+    run=run,
+    conclude=conclude,
+)
