@@ -11,6 +11,7 @@ from batchnorm.study import (
     noise,
     placement,
     rates,
+    scales,
     shift,
     speed,
 )
@@ -22,6 +23,7 @@ EXPERIMENTS: tuple[Experiment[Any], ...] = (
     noise.EXPERIMENT,
     inference.EXPERIMENT,
     shift.EXPERIMENT,
+    scales.EXPERIMENT,
     speed.EXPERIMENT,
     rates.EXPERIMENT,
     dropout.EXPERIMENT,
