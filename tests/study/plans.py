@@ -7,7 +7,7 @@ import io
 import json
 from typing import Any
 
-from batchnorm.study import equations, inference, noise, scales, shift
+from batchnorm.study import dispute, equations, inference, noise, scales, shift
 from batchnorm.study.experiment import Conclusion, Experiment, Setting
 from batchnorm.study.training import one_thread
 
@@ -17,6 +17,7 @@ TINY: dict[str, Any] = {
     "inference": inference.Plan(seeds=2, steps=20, hidden=(16, 16), width=3, shown=24),
     "shift": shift.Plan(seeds=2, steps=12, every=6, hidden=(16, 16, 16), watched=64),
     "scales": scales.Plan(seeds=2, rates=(0.03, 0.3), steps=20, hidden=(16,)),
+    "dispute": dispute.Plan(seeds=2, steps=12, every=6, hidden=(16, 16, 16), watched=64),
 }
 
 

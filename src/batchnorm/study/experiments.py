@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from batchnorm.study import (
+    dispute,
     dropout,
     equations,
     inference,
@@ -27,4 +28,5 @@ EXPERIMENTS: tuple[Experiment[Any], ...] = (
     speed.EXPERIMENT,
     rates.EXPERIMENT,
     dropout.EXPERIMENT,
+    dispute.EXPERIMENT,
 )

@@ -1,0 +1,382 @@
+"""Why it works is disputed (M14): covariate shift and smoothness, measured side by side.
+
+Three networks from equal weights: plain, with batch normalization, and with noise after batch normalization that brings
+the covariate shift back on purpose. Along their training: the shift of their layers' inputs, and how loss and gradient
+change along the step.
+
+Source: Santurkar, Tsipras, Ilyas and Madry, "How Does Batch Normalization Help Optimization?", NeurIPS 2018.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.population.recalibrate import recalibrate
+from batchnorm.report.document import Chart, Curve, Section, Table
+from batchnorm.study import training
+from batchnorm.study.experiment import Args, Conclusion, Experiment, Results, Setting
+from batchnorm.study.landscape import Loss, along, descend, disturbance
+from batchnorm.study.networks import Placement, perceptron
+from batchnorm.study.noisy import Noise, noisy
+from batchnorm.study.shift import layer_inputs, shift
+from batchnorm.study.statistics import Interval, effect_size, mean_interval
+from batchnorm.study.verdict import Claim, Finding, Verdict
+
+PLAIN, WITH, NOISY = "plain", "batch norm", "noisy batch norm"
+NETWORKS: dict[str, Placement] = {PLAIN: "none", WITH: "before", NOISY: "before"}
+
+# Half: if the shift were the explanation, most of the gain would go with it.
+EXPLAINS = Claim(
+    "gain-goes-with-stability",
+    "M14",
+    "Most of batch norm's gain goes when noise brings the shift back",
+    "half of batch norm's gain in training accuracy less the gain that noisy batch norm keeps",
+    0.0,
+)
+NOISIER = Claim(
+    "noise-shifts-more",
+    "M14",
+    "Noisy batch norm has more covariate shift than no batch norm",
+    "shift of the layers' inputs in noisy batch norm over that in the plain network",
+    1.0,
+    "times",
+)
+# One in a hundred, over the whole training: a difference that one would see in its curve.
+STILL = Claim(
+    "noisy-learns-faster",
+    "M14",
+    "Noisy batch norm learns faster than no batch norm all the same",
+    "training accuracy of noisy batch norm less that of the plain network, mean over the training",
+    0.01,
+)
+# The paper has "similar or worse"; 0.05 in a cosine is similar.
+GRADIENTS = Claim(
+    "gradients-not-calmer",
+    "M14",
+    "Steps of the layers below disturb gradients no less with batch norm",
+    "1 - cosine of a layer's gradients before and after, with batch norm less without",
+    -0.05,
+)
+_RATIO = "of the plain network over that with batch norm, along the step"
+LOSS = Claim(
+    "smoother-loss",
+    "M14",
+    "With batch norm the loss changes less along the step",
+    f"range of the loss {_RATIO}",
+    1.0,
+    "times",
+)
+PREDICTIVE = Claim(
+    "predictive-gradient",
+    "M14",
+    "With batch norm the gradient changes less along the step",
+    f"largest change of the gradient {_RATIO}",
+    1.0,
+    "times",
+)
+SMOOTH = Claim(
+    "beta-smoothness",
+    "M14",
+    "With batch norm the gradient changes less per length of step",
+    f"effective beta-smoothness {_RATIO}",
+    1.0,
+    "times",
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is trained, and how.
+
+    Attributes:
+        seeds: how many of each network; their seeds are 0, 1, ...
+        steps: optimiser steps of each training.
+        every: steps from one measured step to the next.
+        learning_rate: of every step, the same for all networks.
+        factors: the points along the step that are looked at, in learning rates.
+        batch_size: samples in a step.
+        hidden: features of each hidden layer.
+        watched: training samples whose way through the layers is watched.
+    """
+
+    seeds: int
+    steps: int = 300
+    every: int = 15
+    learning_rate: float = 0.1
+    factors: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
+    batch_size: int = 32
+    hidden: tuple[int, ...] = (64,) * 8
+    watched: int = 256
+
+
+def tasks(plan: Plan) -> Sequence[Args]:
+    """A task for each network and seed."""
+    return [(network, seed) for seed in range(plan.seeds) for network in NETWORKS]
+
+
+def network(setting: Setting, plan: Plan, kind: str, seed: int) -> tuple[nn.Sequential, torch.Generator]:
+    """One of the three, and the generator that goes on to draw the order of the samples."""
+    data = setting.data
+    generator = torch.Generator().manual_seed(seed)
+    made = perceptron(
+        data.features,
+        plan.hidden,
+        data.classes,
+        placement=NETWORKS[kind],
+        layers=setting.layers,
+        generator=generator,
+    )
+    return (noisy(made, setting.layers, seed) if kind == NOISY else made), generator
+
+
+def run(setting: Setting, plan: Plan, kind: str, seed: int) -> dict[str, Any]:
+    """Train one network and measure along the way.
+
+    Returns:
+        learning: the mean accuracy on the mini-batches of all steps, each before its step.
+        test: the test accuracy at the end, with the training set's statistics and without noise.
+        at: the measured steps.
+        curve: the mean accuracy on the mini-batches since the measured step before.
+        shift: at each measured step, the geometric mean over the layers of `shift.shift`.
+        disturbance, loss_range, gradient_change, smoothness: at each measured step, see `landscape`.
+    """
+    train = setting.data.train
+    model, generator = network(setting, plan, kind, seed)
+    parameters = list(model.parameters())
+    watched = train.inputs[: plan.watched]
+    order = training.batches(len(train.labels), plan.batch_size, generator)
+    right: list[float] = []
+    measured: dict[str, list[float]] = {}
+    rates = [factor * plan.learning_rate for factor in plan.factors]
+    for step in range(1, plan.steps + 1):
+        chosen = next(order)
+        x, y = train.inputs[chosen], train.labels[chosen]
+        model.train()
+        # Before the step's own pass and after it: the noise is to be that of two steps, as anything watched would see.
+        before = layer_inputs(model, watched) if step % plan.every == 0 else []
+        again = _repeatable(model, x, y)
+        outputs = model(x)
+        right.append(training.accuracy(outputs.detach().argmax(1), y))
+        gradients = torch.autograd.grad(nn.functional.cross_entropy(outputs, y), parameters)
+        if step % plan.every:
+            descend(parameters, gradients, plan.learning_rate)
+            continue
+        found = {
+            **asdict(along(parameters, again, rates)),
+            "disturbance": disturbance(model, again, plan.learning_rate),
+        }
+        descend(parameters, gradients, plan.learning_rate)
+        after = layer_inputs(model, watched)
+        found["shift"] = statistics.geometric_mean(shift(*pair) for pair in zip(before, after, strict=True))
+        found["curve"] = statistics.fmean(right[-plan.every :])
+        for name, value in found.items():
+            measured.setdefault(name, []).append(value)
+    recalibrate(model, torch.split(train.inputs, plan.watched))
+    test = training.accuracy(training.predict(model, setting.data.test.inputs), setting.data.test.labels)
+    at = list(range(plan.every, plan.steps + 1, plan.every))
+    return {"learning": statistics.fmean(right), "test": test, "at": at, **measured}
+
+
+def _repeatable(model: nn.Module, x: Tensor, y: Tensor) -> Loss:
+    """The loss on one mini-batch as a function of the weights alone: each pass has the same noise, the next one's."""
+    noises = [module for module in model.modules() if isinstance(module, Noise)]
+    states = [noise.generator.get_state() for noise in noises]
+
+    def loss() -> Tensor:
+        for noise, state in zip(noises, states, strict=True):
+            noise.generator.set_state(state)
+        return nn.functional.cross_entropy(model(x), y)
+
+    return loss
+
+
+def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
+    """Judge both accounts over the seeds."""
+    runs = {kind: [results[kind, seed] for seed in range(plan.seeds)] for kind in NETWORKS}
+    learning = {kind: [run["learning"] for run in runs[kind]] for kind in NETWORKS}
+    gains = {kind: _differences(learning[kind], learning[PLAIN]) for kind in (WITH, NOISY)}
+    gone = [0.5 * ours - noisy for ours, noisy in zip(gains[WITH], gains[NOISY], strict=True)]
+    disturbed = {kind: [statistics.fmean(run["disturbance"]) for run in runs[kind]] for kind in NETWORKS}
+    calmer = _differences(disturbed[WITH], disturbed[PLAIN])
+    levels = {
+        name: {kind: [math.log(statistics.geometric_mean(run[name])) for run in runs[kind]] for kind in NETWORKS}
+        for name in ("shift", "loss_range", "gradient_change", "smoothness")
+    }
+    ratios = {
+        NOISIER: _differences(levels["shift"][NOISY], levels["shift"][PLAIN]),
+        LOSS: _differences(levels["loss_range"][PLAIN], levels["loss_range"][WITH]),
+        PREDICTIVE: _differences(levels["gradient_change"][PLAIN], levels["gradient_change"][WITH]),
+        SMOOTH: _differences(levels["smoothness"][PLAIN], levels["smoothness"][WITH]),
+    }
+    plain = {EXPLAINS: gone, STILL: gains[NOISY], GRADIENTS: calmer}
+    judged = {
+        **{
+            claim: claim.judge(mean_interval(values).map(math.exp), effect_size(values), plan.seeds)
+            for claim, values in ratios.items()
+        },
+        **{
+            claim: claim.judge(mean_interval(values), effect_size(values), plan.seeds)
+            for claim, values in plain.items()
+        },
+    }
+    findings = [judged[claim] for claim in CLAIMS]
+    means = {
+        name: {kind: mean_interval(values).map(math.exp) for kind, values in by_kind.items()}
+        for name, by_kind in levels.items()
+    }
+    means["learning"] = {kind: mean_interval(values) for kind, values in learning.items()}
+    means["disturbance"] = {kind: mean_interval(values) for kind, values in disturbed.items()}
+    means["test"] = {kind: mean_interval([run["test"] for run in runs[kind]]) for kind in NETWORKS}
+    section = Section(
+        key="dispute",
+        title="Why does it work? The dispute",
+        summary=[
+            "The article explains batch normalization by less covariate shift, and ends by saying that this is "
+            "disputed: sceptics hold that the shift is not the cause, and that a smoother landscape of the loss is "
+            "what helps. Both were measured on the same three networks: plain, with batch normalization, and with "
+            "noise after each batch normalization, whose mean and variance change with every step.",
+            f"Shift of the layers' inputs in one step, in standard deviations: {_three(means['shift'], '.4f')}. "
+            f"Training accuracy, mean over the training, in per cent: {_three(means['learning'], '.1f', 100)}.",
+            _account(judged),
+            f"Batch normalization changed the range of the loss along the step by a factor of "
+            f"{1 / judged[LOSS].interval.estimate:.2f}, the gradient's change by "
+            f"{1 / judged[PREDICTIVE].interval.estimate:.2f}, and effective beta-smoothness by "
+            f"{1 / judged[SMOOTH].interval.estimate:.2f} (below 1 is smoother). {_smoothness(judged)}",
+        ],
+        judged=[finding.judged() for finding in findings],
+        tables=[_table(means)],
+        charts=[
+            _chart(runs, "curve", "Training accuracy", "accuracy on mini-batches", log=False),
+            _chart(runs, "shift", "Covariate shift", "shift (standard deviations)", log=True),
+            _chart(runs, "loss_range", "Range of the loss along the step", "range of the loss", log=True),
+            _chart(
+                runs, "gradient_change", "Change of the gradient along the step", "change of the gradient", log=True
+            ),
+        ],
+        notes=[
+            f"Networks of {len(plan.hidden)} hidden layers of {plan.hidden[0]}, all from the same weights, plain "
+            f"gradient descent with the same learning rate {plan.learning_rate} and batches of {plan.batch_size}; one "
+            f"step in {plan.every} of {plan.steps} is measured.",
+            "Along the step: loss and gradient on the step's mini-batch at "
+            + ", ".join(f"{factor:g}" for factor in plan.factors)
+            + " times the step, on the path that each network takes itself, as the sceptics' paper does. The networks' "
+            "gradients have other lengths, so equal rates are not equal distances; effective beta-smoothness is per "
+            "distance.",
+            "1 - cosine: how much the gradient of a layer's weights turns when all layers below have done their step "
+            "and it has not: the paper's own definition of internal covariate shift.",
+            "Test accuracy: without noise, with the statistics of the whole training set.",
+        ],
+        code=CODE,
+    )
+    numbers = {"runs": [{"network": kind, "seed": seed, **result} for (kind, seed), result in results.items()]}
+    return Conclusion(numbers, findings, section)
+
+
+def _differences(a: Sequence[float], b: Sequence[float]) -> list[float]:
+    return [x - y for x, y in zip(a, b, strict=True)]
+
+
+def _three(by_kind: dict[str, Interval], form: str, times: float = 1) -> str:
+    return ", ".join(f"{kind} {times * interval.estimate:{form}}" for kind, interval in by_kind.items())
+
+
+def _account(judged: dict[Claim, Finding]) -> str:
+    """What noisy batch norm says about covariate shift as the cause."""
+    shifts, goes, still = (judged[claim].verdict for claim in (NOISIER, EXPLAINS, STILL))
+    if shifts is not Verdict.SUPPORTED:
+        return "The noise did not surely bring back more shift than the plain network has, so it tests nothing here."
+    if goes is Verdict.SUPPORTED:
+        return "With the shift brought back most of the gain was gone: here the shift may well be the cause."
+    if goes is Verdict.NOT_SUPPORTED and still is Verdict.SUPPORTED:
+        return (
+            "With more shift than the plain network has, most of the gain was still there: here less shift is not "
+            "what it comes from."
+        )
+    return "How much of the gain is left when the shift is brought back cannot be told from these numbers."
+
+
+def _smoothness(judged: dict[Claim, Finding]) -> str:
+    """How many of the three measures say smoother."""
+    verdicts = [judged[claim].verdict for claim in (LOSS, PREDICTIVE, SMOOTH)]
+    return f"{verdicts.count(Verdict.SUPPORTED)} of these 3 measures support the sceptics' account, " + (
+        f"{verdicts.count(Verdict.NOT_SUPPORTED)} speak against it."
+    )
+
+
+_NAMES = {
+    "learning": ("Training accuracy, mean over the training (%)", ".1f", 100),
+    "test": ("Test accuracy at the end (%)", ".1f", 100),
+    "shift": ("Shift of the layers' inputs (standard deviations)", ".4f", 1),
+    "disturbance": ("1 - cosine of gradients when the layers below step", ".3f", 1),
+    "loss_range": ("Range of the loss along the step", ".3f", 1),
+    "gradient_change": ("Largest change of the gradient along the step", ".2f", 1),
+    "smoothness": ("Effective beta-smoothness", ".1f", 1),
+}
+
+
+def _table(means: dict[str, dict[str, Interval]]) -> Table:
+    return Table(
+        "Means over seeds and measured steps (geometric for shift, loss and gradient) with 95 % intervals",
+        ["Measure", *NETWORKS],
+        [
+            [
+                label,
+                *(
+                    f"{times * i.estimate:{form}} ({times * i.low:{form}} to {times * i.high:{form}})"
+                    for i in (means[name][kind] for kind in NETWORKS)
+                ),
+            ]
+            for name, (label, form, times) in _NAMES.items()
+        ],
+    )
+
+
+def _chart(runs: dict[str, list[dict[str, Any]]], name: str, title: str, label: str, *, log: bool) -> Chart:
+    curves = []
+    for kind, of_kind in runs.items():
+        at = list(zip(*(run[name] for run in of_kind), strict=True))
+        middle = [statistics.median(values) for values in at]
+        curves.append(Curve(kind, of_kind[0]["at"], middle, [min(v) for v in at], [max(v) for v in at]))
+    ends = ", ".join(
+        f"{curve.label} {curve.middle[0]:.3g} at first and {curve.middle[-1]:.3g} at last" for curve in curves
+    )
+    return Chart(
+        title=title,
+        description=f"{title} over the training, median and range of the seeds: {ends}.",
+        x_label="step",
+        y_label=label,
+        curves=curves,
+        log_y=log,
+    )
+
+
+CODE = """\
+from batchnorm.study import dispute
+from batchnorm.study.data import digits
+from batchnorm.study.experiment import Setting
+from batchnorm.study.networks import OURS
+
+plan = dispute.Plan(seeds=1, steps=45, hidden=(32, 32, 32))
+for kind in dispute.NETWORKS:
+    found = dispute.run(Setting(digits(), OURS), plan, kind, 0)
+    print(kind, found["learning"], found["shift"], found["loss_range"])
+"""
+
+CLAIMS = (NOISIER, EXPLAINS, STILL, GRADIENTS, LOSS, PREDICTIVE, SMOOTH)
+
+EXPERIMENT = Experiment(
+    name="dispute",
+    claims=CLAIMS,
+    full=Plan(seeds=10),
+    quick=Plan(seeds=6, steps=60, hidden=(32,) * 6),
+    tasks=tasks,
+    run=run,
+    conclude=conclude,
+)
