@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +12,8 @@ from torch import Tensor, nn
 
 import batchnorm
 from batchnorm.study import training
-from batchnorm.study.data import Digits, Part
-from batchnorm.study.training import NO_CLASS, accuracy, batches, first_step, one_thread, predict
+from batchnorm.study.data import Data, Part
+from batchnorm.study.training import NO_CLASS, accuracy, batches, first_step, infer, one_thread, predict, settle
 
 
 @pytest.mark.parametrize(
@@ -99,23 +101,22 @@ def test_one_at_a_time_uses_the_running_statistics() -> None:
         assert torch.equal(before, after)
 
 
-def digits_of(train: Tensor, test: Tensor) -> Digits:
+def data_of(train: Tensor, test: Tensor) -> Data:
     """Two classes, told by the first feature."""
     parts = [Part(torch.arange(len(x)), x, (x[:, 0] > 0).long()) for x in (train, test)]
-    return Digits(*parts)
+    return Data(*parts, tuple(train.shape[1:]), 2, "made")
 
 
 @pytest.fixture
-def data() -> Digits:
+def data() -> Data:
     generator = torch.Generator().manual_seed(0)
-    return digits_of(torch.randn(64, 3, generator=generator), torch.randn(20, 3, generator=generator))
+    return data_of(torch.randn(64, 3, generator=generator), torch.randn(20, 3, generator=generator))
 
 
 def trained(
-    network: nn.Module, data: Digits, *, steps: int, rate: float = 0.5, evaluate_every: int = 4
-) -> tuple[training.Curve, list[int]]:
-    done: list[int] = []
-    curve = training.train(
+    network: nn.Module, data: Data, *, steps: int, rate: float = 0.5, evaluate_every: int = 4
+) -> training.Curve:
+    return training.train(
         network,
         data,
         learning_rate=rate,
@@ -123,9 +124,7 @@ def trained(
         steps=steps,
         evaluate_every=evaluate_every,
         generator=torch.Generator().manual_seed(1),
-        advance=done.append,
     )
-    return curve, done
 
 
 def fixed_linear() -> nn.Linear:
@@ -135,8 +134,8 @@ def fixed_linear() -> nn.Linear:
     return linear
 
 
-def test_training_learns(data: Digits) -> None:
-    curve, _ = trained(fixed_linear(), data, steps=100)
+def test_training_learns(data: Data) -> None:
+    curve = trained(fixed_linear(), data, steps=100)
     assert curve.test_accuracy[-1] >= 0.9
     first, last = curve.training_loss[0], curve.training_loss[-1]
     assert first is not None
@@ -144,28 +143,27 @@ def test_training_learns(data: Digits) -> None:
     assert last < first / 2
 
 
-def test_the_last_step_is_evaluated_and_all_steps_are_reported(data: Digits) -> None:
-    curve, done = trained(fixed_linear(), data, steps=10)
+def test_the_last_step_is_evaluated(data: Data) -> None:
+    curve = trained(fixed_linear(), data, steps=10)
     assert curve.steps == (4, 8, 10)
-    assert done == [4, 4, 2]
     assert len(curve.test_accuracy) == len(curve.training_loss) == 3
 
 
-def test_a_step_is_gradient_descent_on_the_mean_cross_entropy(data: Digits) -> None:
+def test_a_step_is_gradient_descent_on_the_mean_cross_entropy(data: Data) -> None:
     """Against the formula: the gradient of the cross-entropy at equal outputs is (1/2 - label) x."""
     linear = fixed_linear()
-    curve, _ = trained(linear, data, steps=1)
+    curve = trained(linear, data, steps=1)
     chosen = next(batches(64, 16, torch.Generator().manual_seed(1)))
-    x, y = data.train.images[chosen], nn.functional.one_hot(data.train.labels[chosen], 2)
+    x, y = data.train.inputs[chosen], nn.functional.one_hot(data.train.labels[chosen], 2)
     torch.testing.assert_close(linear.weight.detach(), -0.5 * (0.5 - y).T @ x / 16)
     assert curve.training_loss == pytest.approx((torch.tensor(2.0).log().item(),))
 
 
-def test_every_step_has_its_own_gradient(data: Digits) -> None:
+def test_every_step_has_its_own_gradient(data: Data) -> None:
     linear, expected = fixed_linear(), fixed_linear()
     trained(linear, data, steps=3)
     for chosen in itertools.islice(batches(64, 16, torch.Generator().manual_seed(1)), 3):
-        loss = nn.functional.cross_entropy(expected(data.train.images[chosen]), data.train.labels[chosen])
+        loss = nn.functional.cross_entropy(expected(data.train.inputs[chosen]), data.train.labels[chosen])
         for parameter, gradient in zip(
             expected.parameters(), torch.autograd.grad(loss, list(expected.parameters())), strict=True
         ):
@@ -174,16 +172,16 @@ def test_every_step_has_its_own_gradient(data: Digits) -> None:
     torch.testing.assert_close(linear.bias, expected.bias)
 
 
-def test_the_loss_is_the_mean_since_the_evaluation_before(data: Digits) -> None:
-    fine, _ = trained(fixed_linear(), data, steps=8, evaluate_every=1)
-    coarse, _ = trained(fixed_linear(), data, steps=8, evaluate_every=4)
+def test_the_loss_is_the_mean_since_the_evaluation_before(data: Data) -> None:
+    fine = trained(fixed_linear(), data, steps=8, evaluate_every=1)
+    coarse = trained(fixed_linear(), data, steps=8, evaluate_every=4)
     losses = [loss for loss in fine.training_loss if loss is not None]
     assert coarse.training_loss == pytest.approx((sum(losses[:4]) / 4, sum(losses[4:]) / 4))
 
 
 def test_how_often_it_is_evaluated_changes_no_training() -> None:
     generator = torch.Generator().manual_seed(0)
-    data = digits_of(torch.randn(64, 3, generator=generator), torch.randn(20, 3, generator=generator))
+    data = data_of(torch.randn(64, 3, generator=generator), torch.randn(20, 3, generator=generator))
     ends = []
     for every in (1, 3, 12):
         torch.manual_seed(0)
@@ -195,13 +193,53 @@ def test_how_often_it_is_evaluated_changes_no_training() -> None:
         assert all(torch.equal(a, b) for a, b in zip(ends[0], end, strict=True))
 
 
-def test_a_loss_that_is_not_a_number_is_none(data: Digits) -> None:
-    images = data.train.images.clone()
-    images[:] = float("nan")
-    broken = Digits(Part(data.train.indices, images, data.train.labels), data.test)
-    curve, _ = trained(fixed_linear(), broken, steps=4)
+def test_a_loss_that_is_not_a_number_is_none(data: Data) -> None:
+    broken = replace(data, train=replace(data.train, inputs=torch.full_like(data.train.inputs, float("nan"))))
+    curve = trained(fixed_linear(), broken, steps=4)
     assert curve.training_loss == (None,)
     assert curve.test_accuracy == (0.0,)
+
+
+class Stepped(nn.Module):
+    """Right on as many of ten samples as there were steps, however often it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = 0
+        self.asked: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.asked.append(self.steps)
+        right = torch.arange(len(x)) < self.steps
+        return torch.stack([~right, right], 1).float()
+
+    def descent(self) -> Iterator[Tensor]:
+        while True:
+            self.steps += 1
+            yield torch.zeros(())
+
+
+@pytest.mark.parametrize(
+    ("steps", "evaluated"),
+    [(10, [6, 7, 8, 9, 10]), (100, [84, 88, 92, 96, 100]), (25, [21, 22, 23, 24, 25]), (3, [1, 2, 3])],
+)
+def test_a_training_settles_at_the_mean_of_its_end(steps: int, evaluated: list[int]) -> None:
+    network = Stepped()
+    tens, hundreds = (Part(torch.arange(n), torch.zeros(n, 1), torch.ones(n, dtype=torch.int64)) for n in (10, 100))
+    settled = settle(network, network.descent(), steps, [tens, hundreds])
+    assert network.steps == steps
+    assert network.asked == [step for step in evaluated for _ in range(2)]
+    mean = sum(evaluated) / len(evaluated)
+    assert settled[1] == pytest.approx(mean / 100)
+    assert settled[0] == pytest.approx(sum(min(step, 10) for step in evaluated) / len(evaluated) / 10)
+
+
+def test_inference_gives_the_outputs_in_order_and_without_gradient() -> None:
+    inputs = torch.arange(10.0)[:, None]
+    linear = nn.Linear(1, 2)
+    outputs = infer(linear, inputs, 3)
+    assert not outputs.requires_grad
+    assert torch.equal(outputs, linear(inputs).detach())
 
 
 def test_one_thread_is_given_back(threads: None) -> None:

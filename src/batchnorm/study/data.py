@@ -151,9 +151,10 @@ def _archive(path: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     import numpy as np
 
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
             # A file of one array alone is read as that array, which has no names.
-            arrays = dict(archive) if isinstance(archive, Mapping) else {}
+            arrays = dict(loaded) if isinstance(loaded, Mapping) else {}
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise UsageError(f"cannot read {path}: {error}") from error
     if not {"x", "y"} <= set(arrays):

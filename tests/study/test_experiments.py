@@ -1,0 +1,121 @@
+"""The table: every experiment is what the runner and the reader expect, and results.json is as documented."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from batchnorm.study.experiment import Experiment
+from batchnorm.study.experiments import EXPERIMENTS
+from batchnorm.study.runner import study
+from plans import TINY
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "study.md").read_text(encoding="utf-8")
+KINDS = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null"}
+SMALL = [replace(row, quick=TINY[row.name]) for row in EXPERIMENTS]
+
+
+@pytest.fixture(scope="module", params=["digits ours", "vectors torch"])
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Of all experiments: on images with our layers, on vectors with torch's."""
+    out = tmp_path_factory.mktemp("out")
+    data = layers = None
+    if request.param == "vectors torch":
+        import numpy as np
+
+        generator = np.random.default_rng(0)
+        x, y = generator.normal(size=(600, 9)), np.arange(600) % 3
+        np.savez(out / "mine.npz", x=x + y[:, None], y=y)
+        data, layers = str(out / "mine.npz"), "torch"
+    study(
+        out,
+        console=Console(file=io.StringIO()),
+        quick=True,
+        data=data,
+        layers=layers or "ours",
+        experiments=SMALL,
+        processes=1,
+    )
+    content: dict[str, Any] = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    return content
+
+
+def leaves(value: object, path: str = "") -> Iterator[tuple[str, str]]:
+    """Every path in a JSON value, with the kind of what is there."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from leaves(part, f"{path}.{key}".removeprefix("."))
+    elif isinstance(value, list):
+        for part in value:
+            yield from leaves(part, f"{path}[]")
+    else:
+        yield path, KINDS[type(value)]
+
+
+def documented() -> dict[str, set[str]]:
+    """The kinds of each path; what stands under NAME is there for every experiment."""
+    rows = re.findall(r"^\| `([^`]+)` \| ([^|]+) \|", DOCUMENT, re.MULTILINE)
+    found = {}
+    for path, kinds in rows:
+        if not path.startswith("--"):
+            for name in [row.name for row in EXPERIMENTS] if "NAME" in path else [""]:
+                found[path.replace("NAME", name)] = set(kinds.strip().split(" or "))
+    return found
+
+
+def test_results_are_as_documented(results: dict[str, Any]) -> None:
+    schema = documented()
+    seen = set(leaves(results))
+    unknown = {path for path, _ in seen} - set(schema)
+    assert not unknown
+    assert not {path for path in schema if path not in {path for path, _ in seen}}
+    # A whole number may stand where any number may.
+    wrong = {
+        (p, kind) for p, kind in seen if kind not in schema[p] and not (kind == "integer" and "number" in schema[p])
+    }
+    assert not wrong
+
+
+def test_every_claim_has_a_finding_in_order(results: dict[str, Any]) -> None:
+    for row in EXPERIMENTS:
+        findings = results["experiments"][row.name]["findings"]
+        assert [finding["claim"] for finding in findings] == [claim.key for claim in row.claims]
+
+
+def test_names_and_claims_are_unlike_each_other() -> None:
+    claims = [claim for row in EXPERIMENTS for claim in row.claims]
+    for names in ([row.name for row in EXPERIMENTS], [c.key for c in claims], [c.statement for c in claims]):
+        assert len(set(names)) == len(names)
+    assert set(TINY) == {row.name for row in EXPERIMENTS}
+
+
+@pytest.mark.parametrize("row", EXPERIMENTS, ids=lambda row: row.name)
+def test_a_row(row: Experiment[Any]) -> None:
+    assert row.claims
+    for claim in row.claims:
+        assert re.fullmatch(r"[a-z0-9-]+", claim.key)
+        assert re.fullmatch(r"M([1-9]|1[0-4])", claim.mission)
+        assert len(claim.statement) <= 75, "one line of the summary"
+        assert claim.measure[0].islower()
+    for plan in (row.full, row.quick):
+        assert is_dataclass(plan)
+        tasks = row.tasks(plan)
+        assert len(set(tasks)) == len(tasks)
+        assert [tuple(task) for task in json.loads(json.dumps(tasks))] == list(tasks)
+        json.dumps(asdict(plan), allow_nan=False)
+    assert getattr(row.full, "seeds", 10) >= 10
+
+
+@pytest.mark.parametrize("row", EXPERIMENTS, ids=lambda row: row.name)
+def test_the_docs_have_every_claim_with_its_criterion(row: Experiment[Any]) -> None:
+    for claim in row.claims:
+        unit = f" {claim.unit}" if claim.unit else ""
+        assert f"| {claim.mission} | {claim.statement} | {claim.measure} | {claim.threshold:g}{unit} |" in DOCUMENT

@@ -1,0 +1,60 @@
+"""Experiments of a moment, for the tests of what runs experiments; and the real ones' smallest plans."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from batchnorm.report.document import Section
+from batchnorm.study.experiment import Args, Conclusion, Experiment, Results, Setting
+from batchnorm.study.statistics import mean_interval
+from batchnorm.study.verdict import Claim
+
+CLAIM = Claim("positive", "M1", "It is positive", "the mean", 0.0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many numbers are drawn; where to say that a task was done, and what to do in task number `trouble`."""
+
+    count: int = 8
+    said: str = ""
+    trouble: str = ""
+    at: int = 5
+
+
+def tasks(plan: Plan) -> list[Args]:
+    return [("draw", number) for number in range(plan.count)]
+
+
+def run(setting: Setting, plan: Plan, what: str, number: int) -> dict[str, Any]:
+    if plan.said:
+        with Path(plan.said).open("a") as file:
+            file.write(f"{number} {os.getpid()} {torch.get_num_threads()}\n")
+    if number == plan.at and plan.trouble == "raise":
+        raise ArithmeticError(f"trouble with {what} {number}")
+    if number == plan.at and plan.trouble == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if plan.trouble == "slow":
+        time.sleep(0.2)
+    mean = setting.data.train.inputs.double().mean().item()
+    return {"value": mean + 0.1 * number, "list": [number, None]}
+
+
+def conclude(name: str, setting: Setting, plan: Plan, results: Results) -> Conclusion:
+    values = [result["value"] for result in results.values()]
+    interval = mean_interval(values)
+    section = Section(name, "Is it positive?", [f"The mean is {interval.estimate:.3f} with {setting.layers.name}."])
+    return Conclusion({"values": values}, [CLAIM.judge(interval, None, len(values))], section)
+
+
+def trial(name: str = "trial", **options: object) -> Experiment[Plan]:
+    plan = Plan(**options)  # type: ignore[arg-type]
+    return Experiment(name, (CLAIM,), plan, plan, tasks, run, partial(conclude, name))
