@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from study.plans import TINY, carried_out, runs_as_printed
 from torch import Tensor, nn
 
 import tolerances
@@ -18,6 +17,7 @@ from batchnorm.study.equations import BIAS, STANDARD, TUNED, WRITTEN, Plan, comp
 from batchnorm.study.experiment import Setting
 from batchnorm.study.networks import OURS, TORCH, Layers
 from batchnorm.study.verdict import Verdict
+from study.plans import TINY, carried_out, runs_as_printed
 
 PLAN = TINY["equations"]
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from batchnorm.study.experiment import Experiment
 from batchnorm.study.experiments import EXPERIMENTS
 from batchnorm.study.runner import study
-from plans import TINY
+from study.plans import TINY
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "study.md").read_text(encoding="utf-8")
 KINDS = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null"}

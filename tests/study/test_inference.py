@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from study.plans import TINY, carried_out, runs_as_printed
 from torch import Tensor, nn
 
 import tolerances
@@ -36,6 +35,7 @@ from batchnorm.study.inference import (
 )
 from batchnorm.study.networks import OURS, TORCH, Layers, perceptron, residual
 from batchnorm.study.verdict import Verdict
+from study.plans import TINY, carried_out, runs_as_printed
 
 PLAN = TINY["inference"]
 

@@ -19,7 +19,7 @@ from batchnorm.study.data import digits
 from batchnorm.study.experiment import Setting
 from batchnorm.study.kept import Kept, alone, fingerprint, write
 from batchnorm.study.networks import OURS, TORCH
-from trials import Plan, run, trial
+from study.trials import Plan, run, trial
 
 SETTING = Setting(digits(), OURS)
 ARGS = ("batch norm", 0.1, 3)

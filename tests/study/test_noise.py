@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from study.plans import TINY, carried_out, runs_as_printed
 from torch import Tensor
 
 import tolerances
@@ -20,6 +19,7 @@ from batchnorm.study.experiment import Setting
 from batchnorm.study.networks import OURS, TORCH, Layers
 from batchnorm.study.noise import FAR, GHOST, JOINED, LAW, conclude, draw, exponent, predicted, run
 from batchnorm.study.verdict import Verdict
+from study.plans import TINY, carried_out, runs_as_printed
 
 PLAN = TINY["noise"]
 

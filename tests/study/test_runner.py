@@ -21,7 +21,7 @@ import batchnorm
 from batchnorm.errors import ProcessError, UsageError
 from batchnorm.study.experiment import Experiment
 from batchnorm.study.runner import Study, study
-from trials import trial
+from study.trials import trial
 
 LEFT = ["figures", "report.html", "results.json", "tasks"]
 
@@ -162,7 +162,7 @@ import sys
 from pathlib import Path
 from rich.console import Console
 from batchnorm.study.runner import study
-from trials import trial
+from study.trials import trial
 
 if __name__ == "__main__":
     study(Path(sys.argv[1]), console=Console(), experiments=(trial(count=16, trouble="slow"),), processes=2)

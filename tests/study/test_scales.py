@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from study.plans import TINY, carried_out, runs_as_printed
 from torch import nn
 
 import tolerances
@@ -31,6 +30,7 @@ from batchnorm.study.scales import (
     summarize,
 )
 from batchnorm.study.verdict import Verdict
+from study.plans import TINY, carried_out, runs_as_printed
 
 PLAN = TINY["scales"]
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from study.plans import TINY, carried_out, runs_as_printed
 from torch import nn
 
 import tolerances
@@ -35,6 +34,7 @@ from batchnorm.study.shift import (
     spread,
 )
 from batchnorm.study.verdict import Verdict
+from study.plans import TINY, carried_out, runs_as_printed
 
 PLAN = TINY["shift"]
 

@@ -16,7 +16,7 @@ from batchnorm.study.experiment import Args, Conclusion, Experiment, Results, Se
 from batchnorm.study.networks import Placement, perceptron
 from batchnorm.study.statistics import Interval, best_of_the_others, effect_size, mean_interval
 from batchnorm.study.verdict import Claim, Finding
-from batchnorm.study.words import chosen, points
+from batchnorm.study.words import chosen, in_points, points
 
 NAME = "dropout"
 
@@ -142,7 +142,7 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
         "dropout, with batch norm": _differences(cells[BOTH].test, cells[NORM].test),
     }
     findings = [
-        claim.judge(mean_interval(differences).map(_in_points), effect_size(differences), plan.seeds)
+        claim.judge(mean_interval(differences).map(in_points), effect_size(differences), plan.seeds)
         for claim, differences in ((GAP, gap), (REDUNDANT, alone))
     ]
     gains = {what: mean_interval(differences) for what, differences in gained.items()}
@@ -166,10 +166,6 @@ def _cell(plan: Plan, network: str, results: Results) -> Cell:
 
 def _differences(a: Sequence[float], b: Sequence[float]) -> list[float]:
     return [x - y for x, y in zip(a, b, strict=True)]
-
-
-def _in_points(fraction: float) -> float:
-    return 100 * fraction
 
 
 def _section(
@@ -242,7 +238,7 @@ def _chart(plan: Plan, cells: dict[str, Cell]) -> Chart:
     positions = range(len(cells))
 
     def curve(label: str, of: Callable[[Cell], Sequence[float]]) -> Curve:
-        intervals = [mean_interval(of(cell)).map(_in_points) for cell in cells.values()]
+        intervals = [mean_interval(of(cell)).map(in_points) for cell in cells.values()]
         return Curve(
             label,
             positions,

@@ -16,7 +16,7 @@ from batchnorm.study.experiment import Args, Conclusion, Experiment, Results, Se
 from batchnorm.study.networks import Placement, perceptron, residual
 from batchnorm.study.statistics import Interval, best_of_the_others, effect_size, mean_interval, within
 from batchnorm.study.verdict import Claim, Finding
-from batchnorm.study.words import chosen, points
+from batchnorm.study.words import chosen, in_points, points
 
 NAME = "placement"
 PLACEMENTS: dict[Placement, str] = {
@@ -150,7 +150,7 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
         gained = [a - b for a, b in zip(before, none, strict=True)]
         differences.append(Differences(network, mean_interval(moved), mean_interval(gained), effect_size(moved)))
     findings = [
-        CLAIMS[d.network].judge(within(_MARGIN, d.after.map(_in_points)), d.effect, plan.seeds) for d in differences
+        CLAIMS[d.network].judge(within(_MARGIN, d.after.map(in_points)), d.effect, plan.seeds) for d in differences
     ]
     numbers = {"networks": [asdict(cell) for cell in cells], "differences": [asdict(d) for d in differences]}
     return Conclusion(numbers, findings, _section(setting, plan, cells, differences, findings))
@@ -162,10 +162,6 @@ def _cell(plan: Plan, network: str, placement: Placement, results: Results) -> C
     }
     rates = best_of_the_others(scores)
     return Cell(network, placement, rates, tuple(scores[rate][seed] for seed, rate in enumerate(rates)))
-
-
-def _in_points(fraction: float) -> float:
-    return 100 * fraction
 
 
 def _section(
@@ -221,7 +217,7 @@ def _table(plan: Plan, cells: Sequence[Cell]) -> Table:
 def _chart(cells: Sequence[Cell]) -> Chart:
     curves = []
     for network in CLAIMS:
-        means = [mean_interval(cell.accuracy).map(_in_points) for cell in cells if cell.network == network]
+        means = [mean_interval(cell.accuracy).map(in_points) for cell in cells if cell.network == network]
         values = [mean.estimate for mean in means]
         curves.append(
             Curve(network, range(len(means)), values, [i.low for i in means], [i.high for i in means], points=True)

@@ -16,9 +16,14 @@ def span(interval: Interval, form: str = ".3g", unit: str = "") -> str:
     return f"{estimate} (95 % interval {low} to {high})"
 
 
+def in_points(fraction: float) -> float:
+    """A fraction in percentage points."""
+    return 100 * fraction
+
+
 def points(interval: Interval) -> str:
     """A difference of fractions in percentage points, with its sign."""
-    return span(interval.map(lambda value: 100 * value), "+.2f", "percentage points")
+    return span(interval.map(in_points), "+.2f", "percentage points")
 
 
 def chosen(rates: Sequence[float]) -> str:
