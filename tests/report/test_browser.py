@@ -42,9 +42,12 @@ def test_it_can_be_read(chromium: Browser, file: Path, size: tuple[int, int], da
         browser.contrast_is_enough(shown)
 
 
-def test_the_summary_fits_one_screen(chromium: Browser, file: Path) -> None:
+@pytest.mark.parametrize("statements", [20, 34])
+def test_the_summary_fits_one_screen(chromium: Browser, tmp_path: Path, statements: int) -> None:
+    file = tmp_path / "report.html"
+    file.write_text(page(documents.rich(statements)), encoding="utf-8")
     with browser.shown(chromium, file) as shown:
-        assert shown.locator(".claims .verdict").count() == 20
+        assert shown.locator(".claims .verdict").count() == statements
         browser.summary_fits_one_screen(shown)
 
 

@@ -52,8 +52,9 @@ STYLES = (
 _INK = "#010203"
 _CURVES = tuple(f"#01020{4 + i}" for i in range(len(STYLES)))
 _SIZE = (4.2, 2.9)  # inches: as wide as a phone, where text is to be legible, and two beside each other on a desk
-_LEGEND_LINE = 50  # letters that a line of the legend has room for
-_NAMES_LINE = 56  # and the line of names below the axis
+_LEGEND_LINE = 60  # letters that a line of the legend has room for
+_SAMPLE = 9  # of those, what a curve's sample and the space around it take
+_NAMES_LINE = 48  # letters of a line of names below the axis
 _FEW = 16  # as many values are markers on their line, to tell what was measured from what joins it
 
 
@@ -207,9 +208,11 @@ def _number(value: float) -> str:
 
 
 def _columns(labels: Sequence[str]) -> int:
-    """How many labels fit beside each other, in columns as wide as the longest."""
-    longest = max((len(label) for label in labels), default=0) + 8  # the line and the space around it
-    return max(1, min(len(labels), _LEGEND_LINE // longest))
+    """How many labels stand beside each other: all, or as many columns as fit that are as wide as the longest."""
+    widths = [len(label) + _SAMPLE for label in labels]
+    if sum(widths) <= _LEGEND_LINE:
+        return max(1, len(labels))
+    return max(1, _LEGEND_LINE // max(widths))
 
 
 def _floats(values: Sequence[float | None]) -> list[float]:

@@ -9,6 +9,8 @@ from typing import get_args
 from batchnorm.report import charts
 from batchnorm.report.document import Document, Outcome
 
+_ROOMY = 22  # lines of the summary that fit one screen with room between them; more are set closer
+
 
 def page(document: Document) -> str:
     """The document as HTML. All of its text is escaped; only the drawings are markup, and they are our own.
@@ -36,7 +38,11 @@ def page(document: Document) -> str:
         for section in document.sections
     }
     return environment.get_template("page.html.j2").render(
-        document=document, drawings=drawings, tally=_tally(document), styles=charts.STYLES
+        document=document,
+        drawings=drawings,
+        tally=_tally(document),
+        many=sum(max(1, len(section.judged)) for section in document.sections) > _ROOMY,
+        styles=charts.STYLES,
     )
 
 
