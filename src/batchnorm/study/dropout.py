@@ -204,7 +204,7 @@ def _section(
             "Accuracies are those of inference: nothing dropped, running statistics.",
             "One network, one rate of dropout, one number of samples: where dropout helps more, the answer may differ.",
         ],
-        code="batchnorm study",
+        code=CODE,
     )
 
 
@@ -258,6 +258,21 @@ def _chart(plan: Plan, cells: dict[str, Cell]) -> Chart:
         names=tuple(zip(positions, cells, strict=True)),
     )
 
+
+CODE = """\
+import torch
+from batchnorm.study.data import digits
+from batchnorm.study.networks import OURS, perceptron
+from batchnorm.study.training import train
+
+data = digits()
+for placement in ("before", "none"):
+    for dropout in (0.0, 0.2):
+        generator = torch.Generator().manual_seed(0)
+        network = perceptron(64, (64,) * 4, 10, placement=placement, layers=OURS, generator=generator, dropout=dropout)
+        curve = train(network, data, learning_rate=0.1, batch_size=32, steps=80, evaluate_every=80, generator=generator)
+        print("batch norm:", placement, "dropout:", dropout, curve.test_accuracy)
+"""
 
 EXPERIMENT = Experiment(
     name=NAME,

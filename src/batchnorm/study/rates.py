@@ -181,7 +181,7 @@ def _section(plan: Plan, threshold: float, ours: Usable, plain: Usable, findings
             "without any usable rate counts as one whose largest is a step below the grid.",
             "An output that is not a finite number counts as wrong: a network that diverged has less than chance.",
         ],
-        code="batchnorm study",
+        code=CODE,
     )
 
 
@@ -234,6 +234,23 @@ def _chart(plan: Plan, threshold: float, *networks: Usable) -> Chart:
         mark=100 * threshold,
     )
 
+
+CODE = """\
+import torch
+from batchnorm.study.data import digits
+from batchnorm.study.networks import OURS, perceptron
+from batchnorm.study.training import train
+
+data = digits()
+for placement in ("before", "none"):
+    for rate in (0.01, 0.1, 1.0):
+        generator = torch.Generator().manual_seed(0)
+        network = perceptron(64, (48,) * 6, 10, placement=placement, layers=OURS, generator=generator)
+        curve = train(
+            network, data, learning_rate=rate, batch_size=32, steps=80, evaluate_every=80, generator=generator
+        )
+        print("batch norm:", placement, "rate:", rate, curve.test_accuracy)
+"""
 
 EXPERIMENT = Experiment(
     name=NAME,

@@ -204,7 +204,7 @@ def _section(
         tables=[_table(plan, target, cells)],
         charts=[_chart(plan, results, target, fair)],
         notes=_notes(plan, target),
-        code="batchnorm study",
+        code=CODE,
     )
 
 
@@ -274,6 +274,20 @@ def _notes(plan: Plan, target: float) -> list[str]:
         "Not measured: time. A step with batch normalization costs more than one without.",
     ]
 
+
+CODE = """\
+import torch
+from batchnorm.study.data import digits
+from batchnorm.study.networks import OURS, perceptron
+from batchnorm.study.training import train
+
+data = digits()
+for placement, rate in (("before", 0.2), ("none", 0.05)):
+    generator = torch.Generator().manual_seed(0)
+    network = perceptron(64, (64,) * 8, 10, placement=placement, layers=OURS, generator=generator)
+    curve = train(network, data, learning_rate=rate, batch_size=32, steps=80, evaluate_every=20, generator=generator)
+    print("batch norm:", placement, curve.test_accuracy)
+"""
 
 EXPERIMENT = Experiment(
     name=NAME,
