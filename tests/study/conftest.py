@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+from batchnorm.study import training
+from batchnorm.study.data import Part
 from batchnorm.study.training import one_thread
+from study.plans import Start
 
 
 @pytest.fixture(autouse=True)
@@ -14,3 +20,19 @@ def on_one_core() -> Iterator[None]:
     """As the study's tasks are computed: networks this small are slower on two, by far where others compute as well."""
     with one_thread():
         yield
+
+
+@pytest.fixture
+def starts(monkeypatch: pytest.MonkeyPatch) -> list[Start]:
+    """Of every training in the test, what it started from."""
+    seen: list[Start] = []
+    descend = training.descend
+
+    def watched(network: nn.Module, part: Part, *, generator: torch.Generator, **options: Any) -> Any:
+        weights = [parameter.detach().clone() for parameter in network.parameters() if parameter.ndim > 1]
+        dropped = [module.p for module in network.modules() if isinstance(module, nn.Dropout)]
+        seen.append(Start(weights, part, generator.get_state(), dropped, options))
+        return descend(network, part, generator=generator, **options)
+
+    monkeypatch.setattr(training, "descend", watched)
+    return seen

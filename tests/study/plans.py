@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from batchnorm.study import dispute, dropout, equations, inference, noise, placement, rates, scales, shift, speed
+from batchnorm.study.data import Part
 from batchnorm.study.experiment import Conclusion, Experiment, Setting
 from batchnorm.study.training import one_thread
 
@@ -23,6 +26,16 @@ TINY: dict[str, Any] = {
     "dropout": dropout.Plan(seeds=2, samples=64, steps=3, rates=(0.1,), hidden=(8,)),
     "dispute": dispute.Plan(seeds=2, steps=12, every=6, hidden=(16, 16, 16), watched=64),
 }
+
+
+class Start(NamedTuple):
+    """What a training starts from."""
+
+    weights: list[Tensor]
+    samples: Part
+    order: Tensor
+    dropped: list[float]
+    options: dict[str, float]
 
 
 def carried_out(experiment: Experiment[Any], setting: Setting, plan: Any) -> Conclusion:

@@ -7,12 +7,10 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
 
 import tolerances
 from batchnorm.study import dropout, training
@@ -33,7 +31,7 @@ from batchnorm.study.dropout import (
 from batchnorm.study.experiment import Conclusion, Setting
 from batchnorm.study.networks import OURS, TORCH, Layers, perceptron
 from batchnorm.study.verdict import Verdict
-from study.plans import TINY, carried_out, runs_as_printed
+from study.plans import TINY, Start, carried_out, runs_as_printed
 
 PLAN = TINY["dropout"]
 SEEN = replace(PLAN, steps=12, hidden=(8, 8))  # long enough for one training to end otherwise than another
@@ -44,31 +42,6 @@ YES, NO, OPEN = Verdict.SUPPORTED, Verdict.NOT_SUPPORTED, Verdict.INCONCLUSIVE
 @pytest.fixture(scope="module")
 def setting() -> Setting:
     return Setting(digits(), OURS)
-
-
-class Start(NamedTuple):
-    """What a training starts from."""
-
-    weights: list[Tensor]
-    samples: Part
-    order: Tensor
-    dropped: list[float]
-    options: dict[str, float]
-
-
-@pytest.fixture
-def starts(monkeypatch: pytest.MonkeyPatch) -> list[Start]:
-    seen: list[Start] = []
-    descend = training.descend
-
-    def watched(network: nn.Module, part: Part, *, generator: torch.Generator, **options: Any) -> Any:
-        weights = [parameter.detach().clone() for parameter in network.parameters() if parameter.ndim > 1]
-        dropped = [module.p for module in network.modules() if isinstance(module, nn.Dropout)]
-        seen.append(Start(weights, part, generator.get_state(), dropped, options))
-        return descend(network, part, generator=generator, **options)
-
-    monkeypatch.setattr(training, "descend", watched)
-    return seen
 
 
 def test_every_combination_once() -> None:

@@ -7,12 +7,11 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
 
 import tolerances
 from batchnorm.study import rates, training
@@ -21,7 +20,7 @@ from batchnorm.study.experiment import Conclusion, Setting
 from batchnorm.study.networks import OURS, TORCH, Layers, perceptron
 from batchnorm.study.rates import LARGEST, NETWORKS, RANGE, WITH, WITHOUT, Plan, conclude, run, tasks
 from batchnorm.study.verdict import Verdict
-from study.plans import TINY, carried_out, runs_as_printed
+from study.plans import TINY, Start, carried_out, runs_as_printed
 
 PLAN = TINY["rates"]
 SEEN = replace(PLAN, steps=12, hidden=(8, 8))  # long enough for one training to end otherwise than another
@@ -39,28 +38,6 @@ def four() -> Setting:
     """Data of four classes, one sample each to test: always the same answer is right in a quarter of cases."""
     part = Part(torch.arange(4), torch.zeros(4, 2), torch.arange(4))
     return Setting(Data(part, part, (2,), 4, "numbers"), OURS)
-
-
-class Start(NamedTuple):
-    """What a training starts from."""
-
-    weights: list[Tensor]
-    order: Tensor
-    options: dict[str, float]
-
-
-@pytest.fixture
-def starts(monkeypatch: pytest.MonkeyPatch) -> list[Start]:
-    seen: list[Start] = []
-    descend = training.descend
-
-    def watched(network: nn.Module, part: Part, *, generator: torch.Generator, **options: Any) -> Any:
-        weights = [parameter.detach().clone() for parameter in network.parameters() if parameter.ndim > 1]
-        seen.append(Start(weights, generator.get_state(), options))
-        return descend(network, part, generator=generator, **options)
-
-    monkeypatch.setattr(training, "descend", watched)
-    return seen
 
 
 def test_every_combination_once() -> None:

@@ -13,6 +13,7 @@ def test_spans() -> None:
     assert words.span(interval) == "1.25 (95 % interval -0.5 to 4)"
     assert words.span(interval, "+.1f", "decades") == "+1.2 decades (95 % interval -0.5 to +4.0)"
     assert words.points(Interval(0.0125, -0.005, 0.04)) == "+1.25 percentage points (95 % interval -0.50 to +4.00)"
+    assert words.points(Interval(-1e-9, -0.005, 0.0)) == "+0.00 percentage points (95 % interval -0.50 to +0.00)"
 
 
 def test_chosen_rates_are_named_once() -> None:
