@@ -7,7 +7,7 @@
 (`--no-deps`, so that pip does not bring another torch; nothing but code is downloaded, no weights.)
 
 Each model has random weights, random gamma and beta, and running statistics of two training passes; those of more than
-100 million parameters are left out. In float64: a training step of the converted and of the fused model beside that of
+150 million parameters are left out. In float64: a training step of the converted and of the fused model beside that of
 torch's layers (output, gradients, the state afterwards), and the state after converting and reverting, bit for bit. In
 float32: the folded model's outputs. In bfloat16: how far from float32 the unfolded model is, it folded, and the folded
 one moved to bfloat16. Results are merged into the JSON file and models in it are skipped, so that the run can be cut
@@ -102,13 +102,13 @@ def counts(report: Report) -> dict[str, int]:
 
 
 def _short(what: str) -> str:
-    what = re.sub(r", in .*| of [\w.]+$", "", what)
-    what = re.sub(r"the output of [\w.]+ has", "the output before it has", what)
-    what = re.sub(r"not into [\w.]+ either", "not into the next either", what)
+    what = re.sub(r", in .*| of [\w.-]+$", "", what)
+    what = re.sub(r"the output of [\w.-]+ has", "the output before it has", what)
+    what = re.sub(r"not into [\w.-]+ either", "not into the next either", what)
     what = re.sub(
-        r"^([\w.]+|the model) is not traceable|because ([\w.]+|the model) is not traceable", "not traceable", what
+        r"^([\w.-]+|the model) is not traceable|because ([\w.-]+|the model) is not traceable", "not traceable", what
     )
-    return re.sub(r"others use the parameters of [\w.]+", "others use the parameters of the layer before it", what)
+    return re.sub(r"others use the parameters of [\w.-]+", "others use the parameters of the layer before it", what)
 
 
 def examine(model: nn.Module, inputs: dict[str, Any]) -> Row:
