@@ -133,13 +133,7 @@ def examine(model: nn.Module, inputs: dict[str, Any]) -> Row:
         freed: Any = bn.remove_dead_biases(copy.deepcopy(model).eval(), inputs)
         model.eval()
         folded: Any = bn.fold(model, inputs)
-        half_inputs = {k: v.bfloat16() for k, v in inputs.items()}
-        half = copy.deepcopy(model).bfloat16()
-        # By way of training mode, in which LeViT forgets what it has computed in float32 and would use again.
-        halves = [half, bn.fold(half, half_inputs), copy.deepcopy(folded).train().eval().bfloat16()]
-    with torch.no_grad():
-        truth = tensors(model(**inputs))
-        bf16 = [rms(tensors(m(**half_inputs)), truth) for m in halves]
+        bf16 = in_half_precision(model, folded, inputs)
     return {
         "layers": sum(isinstance(m, Norm) for m in model.modules()),
         "converted": ours,
@@ -156,6 +150,24 @@ def examine(model: nn.Module, inputs: dict[str, Any]) -> Row:
     }
 
 
+def in_half_precision(model: nn.Module, folded: nn.Module, inputs: dict[str, Any]) -> list[float] | None:
+    """How far bfloat16 is from float32: the model, the model folded, and the folded model moved to bfloat16.
+
+    None where torch has no such operation for it.
+    """
+    half_inputs = {k: v.bfloat16() for k, v in inputs.items()}
+    half = copy.deepcopy(model).bfloat16()
+    with torch.no_grad():
+        truth = tensors(model(**inputs))
+        try:
+            half(**half_inputs)
+        except NotImplementedError:
+            return None
+        # By way of training mode, in which LeViT forgets what it has computed in float32 and would use again.
+        halves: list[nn.Module] = [half, bn.fold(half, half_inputs), copy.deepcopy(folded).train().eval().bfloat16()]
+        return [rms(tensors(m(**half_inputs)), truth) for m in halves]
+
+
 def failures(row: Row) -> list[str]:
     """What is not as it should be."""
     found = []
@@ -164,9 +176,10 @@ def failures(row: Row) -> list[str]:
     found += [f"{k} {row[k]:.0e}" for k in ("step", "fused step") if not row[k] <= STEP]
     if not row["fold"] <= FOLDED:
         found.append(f"fold {row['fold']:.0e}")
-    before, *folded = row["bfloat16"]
-    if not min(folded) <= NO_WORSE * before:
-        found.append(f"bfloat16 {min(folded):.1e} for {before:.1e}")
+    if row["bfloat16"] is not None:
+        before, *folded = row["bfloat16"]
+        if not min(folded) <= NO_WORSE * before:
+            found.append(f"bfloat16 {min(folded):.1e} for {before:.1e}")
     return found
 
 
@@ -212,7 +225,8 @@ def table(results: dict[str, Row]) -> str:
             total(row, "folded", "a scale"),
             row["left"],
         ]
-        cells += [f"{row['fold']:.0e}", *(f"{e:.1e}" for e in row["bfloat16"]), row["biases"], "; ".join(failures(row))]
+        halves = ["-"] * 3 if row["bfloat16"] is None else [f"{e:.1e}" for e in row["bfloat16"]]
+        cells += [f"{row['fold']:.0e}", *halves, row["biases"], "; ".join(failures(row))]
         lines.append(f"| {name} | {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
@@ -228,9 +242,9 @@ def summary(results: dict[str, Row]) -> str:
             continue
         half = []
         for way in (1, 2):
-            ratios = [r["bfloat16"][way] / r["bfloat16"][0] for r in rows]
+            ratios = [r["bfloat16"][way] / r["bfloat16"][0] for r in rows if r["bfloat16"] is not None]
             even = sum(ratio <= NO_WORSE for ratio in ratios)
-            half.append(f"{statistics.median(ratios):.2f}, no worse in {even} of {len(rows)}")
+            half.append(f"{statistics.median(ratios):.2f}, no worse in {even} of {len(ratios)}")
         cells = [len(rows), sum(r["layers"] for r in rows), sum(r["converted"] for r in rows)]
         cells += [sum(total(r, "fused", "with") for r in rows)]
         cells += [sum(total(r, "folded", "part") for r in rows), sum(total(r, "folded", "a scale") for r in rows)]
