@@ -5,30 +5,31 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from dataclasses import replace
+import time
 from pathlib import Path
 
 import pytest
 
 from batchnorm.cli.main import main
-from batchnorm.study import experiments
-from batchnorm.study.speed import Plan
+from batchnorm.study import runner
+from batchnorm.study.experiments import EXPERIMENTS
 from commands import START, fails, start
+from study.trials import trial
 
-TINY = Plan(seeds=1, steps=4, evaluate_every=2, hidden=(16,))
+LEFT = ["figures", "report.html", "results.json", "tasks"]
 
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Experiments of a second."""
-    rows = tuple(replace(row, full=TINY, quick=TINY) for row in experiments.EXPERIMENTS)
-    monkeypatch.setattr(experiments.study, "__kwdefaults__", {"experiments": rows})
+    """One experiment of a moment, in this process."""
+    defaults = {**runner.study.__kwdefaults__, "experiments": (trial(),), "processes": 1}
+    monkeypatch.setattr(runner.study, "__kwdefaults__", defaults)
 
 
 def test_help_of_a_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["study", "--help"]) == 0
     text = capsys.readouterr().out
-    for part in ("--out DIR", "--quick", "study-report", "batchnorm[study]"):
+    for part in ("--out DIR", "--quick", "--data DATA", "--layers [ours|torch]", "study-report", "batchnorm[study]"):
         assert part in text
 
 
@@ -57,38 +58,48 @@ def test_a_missing_extra_is_one_line(module: str, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
 def test_ctrl_c_during_a_study(tmp_path: Path) -> None:
-    announce = "from batchnorm.study import speed; run = speed.digits; "
-    announce += "speed.digits = lambda: (print('training', flush=True), run())[1]; "
-    process = start("study", "--out", str(tmp_path), code=announce + START)
+    announce = "from batchnorm.study import data; read = data.digits; "
+    announce += "data.digits = lambda: (print('reading', flush=True), read())[1]; "
+    process = start("study", "--quick", "--out", str(tmp_path), code=announce + START)
     assert process.stdout is not None
-    assert process.stdout.readline() == "training\n"
+    assert process.stdout.readline() == "reading\n"
+    deadline = time.monotonic() + 100
+    while not list(tmp_path.glob("tasks/*/*.json")):  # until there is work to lose
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     assert output == ""
     assert errors == "batchnorm: interrupted\n"
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["tasks"], "what was done is kept"
 
 
 def test_a_study(tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["study", "--quick", "--out", str(tmp_path / "new" / "report")]) == 0
+    out = tmp_path / "new" / "report"
+    assert main(["study", "--quick", "--layers", "torch", "--out", str(out)]) == 0
     captured = capsys.readouterr()
     assert captured.err == "", "no progress bar where there is no terminal"
     lines = captured.out.splitlines()
-    assert lines[-1] == str(tmp_path / "new" / "report" / "report.html")
+    assert lines[-1] == str(out / "report.html")
     assert Path(lines[-1]).read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
-    results = json.loads((tmp_path / "new" / "report" / "results.json").read_text(encoding="utf-8"))
-    for cell in results["experiments"]["speed"]["cells"]:
-        row = next(
-            line.split() for line in lines if line.startswith(cell["network"]) and f" {cell['learning_rate']} " in line
-        )
-        assert f"{100 * cell['accuracy_mean']:.1f}" in row
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert results["layers"] == "torch"
+    (finding,) = results["experiments"]["trial"]["findings"]
+    assert lines[:2] == ["| | statement | verdict | measured |", "|---|---|---|---|"]
+    row = f"| {finding['mission']} | {finding['statement']} | {finding['verdict']} | {finding['estimate']:.3g} ("
+    assert lines[2].startswith(row)
+    assert len(lines) == 4
 
 
 def test_the_default_place(tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["study"]) == 0
-    assert sorted(path.name for path in (tmp_path / "study-report").iterdir()) == ["report.html", "results.json"]
+    assert sorted(path.name for path in Path("study-report").glob("[!.]*")) == LEFT
+
+
+def test_wrong_data_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "mine.npz" in fails(capsys, "study", "--data", str(tmp_path / "mine.npz"), "--out", str(tmp_path))
 
 
 @pytest.mark.long
@@ -96,15 +107,13 @@ def test_the_quick_study(tmp_path: Path) -> None:
     process = start("study", "--quick", "--out", str(tmp_path))
     output, errors = process.communicate(timeout=600)
     assert (process.returncode, errors) == (0, "")
-    assert output.splitlines()[-1] == str(tmp_path / "report.html")
-    speed = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["experiments"]["speed"]
-    assert speed["plan"]["seeds"] == 3
-    assert speed["plan"]["learning_rates"] == [0.1, 0.5]
-    cells = {(cell["network"], cell["learning_rate"]): cell for cell in speed["cells"]}
-    moderate, large = speed["plan"]["learning_rates"]
-    # The article's two claims, and that inference needs no batch.
-    assert cells["batch norm", moderate]["median_steps"] < cells["plain", moderate]["median_steps"]
-    assert cells["batch norm", large]["reached"] == 3
-    assert cells["plain", large]["reached"] == 0
-    for run in speed["runs"]:
-        assert run["different"] <= 1, "one at a time and in batches differ by rounding alone"
+    *table, page = output.splitlines()
+    assert page == str(tmp_path / "report.html")
+    claims = [claim for row in EXPERIMENTS for claim in row.claims]
+    assert [row.split(" | ")[1] for row in table[2:]] == [claim.statement for claim in claims]
+    experiments = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["experiments"]
+    verdicts = {f["claim"]: f["verdict"] for row in experiments.values() for f in row["findings"]}
+    # Equations hold whatever is trained, and these two claims by far.
+    equations = [claim.key for claim in claims if claim.mission in ("M2", "M3", "M4", "M5")]
+    for key in (*equations, "larger-rates", "fewer-steps-best-rates"):
+        assert verdicts[key] == "supported", key
