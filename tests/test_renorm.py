@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -259,6 +260,12 @@ def test_limits_outside_their_range(limits: tuple[float, float]) -> None:
 def test_what_it_excludes(options: dict[str, Any]) -> None:
     with pytest.raises(errors.OptionError, match=r"got renorm with virtual_batch_size or without running statistics"):
         bn.BatchNorm1d(C, renorm=Renorm(), **options)
+
+
+@pytest.mark.parametrize("renorm", [True, False, 3.0, (3.0, 5.0)], ids=str)
+def test_what_is_not_a_renorm(renorm: Any) -> None:
+    with pytest.raises(errors.OptionError, match=rf"got renorm={re.escape(repr(renorm))}; it must be None or"):
+        bn.BatchNorm1d(C, renorm=renorm)
 
 
 def test_it_is_shown_and_copied() -> None:

@@ -20,7 +20,7 @@ from batchnorm.distributed import Group
 from batchnorm.errors import BatchNormError, OptionError, ShapeError
 from batchnorm.moments import Moments
 from batchnorm.recipe import Recipe, Running, check_activation, check_sharing, check_virtual_batch_size
-from batchnorm.renorm import Renorm, corrections
+from batchnorm.renorm import Renorm, check_renorm, corrections
 
 _STATISTICS = ("running_mean", "running_var")
 _NUMBERS = itertools.count(1)
@@ -146,11 +146,7 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         check_activation(activation)
         check_virtual_batch_size(virtual_batch_size)
         check_sharing(sync, process_group, virtual_batch_size)
-        if renorm is not None and (virtual_batch_size is not None or not track_running_stats):
-            raise OptionError(
-                "got renorm with virtual_batch_size or without running statistics; batch renormalization corrects a "
-                "whole batch towards the running statistics. Leave one of the two out"
-            )
+        check_renorm(renorm, virtual_batch_size, track_running_stats)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if not bias:
             self.register_parameter("bias", None)

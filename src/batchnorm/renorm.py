@@ -63,6 +63,23 @@ def _checked(rmax: float, dmax: float) -> tuple[float, float]:
     return rmax, dmax
 
 
+def check_renorm(renorm: object, virtual_batch_size: int | None, track_running_stats: bool) -> None:
+    """A layer's `renorm`, and what it excludes.
+
+    Raises:
+        OptionError: it is neither None nor a `Renorm`, or the layer has no one running average to correct towards.
+    """
+    if renorm is None:
+        return
+    if not isinstance(renorm, Renorm):
+        raise OptionError(f"got renorm={renorm!r}; it must be None or batchnorm.Renorm(rmax=3.0, dmax=5.0)")
+    if virtual_batch_size is not None or not track_running_stats:
+        raise OptionError(
+            "got renorm with virtual_batch_size or without running statistics; batch renormalization corrects a "
+            "whole batch towards the running statistics. Leave one of the two out"
+        )
+
+
 def corrections(
     moments: Moments, running_mean: Tensor, running_var: Tensor, eps: float, rmax: float, dmax: float
 ) -> tuple[Tensor, Tensor]:
