@@ -358,11 +358,16 @@ def test_the_operations_do_not_grow_with_the_ghost_batches(rest: int, forwards: 
     assert calls(64 * 4 + rest, 4, torch.ones(64 * 4 + rest)).count == calls(16 + rest, 4, torch.ones(16 + rest)).count
 
 
-def test_compiled_in_one_graph_with_a_mask() -> None:
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_in_one_graph_with_a_mask(dynamic: bool) -> None:
+    """Of sizes that are fixed, and of any."""
+    torch.compiler.reset()
     layer = bn.BatchNorm1d(3, virtual_batch_size=2, activation="silu")
-    expected, mask = copy.deepcopy(layer), torch.tensor([True, True, False, True, True, False])
-    x = torch.randn(6, 3, requires_grad=True)
-    y, wanted = torch.compile(layer, fullgraph=True, backend="aot_eager")(x, mask=mask), expected(x, mask=mask)
-    torch.testing.assert_close(y, wanted)
-    torch.testing.assert_close(*(torch.autograd.grad(output.pow(3).sum(), x)[0] for output in (y, wanted)))
+    expected = copy.deepcopy(layer)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for samples in (6, 9, 8):
+        x, mask = torch.randn(samples, 3, requires_grad=True), torch.arange(samples) % 3 != 2
+        y, wanted = compiled(x, mask=mask), expected(x, mask=mask)
+        torch.testing.assert_close(y, wanted)
+        torch.testing.assert_close(*(torch.autograd.grad(output.pow(3).sum(), x)[0] for output in (y, wanted)))
     torch.testing.assert_close(layer.running_var, expected.running_var)

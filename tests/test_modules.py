@@ -331,6 +331,19 @@ def test_compile_in_one_graph(momentum: float | None) -> None:
     same_state(ours, theirs, torch.float32)
 
 
+@pytest.mark.parametrize("mask_shape", [None, (), (1,), (5,)], ids=["no mask", "(N,)", "(N, 1)", "(N, L)"])
+def test_compile_in_one_graph_for_any_size(mask_shape: tuple[int, ...] | None) -> None:
+    torch.compiler.reset()
+    layer = bn.BatchNorm1d(3, activation="relu")
+    expected = copy.deepcopy(layer)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for samples in (6, 9, 8):
+        x = torch.randn(samples, 3, 5)
+        mask = None if mask_shape is None else torch.rand(samples, *mask_shape) > 0.3
+        close(compiled(x, mask=mask), expected(x, mask=mask), torch.float32)
+    same_state(layer, expected, torch.float32)
+
+
 def test_export_keeps_one_operation() -> None:
     layer = bn.BatchNorm2d(4, activation="relu").eval()
     x = torch.randn(3, 4, 5, 5)

@@ -16,7 +16,7 @@ def parts(samples: int, size: int) -> list[tuple[int, int, int]]:
 
     A remainder of at least 2 samples is a ghost batch of its own; a single one joins the last.
     """
-    ghosts, rest = divmod(samples, size)
+    ghosts, rest = samples // size, samples % size  # the compiler, whose sizes may be symbols, knows no divmod of them
     if ghosts == 0:
         return [(0, 1, samples)]
     if rest == 0:

@@ -86,7 +86,8 @@ def positions(mask: Tensor, shape: Sequence[int], axis: int) -> Tensor:
     wanted = observed_shape(shape, axis)
     if mask.dim() == 1 and mask.shape[0] == wanted[0]:
         mask = mask.view(-1, *[1] * (len(wanted) - 1))
-    if mask.dim() != len(wanted) or any(m not in (1, s) for m, s in zip(mask.shape, wanted, strict=True)):
+    # Two comparisons: to the compiler, `m in (1, s)` is false of sizes that are symbols.
+    if mask.dim() != len(wanted) or any(m != 1 and m != s for m, s in zip(mask.shape, wanted, strict=True)):
         raise ShapeError(
             f"got a mask of shape {tuple(mask.shape)} for an input of shape {tuple(shape)}; it must be "
             f"{wanted}, the input's shape without its channels, with 1 where it broadcasts, or ({wanted[0]},)"
