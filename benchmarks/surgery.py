@@ -17,6 +17,11 @@ into pieces with --seconds.
 
 measures, for a few of them, inference before and after folding and a training step with torch's layers, converted and
 fused: in turn, medians.
+
+    python benchmarks/surgery.py --draws 16 --only NAME
+
+compares only the errors in bfloat16, for that many other draws of the parameters: what the first draw alone shows of
+rounding is partly chance. (With scipy, which is in the extra `study`.)
 """
 
 from __future__ import annotations
@@ -40,6 +45,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import batchnorm as bn
+from batchnorm.study.statistics import mean_interval
 from batchnorm.surgery.report import Report
 from libraries import library
 from surgery_networks import LARGEST, Norm, architectures, images, used
@@ -166,6 +172,39 @@ def in_half_precision(model: nn.Module, folded: nn.Module, inputs: dict[str, Any
         # By way of training mode, in which LeViT forgets what it has computed in float32 and would use again.
         halves: list[nn.Module] = [half, bn.fold(half, half_inputs), copy.deepcopy(folded).train().eval().bfloat16()]
         return [rms(tensors(m(**half_inputs)), truth) for m in halves]
+
+
+def examined(model: nn.Module) -> bool:
+    """Whether there is batch norm in it, and memory for it."""
+    size = sum(p.numel() for p in model.parameters())
+    return any(isinstance(m, Norm) for m in model.modules()) and size <= LARGEST
+
+
+def redrawn(draws: int, only: str) -> None:
+    """Print how far folded models are from float32 in bfloat16, relative to the unfolded ones.
+
+    The geometric mean over draws of all parameters, others than that of `examine`, and its 95 % interval.
+    """
+    print("| architecture | bf16, then folded | folded, then bf16 |\n|---|---|---|")
+    for source, name, build in architectures():
+        if only not in f"{source}/{name}":
+            continue
+        ratios: list[list[float]] = [[], []]
+        for seed in range(1, draws + 1):
+            torch.manual_seed(seed)
+            model, inputs = build()
+            if not examined(model):
+                break
+            used(model, inputs, seed).eval()
+            errors = in_half_precision(model, bn.fold(model, inputs), inputs)
+            if errors is None:
+                break
+            for logarithms, error in zip(ratios, errors[1:], strict=True):
+                logarithms.append(math.log(error / errors[0]))
+        else:
+            both = [mean_interval(logarithms).map(math.exp) for logarithms in ratios]
+            cells = [f"{i.estimate:.2f} ({i.low:.2f} to {i.high:.2f})" for i in both]
+            print(f"| {source}/{name} | {' | '.join(cells)} |", flush=True)
 
 
 def failures(row: Row) -> list[str]:
@@ -306,12 +345,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of torch, where nothing is timed")
     parser.add_argument("--time", action="store_true", help="measure times instead")
     parser.add_argument("--repeats", type=int, default=9, help="timed turns")
+    parser.add_argument("--draws", type=int, default=0, help="compare errors in bfloat16 for so many draws instead")
     options = parser.parse_args()
     if options.time:
         print(timed(options.repeats))
         return
-    results: dict[str, Row] = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
     torch.set_num_threads(options.threads)
+    if options.draws:
+        redrawn(options.draws, options.only)
+        return
+    results: dict[str, Row] = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
     end = time.perf_counter() + options.seconds
     for source, name, build in architectures():
         key = f"{source}/{name}"
@@ -321,8 +364,7 @@ def main() -> None:
             break
         torch.manual_seed(0)
         model, inputs = build()
-        size = sum(p.numel() for p in model.parameters())
-        if not any(isinstance(m, Norm) for m in model.modules()) or size > LARGEST:
+        if not examined(model):
             continue
         try:
             results[key] = examine(model, inputs)

@@ -136,10 +136,10 @@ def architectures() -> Iterator[tuple[str, str, Callable[[], Entry]]]:
                 yield source, name, partial(build, name)
 
 
-def used(model: nn.Module, inputs: dict[str, Any]) -> nn.Module:
+def used(model: nn.Module, inputs: dict[str, Any], seed: int = 0) -> nn.Module:
     """The model with statistics and parameters that are not the initial ones, which hide errors."""
-    generator = torch.Generator().manual_seed(0)
-    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
     norms = [module for module in model.modules() if isinstance(module, Norm)]
     with torch.no_grad():
         for norm in norms:

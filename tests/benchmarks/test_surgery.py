@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,3 +28,15 @@ def test_an_architecture_of_transformers(name: str, tmp_path: Path) -> None:
     assert row["left"] == 0
     assert row["fold"] <= 1e-4
     assert row["bfloat16"][1] <= 1.5 * row["bfloat16"][0]
+
+
+@pytest.mark.long
+def test_other_draws_of_the_parameters() -> None:
+    command = [sys.executable, "benchmarks/surgery.py", "--draws", "3", "--only", "transformers/ResNet, basic"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    assert run.returncode == 0, run.stderr
+    row = run.stdout.splitlines()[-1]
+    assert row.startswith("| transformers/ResNet, basic |")
+    for estimate, low, high in re.findall(r"([\d.]+) \(([\d.]+) to ([\d.]+)\)", row):
+        assert 0.5 < float(low) <= float(estimate) <= float(high) < 2
+    assert row.count(" to ") == 2
