@@ -344,6 +344,7 @@ for case, expected in zip(cases, fresh):
 """
 
 
+@pytest.mark.long
 def test_large_inputs_have_the_same_bits_in_fresh_and_in_used_memory(level: str) -> None:
     command = [sys.executable, "-c", LARGE, level]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
