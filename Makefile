@@ -13,7 +13,7 @@ demo: $(VENV)/installed ## the study's quick form, on real data
 test: $(VENV)/installed ## the tests that take seconds each
 	$(BIN)/python -m pytest -m "not long"
 
-test-long: $(VENV)/installed ## the others: wheels, the study, the scripts of the docs, reports in Chromium
+test-long: $(VENV)/installed ## the others: wheels, the study, scripts, large inputs, reports in Chromium
 	$(BIN)/python -m pytest -m long
 
 check: $(VENV)/installed ## format, lint and types

@@ -37,6 +37,7 @@ def test_other_draws_of_the_parameters() -> None:
     assert run.returncode == 0, run.stderr
     row = run.stdout.splitlines()[-1]
     assert row.startswith("| transformers/ResNet, basic |")
-    for estimate, low, high in re.findall(r"([\d.]+) \(([\d.]+) to ([\d.]+)\)", row):
+    ratios = re.findall(r"([\d.]+) \(([\d.]+) to ([\d.]+)\)", row)
+    assert len(ratios) == 2
+    for estimate, low, high in ratios:
         assert 0.5 < float(low) <= float(estimate) <= float(high) < 2
-    assert row.count(" to ") == 2
