@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_leaves
 
 import batchnorm
 from batchnorm.errors import OrderError
-from batchnorm.study.data import digits
+from batchnorm.study.dataset import digits
 from consistency_networks import ARCHITECTURES, Architecture
 
 CLAIM = 1e-5  # the largest gap that method "exact" is to leave

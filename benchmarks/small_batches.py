@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 import batchnorm
-from batchnorm.study.data import Data, digits
+from batchnorm.study.dataset import Data, digits
 from batchnorm.study.training import batches, one_thread
 
 BATCH_SIZES = (2, 4, 8, 16)

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import batchnorm as bn
-import tolerances
 from batchnorm.functional import batch_norm
 from batchnorm.kernels import reference
-from samples import LAYOUTS, Sample
+from support import tolerances
+from support.samples import LAYOUTS, Sample
 
 
 def close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import batchnorm as bn
-import oracle
-import tolerances
-from nets import Block, used
-from populations import assert_consistent, images, made
+from support import oracle, tolerances
+from support.networks import Block, used
+from support.populations import assert_consistent, images, made
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -94,7 +93,7 @@ def test_a_channel_that_is_not_finite_is_held_back() -> None:
     x[0, 1] = torch.inf
     with without_waiting():
         layer(x)
-    assert layer.num_held_back.tolist() == [0, 1, 0]
+    assert layer.num_batches_skipped.tolist() == [0, 1, 0]
     assert layer.running_mean.isfinite().all()
 
 

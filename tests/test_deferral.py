@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
-import oracle
-import tolerances
+from support import oracle, tolerances
 
 # Micro-batches of different sizes and places.
 CHUNKS = [torch.randn(n, 3, 4, generator=torch.Generator().manual_seed(n)) * n + n for n in (2, 5, 3, 7)]
@@ -113,7 +112,7 @@ def test_a_channel_that_is_not_finite_is_held_back_and_the_others_move() -> None
     expected = of_torch(torch.cat(CHUNKS[:2]))
     expected["running_mean"][1], expected["running_var"][1] = 0, 1
     same(layer, expected)
-    assert layer.num_held_back.tolist() == [0, 1, 0]
+    assert layer.num_batches_skipped.tolist() == [0, 1, 0]
 
 
 # --- no commit -------------------------------------------------------------------------------------------------------

@@ -9,26 +9,25 @@ import pytest
 import torch
 
 import batchnorm as bn
-import ranks
-import tolerances
 from batchnorm.distributed import Group
 from batchnorm.errors import OptionError
-from populations import images, layers, made
+from support import processes, tolerances
+from support.populations import images, layers, made
 
 Found = list[dict[str, Any]]
-ALL = [name for name in ranks.SCENARIOS if name != "killed"]
+ALL = [name for name in processes.SCENARIOS if name != "killed"]
 
 
 @pytest.fixture(scope="module", params=[2, 3])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Found:
     """What two and three processes found, in all scenarios."""
-    return ranks.run(ALL, request.param, tmp_path_factory.mktemp("ranks"), timeout=150)
+    return processes.run(ALL, request.param, tmp_path_factory.mktemp("ranks"), timeout=150)
 
 
 def one_process(method: str) -> list[torch.Tensor]:
     model = made("residual")
     torch.manual_seed(0)
-    bn.recalibrate(model, images(*ranks.SIZES), method=method)
+    bn.recalibrate(model, images(*processes.SIZES), method=method)
     return [t for x in layers(model).values() for t in (x.running_mean, x.running_var)]
 
 
@@ -36,7 +35,7 @@ def test_alone_there_is_nobody_to_wait_for() -> None:
     group = Group()
     assert (group.rank, group.size) == (0, 1)
     tensor = torch.ones(2)
-    assert group.meet("here", [tensor]) == ("here", [[tensor]])
+    assert group.all_gather("here", [tensor]) == ("here", [[tensor]])
     with pytest.raises(LookupError), group.reporting():
         raise LookupError
 
@@ -51,8 +50,8 @@ def test_meeting(found: Found) -> None:
 @pytest.mark.parametrize("method", ["exact", "pooled", "average", "again", "data parallel"])
 def test_one_answer_and_the_same_bits(found: Found, method: str) -> None:
     """Shares are uneven, and one is empty."""
-    n = sum(ranks.SIZES)
-    counts = {"numbers": (len(ranks.SIZES), n, [36 * n, 36 * n, 4 * n, n])}
+    n = sum(processes.SIZES)
+    counts = {"numbers": (len(processes.SIZES), n, [36 * n, 36 * n, 4 * n, n])}
     single = one_process(method if method in ("pooled", "average") else "exact")
     for at in (f[method] for f in found):
         assert at["error"] is None
@@ -134,7 +133,7 @@ def test_a_group_of_some(found: Found) -> None:
 
 def test_a_checkpoint_of_each(found: Found) -> None:
     single, size = one_process("pooled"), len(found)
-    batches = len(ranks.SIZES) // size
+    batches = len(processes.SIZES) // size
     for rank, at in enumerate(f["kept"] for f in found):
         assert at["first"][0] == ("LookupError" if rank == 1 else "ProcessError")
         assert at["files"] == [f"progress{size}.{r}" for r in range(size)]
@@ -144,7 +143,7 @@ def test_a_checkpoint_of_each(found: Found) -> None:
 
 
 def test_a_process_that_is_killed_is_an_error_in_the_others(tmp_path: Path) -> None:
-    found = ranks.run(["killed"], 3, tmp_path, timeout=90)
+    found = processes.run(["killed"], 3, tmp_path, timeout=90)
     assert found[1] is None
     for at in (found[0], found[2]):
         assert at is not None

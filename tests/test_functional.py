@@ -11,12 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing._internal.common_methods_invocations import op_db
 
-import oracle
-import tolerances
 from batchnorm import errors
 from batchnorm.functional import batch_norm
 from batchnorm.kernels import reference
-from samples import LAYOUTS, NATIVE, Sample
+from support import oracle, tolerances
+from support.samples import LAYOUTS, NATIVE, Sample
 
 OPINFOS = [
     info for info in op_db if "batch_norm" in info.name and "native" not in info.name and "update" not in info.name

@@ -14,11 +14,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import batchnorm as bn
-import oracle
-import tolerances
 from batchnorm import errors, ghost
 from batchnorm.functional import batch_norm
-from samples import Layout
+from support import oracle, tolerances
+from support.samples import Layout
 
 # Layouts of n samples.
 KINDS: dict[str, tuple[tuple[int, ...], int, str]] = {

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
 
 import batchnorm as bn
-import tolerances
 from batchnorm import errors
-from samples import LAYOUTS, Layout
+from support import tolerances
+from support.samples import LAYOUTS, Layout
 
 PAIRS = [(bn.BatchNorm1d, nn.BatchNorm1d), (bn.BatchNorm2d, nn.BatchNorm2d), (bn.BatchNorm3d, nn.BatchNorm3d)]
 OURS = {theirs: ours for ours, theirs in PAIRS}

@@ -9,10 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-import oracle
-import tolerances
 from batchnorm import Moments
 from batchnorm.errors import CountError, OptionError, ShapeError
+from support import oracle, tolerances
 
 OFFSETS = st.sampled_from([0.0, 1.0, -300.0, 1e4, -1e6, 1e6])
 

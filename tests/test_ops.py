@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 import batchnorm
-import oracle
-import tolerances
 from batchnorm import layout, ops
 from batchnorm.kernels import reference
-from samples import NATIVE, Sample
+from support import oracle, tolerances
+from support.samples import NATIVE, Sample
 
 
 @pytest.mark.parametrize("name", ops.SCHEMAS)
@@ -45,7 +44,7 @@ def test_opcheck(sample: Sample, masked: torch.dtype | None, name: str) -> None:
     }
     positions = layout.observed_shape(t["x"].shape, sample.layout.channel_dim % t["x"].dim())
     values["mask"] = None if masked is None else (torch.rand(positions) > 0.3).to(masked)
-    values["num_held_back"] = torch.zeros(mean.shape, dtype=torch.int64)
+    values["num_batches_skipped"] = torch.zeros(mean.shape, dtype=torch.int64)
     arguments = tuple(values[key] for key in inspect.signature(getattr(reference, name)).parameters)
     result = torch.library.opcheck(getattr(torch.ops.batchnorm, name).default, arguments)
     assert set(result.values()) == {"SUCCESS"}

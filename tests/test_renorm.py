@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import batchnorm as bn
-import oracle
-import tolerances
 from batchnorm import errors
 from batchnorm.renorm import Renorm, corrections
+from support import oracle, tolerances
 
 C, EPS = 8, 1e-5
 SHAPES = {"(N, C)": ((12, C), 1), "(N, C, L)": ((4, C, 5), 1), "(N, L, C)": ((4, 5, C), -1), "(C, N)": ((C, 12), 0)}

@@ -11,14 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import batchnorm as bn
-import oracle
-import ranks
-import sharing_ranks
-import tolerances
 from batchnorm.errors import OptionError
+from support import oracle, processes, sync_scenarios, tolerances
 
 Found = list[dict[str, Any]]
-SCRIPT = sharing_ranks.__file__
+SCRIPT = sync_scenarios.__file__
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 WEIGHT, BIAS = np.array([0.5, 1.5, -1.0]), np.array([-1.0, 0.0, 2.0])
 
@@ -26,17 +23,19 @@ WEIGHT, BIAS = np.array([0.5, 1.5, -1.0]), np.array([-1.0, 0.0, 2.0])
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """What two processes found, in all scenarios."""
-    return ranks.run(list(sharing_ranks.SCENARIOS), 2, tmp_path_factory.mktemp("ranks"), timeout=150, script=SCRIPT)
+    return processes.run(
+        list(sync_scenarios.SCENARIOS), 2, tmp_path_factory.mktemp("ranks"), timeout=150, script=SCRIPT
+    )
 
 
 @pytest.fixture(scope="module")
 def found_by_three(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    return ranks.run(list(sharing_ranks.OF_THREE), 3, tmp_path_factory.mktemp("ranks"), timeout=150, script=SCRIPT)
+    return processes.run(list(sync_scenarios.OF_THREE), 3, tmp_path_factory.mktemp("ranks"), timeout=150, script=SCRIPT)
 
 
 def flat(t: Tensor) -> np.ndarray:
     """(N, C, *S) as (N * S, C): what the processes have is one batch of positions."""
-    return t.double().movedim(1, -1).reshape(-1, sharing_ranks.CHANNELS).numpy()
+    return t.double().movedim(1, -1).reshape(-1, sync_scenarios.CHANNELS).numpy()
 
 
 def expected(
@@ -55,7 +54,7 @@ def expected(
 
 def agree(at: Found, wanted: dict[str, np.ndarray], *, rounding: float = 0.0, last: bool = False) -> None:
     """Each process has its part of the outputs, and all have the same statistics, bit for bit."""
-    inputs = (lambda t: t.double().reshape(-1, sharing_ranks.CHANNELS).numpy()) if last else flat
+    inputs = (lambda t: t.double().reshape(-1, sync_scenarios.CHANNELS).numpy()) if last else flat
     for name, bound in (("y", tolerances.OUTPUT), ("dx", tolerances.GRADIENT)):
         actual = np.concatenate([inputs(f[name]) for f in at])
         assert actual.shape == wanted[name].shape
@@ -71,13 +70,13 @@ def agree(at: Found, wanted: dict[str, np.ndarray], *, rounding: float = 0.0, la
 
 
 def parts_of(name: str) -> list[dict[str, Tensor]]:
-    return [sharing_ranks.part(shape, rank) for rank, shape in enumerate(sharing_ranks.SHAPES[name])]
+    return [sync_scenarios.part(shape, rank) for rank, shape in enumerate(sync_scenarios.SHAPES[name])]
 
 
 # --- the same numbers as one process ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in sharing_ranks.SHAPES if name != "three"])
+@pytest.mark.parametrize("name", [name for name in sync_scenarios.SHAPES if name != "three"])
 def test_parts_of_any_size(found: Found, name: str) -> None:
     agree([f[name] for f in found], expected(parts_of(name)))
 
@@ -89,8 +88,8 @@ def test_three_processes(found_by_three: Found) -> None:
 @pytest.mark.parametrize(("scenario", "kind"), [("bool mask", torch.bool), ("weights", torch.float32)])
 def test_masks_weigh_by_what_they_count(found: Found, scenario: str, kind: torch.dtype) -> None:
     """One process's mask leaves nothing."""
-    shapes = sharing_ranks.SHAPES["other sizes"]
-    masks = [sharing_ranks.positions(shape, rank, kind=kind) for rank, shape in enumerate(shapes)]
+    shapes = sync_scenarios.SHAPES["other sizes"]
+    masks = [sync_scenarios.positions(shape, rank, kind=kind) for rank, shape in enumerate(shapes)]
     assert masks[0].any()
     assert not masks[1].any()
     agree([f[scenario] for f in found], expected(parts_of("other sizes"), masks))
@@ -141,7 +140,7 @@ def test_frozen_normalization_shares_what_it_proposes(found: Found) -> None:
 
 
 def test_micro_batches_are_joined_over_all(found: Found) -> None:
-    parts = [sharing_ranks.part((6, 3, 5), rank)["x"][: 4 + 2 * rank] for rank in range(2)]
+    parts = [sync_scenarios.part((6, 3, 5), rank)["x"][: 4 + 2 * rank] for rank in range(2)]
     n, mean, m2 = oracle.moments(np.concatenate([flat(x) for x in parts]))
     running = oracle.commit((np.zeros(3), np.ones(3)), n, mean, m2, 0.1)
     for f in (f["micro-batches"] for f in found):
@@ -162,7 +161,7 @@ def test_batch_renormalization(found: Found) -> None:
     """Against one process; `test_renorm` has the formula."""
     parts = parts_of("equal")
     together = {name: torch.cat([own[name] for own in parts]) for name in ("x", "dy")}
-    single = sharing_ranks.step(sharing_ranks.layer(sync=False, renorm=bn.Renorm(1.5, 0.5)), together)
+    single = sync_scenarios.step(sync_scenarios.layer(sync=False, renorm=bn.Renorm(1.5, 0.5)), together)
     for name in ("y", "dx"):
         actual = torch.cat([f["renormalised"][name] for f in found])
         torch.testing.assert_close(actual, single[name], rtol=0, atol=20 * tolerances.GRADIENT)
@@ -177,8 +176,8 @@ def test_a_compiled_model(found: Found) -> None:
 
 def test_data_parallel_training_is_that_of_one_process(found: Found) -> None:
     """torch.nn's layers on whole batches, in one process."""
-    single = sharing_ranks.network()
-    sharing_ranks.train(single, sharing_ranks.samples())
+    single = sync_scenarios.network()
+    sync_scenarios.train(single, sync_scenarios.samples())
     for f in found:
         for name, value in single.state_dict().items():
             relative, absolute = tolerances.AGAINST_TORCH[torch.float32] if value.is_floating_point() else (0, 0)
@@ -191,7 +190,7 @@ def test_two_forward_passes_before_one_backward_pass(found: Found) -> None:
     parts = parts_of("equal")
     x = torch.cat([own["x"] for own in parts]).double().requires_grad_()
     layer = nn.BatchNorm1d(3, dtype=torch.float64)  # in float32 torch's own rounding at a mean of 100 would be seen
-    layer.load_state_dict(sharing_ranks.layer().state_dict())
+    layer.load_state_dict(sync_scenarios.layer().state_dict())
     (layer(x) * torch.cat([own["dy"] for own in parts]) + 2 * layer(x)).sum().backward()
     relative, absolute = tolerances.AGAINST_TORCH[torch.float32]
     dx = torch.cat([f["twice"]["dx"] for f in found])
@@ -202,7 +201,7 @@ def test_two_forward_passes_before_one_backward_pass(found: Found) -> None:
 
 
 def test_a_group_of_some(found_by_three: Found) -> None:
-    own = [sharing_ranks.part((4, 3, 5), rank) for rank in range(3)]
+    own = [sync_scenarios.part((4, 3, 5), rank) for rank in range(3)]
     agree([found_by_three[0]["some"], found_by_three[2]["some"]], expected([own[0], own[2]]))
     agree([found_by_three[1]["some"]], expected([own[1]]))
     for f in found_by_three:
@@ -227,7 +226,7 @@ def test_nothing_together_changes_nothing(found: Found) -> None:
 
 
 def test_inference_waits_for_nobody(found: Found) -> None:
-    x = sharing_ranks.part((4, 3), 0)["x"].double().numpy()
+    x = sync_scenarios.part((4, 3), 0)["x"].double().numpy()
     y = x / np.sqrt(1 + 1e-5) * WEIGHT + BIAS
     np.testing.assert_allclose(found[0]["inference"]["y"].detach(), y, rtol=tolerances.OUTPUT)
 
@@ -256,7 +255,7 @@ def test_what_processes_cannot_do_together(found: Found, scenario: str, kind: st
     ],
 )
 def test_who_is_elsewhere_is_named(tmp_path: Path, scenario: str, size: int, places: str | None) -> None:
-    found = ranks.run([scenario], size, tmp_path, timeout=90, script=SCRIPT, TORCH_DISTRIBUTED_DEBUG="DETAIL")
+    found = processes.run([scenario], size, tmp_path, timeout=90, script=SCRIPT, TORCH_DISTRIBUTED_DEBUG="DETAIL")
     for f in found:
         assert f is not None
         if places is None:
@@ -268,7 +267,7 @@ def test_who_is_elsewhere_is_named(tmp_path: Path, scenario: str, size: int, pla
 
 @pytest.mark.long
 def test_a_process_that_is_gone_is_an_error(tmp_path: Path) -> None:
-    found = ranks.run(["killed"], 2, tmp_path, timeout=90, script=SCRIPT)
+    found = processes.run(["killed"], 2, tmp_path, timeout=90, script=SCRIPT)
     assert found[1] is None
     assert found[0] is not None
     assert found[0]["killed"]["error"][0] == "ProcessError"
@@ -279,13 +278,13 @@ def test_a_process_that_is_gone_is_an_error(tmp_path: Path) -> None:
 
 
 def test_alone_it_is_a_layer_like_any_other() -> None:
-    own = sharing_ranks.part((4, 3, 5), 0)
-    shared, single = (sharing_ranks.step(sharing_ranks.layer(sync=sync), own) for sync in (True, False))
+    own = sync_scenarios.part((4, 3, 5), 0)
+    shared, single = (sync_scenarios.step(sync_scenarios.layer(sync=sync), own) for sync in (True, False))
     assert all(torch.equal(shared[name], single[name]) for name in single)
 
 
 def test_layers_are_told_apart() -> None:
-    first, second = sharing_ranks.layer(), sharing_ranks.layer()
+    first, second = sync_scenarios.layer(), sync_scenarios.layer()
     assert first.place != second.place
     model = bn.convert(nn.ModuleDict({"a": nn.Sequential(nn.BatchNorm1d(3))}), sync=True)
     assert model["a"][0].place == "a.0"

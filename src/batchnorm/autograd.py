@@ -165,7 +165,7 @@ def _shared_gradients(
     implementation, var = _implementation(x, mask), _variance(count, m2)
     sums = implementation.backward_sums(dy, x, mean, var, *recipe, mask)
     n = torch.where(count > 0, count, 1)
-    means = [total / n for total in group.add(sums, f"the backward pass of {place}")]
+    means = [total / n for total in group.all_reduce(sums, f"the backward pass of {place}")]
     dx, dresidual = implementation.backward_input(dy, x, mean, var, *recipe, *means, mask)
     dbias, dweight = sums
     dweight = None if recipe.weight is None else dweight.to(recipe.weight.dtype)

@@ -45,7 +45,7 @@ class Group:
         if self.rank < 0:
             raise OptionError("got a process group that this process is not in; only its members may call this")
 
-    def meet(self, place: str | None, tensors: Sequence[Tensor] = ()) -> tuple[str | None, list[list[Tensor]]]:
+    def all_gather(self, place: str | None, tensors: Sequence[Tensor] = ()) -> tuple[str | None, list[list[Tensor]]]:
         """Wait for all processes, check that they have come to the same place, and hand out what each brought.
 
         Args:
@@ -90,7 +90,7 @@ class Group:
                 self._exchange(_Message(None, f"{type(error).__name__}: {error}", []))
             raise
 
-    def join(self, moments: Moments, positions: int, place: str) -> tuple[Moments, Tensor]:
+    def all_reduce_moments(self, moments: Moments, positions: int, place: str) -> tuple[Moments, Tensor]:
         """The moments of all processes together, the same bits in each of them.
 
         Args:
@@ -110,7 +110,7 @@ class Group:
         counts, positions_of, means, m2s = all_of_them.split([1, 1, len(moments.mean), len(moments.m2)], dim=1)
         return joined(counts[:, 0], means, m2s), positions_of.sum()
 
-    def add(self, tensors: Sequence[Tensor], place: str) -> list[Tensor]:
+    def all_reduce(self, tensors: Sequence[Tensor], place: str) -> list[Tensor]:
         """The sums over all processes, the same bits in each of them.
 
         Args:
@@ -124,7 +124,7 @@ class Group:
     def _gather(self, tensor: Tensor, place: str) -> Tensor:
         """What each process has, (size, *shape), in the order of ranks."""
         if dist.get_debug_level().name == "DETAIL":  # type: ignore[attr-defined]  # not in torch's list of names
-            self.meet(place)
+            self.all_gather(place)
         gathered = tensor.new_empty(self.size, *tensor.shape)
         with _partners():
             dist.all_gather(list(gathered.unbind()), tensor.contiguous(), group=self._group)

@@ -92,8 +92,8 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             positions the statistics are taken from in training. The output is there for all.
 
     Attributes:
-        num_held_back: (C,) int64, not in the state_dict: how often a channel's new statistics were not finite and were
-            held back; the other channels' moved.
+        num_batches_skipped: (C,) int64, not in the state_dict: of how many batches a channel's statistics were not
+            finite, so that its running statistics skipped them; the other channels' moved.
         frozen: what `freeze` set.
         place: what distinguishes this layer from others in errors of processes: "number 4" for the fourth layer that
             this process made, and its path where `convert` made it.
@@ -120,7 +120,7 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     inplace: bool
     frozen: Frozen
     place: str
-    num_held_back: Tensor | None
+    num_batches_skipped: Tensor | None
     # Where proposals go instead of being committed: `deferred` sets it for a while.
     _receiver: Callable[[Moments], None] | None = None
 
@@ -164,7 +164,7 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     def _complete_buffers(self) -> None:
         """What our layers' buffers have beyond torch's: the counter, and a dtype that a running average needs."""
         counter = None if self.running_mean is None else torch.zeros_like(self.running_mean, dtype=torch.int64)
-        self.register_buffer("num_held_back", counter, persistent=False)
+        self.register_buffer("num_batches_skipped", counter, persistent=False)
         for name in _STATISTICS:
             if (buffer := self._buffers[name]) is not None:
                 self._buffers[name] = _at_least_float32(buffer)
@@ -241,7 +241,7 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         mean, var = buffers["running_mean"], buffers["running_var"]
         if mean is None or var is None:
             return None
-        return Running(mean, var, buffers["num_batches_tracked"], buffers["num_held_back"], self.momentum)
+        return Running(mean, var, buffers["num_batches_tracked"], buffers["num_batches_skipped"], self.momentum)
 
     def _commit(self, proposal: Moments) -> None:
         """Blend moments into the running statistics, and count one batch."""
@@ -253,7 +253,7 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         if "frozen" in vars(self) and self.frozen.statistics:  # torch's constructor comes here before ours is done
             return
         super().reset_running_stats()
-        held_back = self._buffers.get("num_held_back")
+        held_back = self._buffers.get("num_batches_skipped")
         if held_back is not None:
             held_back.zero_()
 
@@ -273,8 +273,8 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         for name in _STATISTICS:
             if (buffer := self._buffers[name]) is not None:
                 self._buffers[name] = _at_least_float32(buffer)
-        if self.num_held_back is not None and not self.num_held_back.is_meta:
-            self.num_held_back.zero_()
+        if self.num_batches_skipped is not None and not self.num_batches_skipped.is_meta:
+            self.num_batches_skipped.zero_()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy that refers to the same processes: their group is a handle, which cannot be copied."""

@@ -22,7 +22,9 @@ from batchnorm.kernels import reference
 from batchnorm.moments import statistics_dtype
 
 _STATISTICS = "Tensor mean, Tensor var"
-_RUNNING = "Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches_tracked, Tensor(d!)? num_held_back"
+_RUNNING = (
+    "Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches_tracked, Tensor(d!)? num_batches_skipped"
+)
 _AFFINE = "Tensor? weight, Tensor? bias, Tensor? residual, float eps, int channel_dim, str? activation"
 SCHEMAS = {
     "batch_moments": "(Tensor x, int channel_dim, Tensor? mask=None) -> (Tensor count, Tensor mean, Tensor m2)",

@@ -34,7 +34,7 @@ class Running(NamedTuple):
     mean: Tensor
     var: Tensor
     num_batches_tracked: Tensor | None
-    num_held_back: Tensor | None
+    num_batches_skipped: Tensor | None
     momentum: float | None
 
 

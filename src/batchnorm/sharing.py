@@ -53,7 +53,7 @@ def normalized(
             f"cannot meet inside one. Use sync=False there"
         )
     own = _positions(x, recipe)
-    moments, positions = group.join(moments, own, place)
+    moments, positions = group.all_reduce_moments(moments, own, place)
     # Who has two positions knows enough, and need not wait for the device.
     if own < 2 and (total := int(positions.item())) < 2:
         if total == 0:
@@ -74,7 +74,7 @@ def normalized(
 def joined(x: Tensor, recipe: Recipe, moments: Moments, group: Group, place: str) -> Moments | None:
     """The moments of all parts, for a layer that normalises by others; None where all are empty."""
     own = _positions(x, recipe)
-    moments, positions = group.join(moments, own, place)
+    moments, positions = group.all_reduce_moments(moments, own, place)
     return None if own == 0 and positions.item() == 0 else moments
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from batchnorm.bench import measure, rivals, suites
+from batchnorm.bench import contenders, measure, suites
 
 CASE = suites.Case("test", (16, 5, 6, 6), suites.LAST, "float32")
 
@@ -24,7 +24,7 @@ def rows() -> list[measure.Row]:
 
 
 def test_a_row_for_every_phase(rows: list[measure.Row]) -> None:
-    assert [row.phase for row in rows] == list(rivals.PHASES)
+    assert [row.phase for row in rows] == list(contenders.PHASES)
     for row in rows:
         assert set(row.seconds) == {"ours", "torch", "floor"}
         assert all(seconds > 0 for seconds in row.seconds.values())
@@ -39,10 +39,10 @@ def test_json_has_the_machine_the_versions_and_the_date(rows: list[measure.Row],
     assert document["versions"]["torch"] == torch.__version__
     assert document["machine"]["cores"] > 0
     assert document["date"].startswith("20")
-    assert [row["phase"] for row in document["rows"]] == list(rivals.PHASES)
+    assert [row["phase"] for row in document["rows"]] == list(contenders.PHASES)
 
 
-class Wrong(rivals.Torch):
+class Wrong(contenders.Torch):
     """A rival whose weights' gradient is off."""
 
     def answer(self) -> list[torch.Tensor]:
@@ -51,7 +51,7 @@ class Wrong(rivals.Torch):
 
 
 def test_a_wrong_answer_stops_the_run() -> None:
-    right, wrong = rivals.Torch("ours", rivals.ours), Wrong("wrong", rivals.theirs)
+    right, wrong = contenders.Torch("ours", contenders.ours), Wrong("wrong", contenders.theirs)
     for rival in (right, wrong):
         rival.load(CASE)
     measure.compare(CASE, [right, right])

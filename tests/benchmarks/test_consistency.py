@@ -14,10 +14,9 @@ from torch import nn
 
 import batchnorm as bn
 import consistency
-import oracle
-import tolerances
 from consistency_networks import Architecture, crops
-from populations import images, inputs, layers, made
+from support import oracle, tolerances
+from support.populations import images, inputs, layers, made
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (5, 3, 4), (4, 3, 2, 5)])

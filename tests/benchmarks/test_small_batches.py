@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import small_batches
-from batchnorm.study.data import Data, digits
+from batchnorm.study.dataset import Data, digits
 from small_batches import Result
 
 FEW = 24

@@ -9,7 +9,7 @@ import pytest
 
 from batchnorm.bench import measure, suites
 from batchnorm.cli.main import main
-from commands import fails
+from cli.commands import fails
 
 
 def test_a_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

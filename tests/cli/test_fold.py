@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import batchnorm as bn
-import tolerances
 from batchnorm.cli.main import main
-from commands import fails
+from cli.commands import fails
+from support import tolerances
 
 CODE = """
 import torch

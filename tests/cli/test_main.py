@@ -10,7 +10,7 @@ import pytest
 import batchnorm
 from batchnorm.cli.main import main
 from batchnorm.errors import ShapeError
-from commands import fails, start
+from cli.commands import fails, start
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

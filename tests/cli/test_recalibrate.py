@@ -16,16 +16,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import batchnorm as bn
-import tolerances
 from batchnorm.cli.main import main
-from commands import fails, start
-from populations import assert_consistent, images, made
+from cli.commands import fails, start
+from support import tolerances
+from support.populations import assert_consistent, images, made
 
 CODE = """
 import os, sys, time
 import torch
 from torch import nn
-from populations import images, made
+from support.populations import images, made
 def net():
     return made("residual")
 def other():

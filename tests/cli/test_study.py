@@ -13,7 +13,7 @@ import pytest
 from batchnorm.cli.main import main
 from batchnorm.study import runner
 from batchnorm.study.experiments import EXPERIMENTS
-from commands import START, fails, start
+from cli.commands import START, fails, start
 from study.trials import trial
 
 LEFT = ["figures", "report.html", "results.json", "tasks"]
@@ -58,7 +58,7 @@ def test_a_missing_extra_is_one_line(module: str, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
 def test_ctrl_c_during_a_study(tmp_path: Path) -> None:
-    announce = "from batchnorm.study import data; read = data.digits; "
+    announce = "from batchnorm.study import dataset as data; read = data.digits; "
     announce += "data.digits = lambda: (print('reading', flush=True), read())[1]; "
     process = start("study", "--quick", "--out", str(tmp_path), code=announce + START)
     assert process.stdout is not None

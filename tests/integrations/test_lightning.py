@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from batchnorm.integrations.lightning import Recalibrate
-from populations import layers
-from trainees import counted, is_consistent, loader, network, samples, values
+from integrations.trainees import counted, is_consistent, loader, network, samples, values
+from support.populations import layers
 
 
 class Regression(LightningModule):
@@ -113,7 +113,7 @@ import warnings
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from batchnorm.integrations.lightning import Recalibrate
-from trainees import is_consistent, loader, network
+from integrations.trainees import is_consistent, loader, network
 
 assert issubclass(Recalibrate, Callback) or len(sys.argv) == 1
 

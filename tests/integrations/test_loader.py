@@ -11,7 +11,7 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, Sampler
 
 from batchnorm.integrations.loader import aside
-from trainees import loader, samples
+from integrations.trainees import loader, samples
 
 
 class Turning(Sampler[int]):

@@ -12,7 +12,7 @@ from torch import nn
 import batchnorm as bn
 from batchnorm.errors import OptionError
 from batchnorm.integrations.recalibrator import Recalibrator
-from trainees import loader, network, samples
+from integrations.trainees import loader, network, samples
 
 
 def statistics(model: nn.Module) -> list[Any]:

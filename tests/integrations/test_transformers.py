@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from batchnorm.integrations.transformers import Recalibrate
-from trainees import counted, is_consistent, network, samples, values
+from integrations.trainees import counted, is_consistent, network, samples, values
 
 
 class Regression(nn.Module):

@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import oracle
-import tolerances
 from batchnorm import ops
-from samples import LAYOUTS, NATIVE, Layout, Sample
+from support import oracle, tolerances
+from support.samples import LAYOUTS, NATIVE, Layout, Sample
 
 EPS = 1e-5
 native = torch.ops.batchnorm

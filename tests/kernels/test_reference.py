@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import oracle
-import tolerances
 from batchnorm.kernels import reference
-from samples import LAYOUTS, Sample
+from support import oracle, tolerances
+from support.samples import LAYOUTS, Sample
 
 EPS = 1e-5
 SAMPLES = [

@@ -10,9 +10,9 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 import batchnorm as bn
-import tolerances
 from batchnorm.errors import CountError
-from populations import images, layers, made
+from support import tolerances
+from support.populations import images, layers, made
 
 RELATIVE, ABSOLUTE = tolerances.AGAINST_TORCH[torch.float32]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import batchnorm as bn
 from batchnorm.errors import NonFiniteError, OptionError
 from batchnorm.population import checkpoint
-from populations import everything, images, layers, made
+from support.populations import everything, images, layers, made
 
 ROOT = Path(__file__).parents[2]
 SIZES = (4, 3, 5, 2, 6)
@@ -141,7 +141,7 @@ import sys, time
 sys.path.insert(0, sys.argv[2])
 import batchnorm as bn
 from batchnorm.population import checkpoint
-from populations import images, made
+from support.populations import images, made
 checkpoint.SECONDS_BETWEEN = 0.0
 def reading():
     for i, batch in enumerate(images(4, 3, 5, 2, 6)):

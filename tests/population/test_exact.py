@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import batchnorm as bn
-import oracle
-import tolerances
 from batchnorm.errors import CountError, NonFiniteError, OrderError, ShapeError
-from populations import NETS, assert_consistent, assert_statistics, everything, images, inputs, layers, made
+from support import oracle, tolerances
+from support.populations import NETS, assert_consistent, assert_statistics, everything, images, inputs, layers, made
 
 SIZES = (8, 3, 5, 1)
 
@@ -26,7 +25,7 @@ def test_every_layer_is_what_inference_sees(net: str) -> None:
     result = bn.recalibrate(model, batches)
     assert_consistent(model, batches)
     assert {layer.name for layer in result.layers} == set(layers(model))
-    assert not result.left_alone
+    assert not result.skipped
 
 
 @pytest.mark.parametrize("net", NETS)
@@ -107,7 +106,7 @@ def test_a_mask_that_leaves_nothing_leaves_the_layer() -> None:
     batches = [{"input": torch.randn(2, 6, 3, 3), "mask": torch.zeros(2, 3, 3, dtype=torch.bool)}]
     result = bn.recalibrate(layer, batches)
     assert torch.equal(layer.running_mean, before)
-    assert result.left_alone == (("the model itself", "never called with a value"),)
+    assert result.skipped == (("the model itself", "never called with a value"),)
 
 
 def test_one_value_is_no_population() -> None:
@@ -216,7 +215,7 @@ def test_pooled_needs_no_order() -> None:
 def test_layers_that_no_batch_calls_are_told() -> None:
     model = Ways()
     result = bn.recalibrate(model, ways(2, 2))
-    assert result.left_alone == tuple((f"layers.{name}", "never called with a value") for name in "bc")
+    assert result.skipped == tuple((f"layers.{name}", "never called with a value") for name in "bc")
     assert bn.recalibrate(model, ways(3, 3)).layers == ()
 
 

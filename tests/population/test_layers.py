@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import batchnorm as bn
-import oracle
-import tolerances
 from batchnorm.errors import DTypeError, NonFiniteError, OptionError, OrderError, ShapeError
 from batchnorm.population.layers import Layer, find, listening
 from batchnorm.population.recalibrate import METHODS
-from populations import everything, images, layers, made
+from support import oracle, tolerances
+from support.populations import everything, images, layers, made
 
 
 def one(module: Any) -> Layer:
@@ -152,7 +151,7 @@ def test_layers_that_are_left_alone(method: str) -> None:
 
     result = bn.recalibrate(model, [torch.randn(5, 3) + 1], forward=forward, method=method)
     assert [layer.name for layer in result.layers] == ["frozen affine", "used"]
-    assert dict(result.left_alone) == {
+    assert dict(result.skipped) == {
         "frozen": "frozen",
         "untracked": "no running statistics",
         "unused": "never called with a value",
@@ -173,7 +172,7 @@ def test_what_is_not_initialised_yet_is_not_initialised_by_this(method: str) -> 
 
 def test_a_model_without_layers_has_nothing_to_do() -> None:
     result = bn.recalibrate(nn.Linear(2, 2), iter(()))
-    assert (result.layers, result.left_alone, result.batches) == ((), (), 0)
+    assert (result.layers, result.skipped, result.batches) == ((), (), 0)
 
 
 def test_statistics_without_data_are_refused() -> None:

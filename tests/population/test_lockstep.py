@@ -16,7 +16,7 @@ import batchnorm as bn
 from batchnorm.errors import OrderError
 from batchnorm.population.batches import Batch
 from batchnorm.population.lockstep import Lockstep
-from populations import assert_consistent, everything, images, made, run
+from support.populations import assert_consistent, everything, images, made, run
 
 SIZES = (8, 3, 5, 1)
 LOG: list[str] = []

@@ -16,7 +16,7 @@ import batchnorm as bn
 from batchnorm.population import memory
 from batchnorm.population.memory import spilling_is_cheaper
 from batchnorm.population.spill import Spill
-from populations import everything, images, layers, made
+from support.populations import everything, images, layers, made
 
 BATCHES = images(*[4] * 10)
 WAYS = {"spill": lambda *_: True, "replay": lambda *_: False, "in turn": None}

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 import batchnorm as bn
-import oracle
-import tolerances
 from batchnorm.errors import CountError
-from populations import Residual, images, layers, made
+from support import oracle, tolerances
+from support.populations import Residual, images, layers, made
 
 SIZES = (8, 3, 5)
 

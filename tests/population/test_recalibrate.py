@@ -12,10 +12,20 @@ import torch
 from torch import Tensor, nn
 
 import batchnorm as bn
-import tolerances
 from batchnorm.errors import CountError, NonFiniteError, OptionError
 from batchnorm.population.recalibrate import METHODS
-from populations import NETS, assert_consistent, assert_statistics, everything, images, inputs, layers, made, run
+from support import tolerances
+from support.populations import (
+    NETS,
+    assert_consistent,
+    assert_statistics,
+    everything,
+    images,
+    inputs,
+    layers,
+    made,
+    run,
+)
 
 SIZES = (4, 3, 2)
 LAYERS = ("bn1", "bn2", "bn3", "bn4")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from batchnorm.population.result import LeftAlone, MemoryUse, RecalibratedLayer, Recalibration
+from batchnorm.population.result import MemoryUse, RecalibratedLayer, Recalibration, SkippedLayer
 
 
 def layer(name: str, shift: float = 0.0, ratio: float = 0.0) -> RecalibratedLayer:
@@ -31,7 +31,7 @@ def test_a_layer_without_channels_did_not_move() -> None:
 
 def test_it_prints_what_moved_most_first_and_what_was_left() -> None:
     layers = tuple(layer(f"layer{i}", shift=-i / 10) for i in range(12))
-    text = str(Recalibration("exact", 3, 96, layers, (LeftAlone("head", "frozen"),)))
+    text = str(Recalibration("exact", 3, 96, layers, (SkippedLayer("head", "frozen"),)))
     assert text.splitlines() == [
         "exact statistics of 12 layers from 3 batches with 96 samples",
         "layer           count  shift of mean, std  log variance ratio",

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from batchnorm.population.activations import Storages
 from batchnorm.population.spill import ASSUMED_BYTES_PER_SECOND, Spill
+from batchnorm.population.storages import Storages
 
 COMMON: Storages = weakref.WeakSet()
 

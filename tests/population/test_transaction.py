@@ -10,7 +10,7 @@ from torch import nn
 
 from batchnorm.population.layers import find
 from batchnorm.population.transaction import set_training, transaction
-from populations import everything, images, made
+from support.populations import everything, images, made
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, GeneratorExit])

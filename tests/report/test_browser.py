@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser
 
-import browser
-import documents
 from batchnorm.report.page import page
+from report import documents
+from support import browser
 
 pytestmark = pytest.mark.long
 LIMIT = 2_000_000  # bytes

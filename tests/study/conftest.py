@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from batchnorm.study import training
-from batchnorm.study.data import Part
+from batchnorm.study.dataset import Part
 from batchnorm.study.training import one_thread
 from study.plans import Start
 

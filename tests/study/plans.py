@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from batchnorm.study import dispute, dropout, equations, inference, noise, placement, rates, scales, shift, speed
-from batchnorm.study.data import Part
+from batchnorm.study.dataset import Part
 from batchnorm.study.experiment import Conclusion, Experiment, Setting
 from batchnorm.study.training import one_thread
 

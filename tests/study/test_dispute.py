@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-import tolerances
 from batchnorm.study import dispute, training
-from batchnorm.study.data import digits
+from batchnorm.study.dataset import digits
 from batchnorm.study.dispute import (
     CLAIMS,
     EXPLAINS,
@@ -32,9 +31,10 @@ from batchnorm.study.dispute import (
 )
 from batchnorm.study.experiment import Setting
 from batchnorm.study.networks import OURS, TORCH, Layers
-from batchnorm.study.noisy import Noise
+from batchnorm.study.noise_injection import Noise
 from batchnorm.study.verdict import Verdict
 from study.plans import TINY, carried_out, runs_as_printed
+from support import tolerances
 
 PLAN = TINY["dispute"]
 

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-import tolerances
 from batchnorm.study import dropout, training
-from batchnorm.study.data import Part, digits
+from batchnorm.study.dataset import Part, digits
 from batchnorm.study.dropout import (
     BOTH,
     DROPOUT,
@@ -32,6 +31,7 @@ from batchnorm.study.experiment import Conclusion, Setting
 from batchnorm.study.networks import OURS, TORCH, Layers, perceptron
 from batchnorm.study.verdict import Verdict
 from study.plans import TINY, Start, carried_out, runs_as_printed
+from support import tolerances
 
 PLAN = TINY["dropout"]
 SEEN = replace(PLAN, steps=12, hidden=(8, 8))  # long enough for one training to end otherwise than another

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import tolerances
 from batchnorm.study import equations
-from batchnorm.study.data import digits
+from batchnorm.study.dataset import digits
 from batchnorm.study.equations import BIAS, STANDARD, TUNED, WRITTEN, Plan, compare, conclude, digits_of, run, tasks
 from batchnorm.study.experiment import Setting
 from batchnorm.study.networks import OURS, TORCH, Layers
 from batchnorm.study.verdict import Verdict
 from study.plans import TINY, carried_out, runs_as_printed
+from support import tolerances
 
 PLAN = TINY["equations"]
 

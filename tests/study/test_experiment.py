@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 
-from batchnorm.study.data import digits
+from batchnorm.study.dataset import digits
 from batchnorm.study.experiment import Setting
 from batchnorm.study.experiments import EXPERIMENTS
 from batchnorm.study.networks import OURS

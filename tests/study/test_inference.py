@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import tolerances
 from batchnorm.study import inference, training
-from batchnorm.study.data import digits
+from batchnorm.study.dataset import digits
 from batchnorm.study.experiment import Setting
 from batchnorm.study.inference import (
     ALONE,
@@ -36,6 +35,7 @@ from batchnorm.study.inference import (
 from batchnorm.study.networks import OURS, TORCH, Layers, perceptron, residual
 from batchnorm.study.verdict import Verdict
 from study.plans import TINY, carried_out, runs_as_printed
+from support import tolerances
 
 PLAN = TINY["inference"]
 

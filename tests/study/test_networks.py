@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from batchnorm.modules import BatchNorm1d, BatchNorm2d
 from batchnorm.study.networks import GRID, LAYERS, OURS, TORCH, Block, Layers, Placement, Unit, perceptron, residual
-from tolerances import AGAINST_TORCH
+from support.tolerances import AGAINST_TORCH
 
 PLACEMENTS: tuple[Placement, ...] = ("before", "after", "none")
 IMAGES, VECTORS = (3, 6, 6), (20,)

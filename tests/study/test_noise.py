@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-import tolerances
 from batchnorm.study import noise
-from batchnorm.study.data import digits
+from batchnorm.study.dataset import digits
 from batchnorm.study.equations import preactivations
 from batchnorm.study.experiment import Setting
 from batchnorm.study.networks import OURS, TORCH, Layers
 from batchnorm.study.noise import FAR, GHOST, JOINED, LAW, conclude, draw, exponent, predicted, run
 from batchnorm.study.verdict import Verdict
 from study.plans import TINY, carried_out, runs_as_printed
+from support import tolerances
 
 PLAN = TINY["noise"]
 

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-import tolerances
 from batchnorm.study import placement, training
-from batchnorm.study.data import Data, digits
+from batchnorm.study.dataset import Data, digits
 from batchnorm.study.experiment import Conclusion, Setting
 from batchnorm.study.networks import OURS, TORCH, Layers, Placement, perceptron, residual
 from batchnorm.study.placement import CLAIMS, PERCEPTRON, PLACEMENTS, RESIDUAL, Plan, conclude, run, tasks
 from batchnorm.study.verdict import Verdict
 from study.plans import TINY, Start, carried_out, runs_as_printed
+from support import tolerances
 
 PLAN = TINY["placement"]
 SEEN = replace(PLAN, steps=12, hidden=(8, 8))  # long enough for one training to end otherwise than another

@@ -11,10 +11,10 @@ import pytest
 from playwright.sync_api import Browser
 from rich.console import Console
 
-import browser
 from batchnorm.study.experiments import EXPERIMENTS
 from batchnorm.study.runner import study
 from study.plans import TINY
+from support import browser
 
 pytestmark = pytest.mark.long
 LIMIT = 2_000_000  # bytes

@@ -253,6 +253,6 @@ def test_an_error_of_the_page_is_no_usage_error(tmp_path: Path, monkeypatch: pyt
 
 
 def test_results_that_something_removes_are_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("batchnorm.study.kept.Kept.put", lambda *_: None)
+    monkeypatch.setattr("batchnorm.study.result_cache.Kept.put", lambda *_: None)
     with pytest.raises(UsageError, match="is gone; something else removes files"):
         go(tmp_path)

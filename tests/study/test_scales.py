@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-import tolerances
 from batchnorm.study import scales, training
-from batchnorm.study.data import Data, Part, digits
+from batchnorm.study.dataset import Data, Part, digits
 from batchnorm.study.experiment import Setting
 from batchnorm.study.networks import OURS, TORCH, perceptron
 from batchnorm.study.scales import (
@@ -31,6 +30,7 @@ from batchnorm.study.scales import (
 )
 from batchnorm.study.verdict import Verdict
 from study.plans import TINY, carried_out, runs_as_printed
+from support import tolerances
 
 PLAN = TINY["scales"]
 

@@ -13,9 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-import tolerances
 from batchnorm.study import shift, training
-from batchnorm.study.data import digits
+from batchnorm.study.dataset import digits
 from batchnorm.study.experiment import Setting
 from batchnorm.study.networks import OURS, TORCH, Layers, perceptron
 from batchnorm.study.shift import (
@@ -35,6 +34,7 @@ from batchnorm.study.shift import (
 )
 from batchnorm.study.verdict import Verdict
 from study.plans import TINY, carried_out, runs_as_printed
+from support import tolerances
 
 PLAN = TINY["shift"]
 

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-import tolerances
 from batchnorm.study import speed, training
-from batchnorm.study.data import Data, Part, digits
+from batchnorm.study.dataset import Data, Part, digits
 from batchnorm.study.experiment import Conclusion, Setting
 from batchnorm.study.networks import OURS, TORCH, Layers, perceptron
 from batchnorm.study.speed import BEST, NETWORKS, SAME, WITH, WITHOUT, Plan, conclude, run, tasks
 from batchnorm.study.verdict import Verdict
 from study.plans import TINY, Start, carried_out, runs_as_printed
+from support import tolerances
 
 PLAN = TINY["speed"]
 SEEN = replace(PLAN, steps=13, evaluate_every=6, hidden=(8, 8))  # long enough for one training to end unlike another

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import batchnorm
 from batchnorm.study import training
-from batchnorm.study.data import Data, Part
+from batchnorm.study.dataset import Data, Part
 from batchnorm.study.training import NO_CLASS, accuracy, batches, first_step, infer, one_thread, predict, settle
 
 

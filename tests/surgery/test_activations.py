@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import oracle
-import tolerances
 from batchnorm.kernels.reference import ACTIVATIONS
 from batchnorm.surgery import activations
+from support import oracle, tolerances
 
 FUNCTIONS: dict[str, list[Any]] = {
     "relu": [F.relu, torch.relu],

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import batchnorm as bn
-import tolerances
 from batchnorm.surgery import biases, linear
 from batchnorm.surgery.biases import remove_dead_biases
-from nets import Block, Calls, Untraceable, draw, used
+from support import tolerances
+from support.networks import Block, Calls, Untraceable, draw, used
 
 Norm = nn.modules.batchnorm._BatchNorm
 RELATIVE, ABSOLUTE = tolerances.AGAINST_TORCH[torch.float64]

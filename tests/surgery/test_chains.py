@@ -9,7 +9,7 @@ import batchnorm as bn
 from batchnorm.surgery.chains import Flow, find
 from batchnorm.surgery.observing import observe
 from batchnorm.surgery.tracing import regions, seen_call
-from nets import Calls
+from support.networks import Calls
 
 Norm = nn.modules.batchnorm._BatchNorm
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from batchnorm.surgery.comparing import TOLERANCE, difference, outputs
-from nets import Calls
+from support.networks import Calls
 
 
 def test_outputs_are_all_tensors_in_inference() -> None:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 import batchnorm as bn
-import tolerances
 from batchnorm.surgery.convert import ORIGIN, OURS, convert
+from support import tolerances
 
 PAIRS = [(bn.BatchNorm1d, nn.BatchNorm1d), (bn.BatchNorm2d, nn.BatchNorm2d), (bn.BatchNorm3d, nn.BatchNorm3d)]
 SHAPES = {nn.BatchNorm1d: (6, 4), nn.BatchNorm2d: (6, 4, 5, 3), nn.BatchNorm3d: (6, 4, 2, 3, 2)}
@@ -162,7 +162,7 @@ def test_parameters_and_buffers_are_the_same_objects() -> None:
     learning = {name: tensor.requires_grad for name, tensor in before.items()}
     convert(model)
     after = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    assert after.keys() - before.keys() == {f"{path}.num_held_back" for path in ("1", "3.1", "5")}
+    assert after.keys() - before.keys() == {f"{path}.num_batches_skipped" for path in ("1", "3.1", "5")}
     assert [name for name in after if name in before] == list(before)
     assert all(after[name] is before[name] for name in before)
     assert {name: after[name].data_ptr() for name in before} == pointers
@@ -381,7 +381,7 @@ def test_a_lazy_layer_is_converted_once_it_has_its_shape() -> None:
         ("channel_dim", nn.Parameter(torch.ones(1))),
         ("_commit", 1),
         ("frozen", True),
-        ("num_held_back", 1),
+        ("num_batches_skipped", 1),
     ],
     ids=str,
 )

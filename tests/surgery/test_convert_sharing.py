@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import batchnorm as bn
-import tolerances
 from batchnorm.surgery.convert import convert
+from support import tolerances
 
 SHAPES = [(6, 4), (6, 4, 5, 3), (6, 4, 2, 3, 2)]
 OPTIONS: list[dict[str, Any]] = [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}]

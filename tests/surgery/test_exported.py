@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import batchnorm as bn
-import tolerances
 from batchnorm.surgery.exported import as_module
 from batchnorm.surgery.fold import fold
-from nets import Block, Calls, draw, used
+from support import tolerances
+from support.networks import Block, Calls, draw, used
 
 Norm = nn.modules.batchnorm._BatchNorm
 F64, F32 = torch.float64, torch.float32

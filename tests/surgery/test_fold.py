@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import batchnorm as bn
-import tolerances
 from batchnorm.surgery import linear
 from batchnorm.surgery.fold import fold
-from batchnorm.surgery.inference import ScaleShift
-from nets import Block, Calls, Untraceable, draw, used
+from batchnorm.surgery.scale_shift import ScaleShift
+from support import tolerances
+from support.networks import Block, Calls, Untraceable, draw, used
 
 Norm = nn.modules.batchnorm._BatchNorm
 

@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize, prune
 
 import batchnorm as bn
-import tolerances
 from batchnorm.modules import Frozen
+from support import tolerances
 
 EVERY = [Frozen(*switches) for switches in itertools.product((False, True), repeat=3)]
 X = torch.randn(6, 3, 5, generator=torch.Generator().manual_seed(1)) * 2 + 1

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import batchnorm as bn
-import tolerances
 from batchnorm.surgery.fuse import fuse
-from nets import Block, Calls, Untraceable, draw, used
+from support import tolerances
+from support.networks import Block, Calls, Untraceable, draw, used
 
 Norm = nn.modules.batchnorm._BatchNorm
 RELATIVE, ABSOLUTE = tolerances.AGAINST_TORCH[torch.float64]

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import tolerances
 from batchnorm.surgery import linear
 from batchnorm.surgery.linear import Affine
-from nets import draw
+from support import tolerances
+from support.networks import draw
 
 RELATIVE, ABSOLUTE = tolerances.AGAINST_TORCH[torch.float64]
 CLASSES: dict[tuple[int, bool], Any] = {

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import batchnorm as bn
 from batchnorm.surgery.observing import Call, Spec, forwarded, hooks_on, inference, observe
-from nets import Calls
+from support.networks import Calls
 
 F32 = torch.float32
 

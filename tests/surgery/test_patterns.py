@@ -15,7 +15,7 @@ import batchnorm as bn
 from batchnorm.surgery.observing import Call, Spec
 from batchnorm.surgery.patterns import Match, match
 from batchnorm.surgery.tracing import Region, trace
-from nets import Calls
+from support.networks import Calls
 
 
 def matched(forward: Callable[..., Any], **modules: nn.Module) -> Match | str:

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import batchnorm as bn
-import tolerances
 from batchnorm.surgery.convert import convert
 from batchnorm.surgery.revert import THEIRS, revert
+from support import tolerances
 
 SHAPES = {nn.BatchNorm1d: (6, 4), nn.BatchNorm2d: (6, 4, 5, 3), nn.BatchNorm3d: (6, 4, 2, 3, 2)}
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from batchnorm.surgery.observing import Call, Spec, observe
 from batchnorm.surgery.tracing import in_modes, plain_call, regions, seen_call, trace
-from nets import Block, Calls, Untraceable
+from support.networks import Block, Calls, Untraceable
 
 ONE = Call((Spec((), torch.float32),), {})
 BOTH = (True, False)

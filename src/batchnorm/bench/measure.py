@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import batchnorm
-from batchnorm.bench.rivals import PHASES, Peer, Rival, Torch, compiled, ours, theirs
+from batchnorm.bench.contenders import PHASES, Peer, Rival, Torch, compiled, ours, theirs
 from batchnorm.bench.suites import Case
 from batchnorm.errors import BatchNormError
 

@@ -25,11 +25,11 @@ def bench(suite: str, dtype: str | None, json_file: Path | None, peers: bool, co
     """Measure BN + ReLU beside torch: in one run, interleaved, with the answers compared."""
     from rich.console import Console
 
-    from batchnorm.bench import measure, rivals, suites, summary
+    from batchnorm.bench import contenders, measure, suites, summary
     from batchnorm.report import text
 
     cases = suites.cases(suite, tuple(suites.DTYPES) if dtype is None else (dtype,))
-    with text.progress(Console(stderr=True), "bench", len(cases) * len(rivals.PHASES)) as advance:
+    with text.progress(Console(stderr=True), "bench", len(cases) * len(contenders.PHASES)) as advance:
         rows = measure.run(
             cases,
             peers=Path(".peers") if peers else None,

@@ -11,11 +11,11 @@ import torch
 
 import batchnorm
 from batchnorm.errors import UsageError
+from batchnorm.loading.data import load_data
+from batchnorm.loading.model import load_model
+from batchnorm.loading.object_reference import blaming
+from batchnorm.loading.program import check_program, save_program
 from batchnorm.population.batches import samples
-from batchnorm.sources.data import load_data
-from batchnorm.sources.model import load_model
-from batchnorm.sources.program import check_program, save_program
-from batchnorm.sources.reference import blaming
 
 _FILE = click.Path(path_type=Path)
 _SHAPE = re.compile(r"\d+([,x]\d+)*")

@@ -12,12 +12,12 @@ from torch import nn
 
 import batchnorm
 from batchnorm.cli.processes import processes
+from batchnorm.loading.data import load_data
+from batchnorm.loading.model import load_model
+from batchnorm.loading.object_reference import blaming
+from batchnorm.loading.state_dict import check_output, check_place, save_weights
 from batchnorm.population.batches import default_forward
 from batchnorm.population.recalibrate import METHODS
-from batchnorm.sources.data import load_data
-from batchnorm.sources.model import load_model
-from batchnorm.sources.reference import blaming
-from batchnorm.sources.weights import check_output, check_place, save_weights
 
 _FACTORS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _FILE = click.Path(path_type=Path)

@@ -194,7 +194,7 @@ def commit(
     running_mean: Tensor,
     running_var: Tensor,
     num_batches_tracked: Tensor | None,
-    num_held_back: Tensor | None,
+    num_batches_skipped: Tensor | None,
     count: Tensor,
     mean: Tensor,
     m2: Tensor,
@@ -205,13 +205,13 @@ def commit(
         running = (1 - momentum) * running + momentum * new
 
     The new variance is the unbiased one, m2 / (count - 1), as in torch. Computed in float64 and rounded once. A channel
-    whose new statistics are not finite, a count of 1 included, keeps its old ones and is counted in num_held_back. A
-    count of 0 changes nothing.
+    whose new statistics are not finite, a count of 1 included, keeps its old ones and is counted in
+    num_batches_skipped. A count of 0 changes nothing.
 
-    running_mean and running_var are (C,) of any floating dtype, num_batches_tracked is () int64 or None, num_held_back
-    (C,) int64 or None. A momentum of None is 1 / num_batches_tracked, after counting: the equal-weight average of all
-    batches. Statistics that are not the initial 0 and 1 while that counter is 0 were loaded without it, and weigh as
-    one batch.
+    running_mean and running_var are (C,) of any floating dtype, num_batches_tracked is () int64 or None,
+    num_batches_skipped (C,) int64 or None. A momentum of None is 1 / num_batches_tracked, after counting: the
+    equal-weight average of all batches. Statistics that are not the initial 0 and 1 while that counter is 0 were loaded
+    without it, and weigh as one batch.
     """
     any_counted = count > 0
     factor: float | Tensor | None = momentum
@@ -229,8 +229,8 @@ def commit(
     for running, new in ((running_mean, mean), (running_var, var)):
         wide = running.to(new.dtype)
         running.copy_(torch.where(finite, wide + (new - wide) * factor, wide))
-    if num_held_back is not None:
-        num_held_back.add_((~finite & any_counted).to(torch.int64))
+    if num_batches_skipped is not None:
+        num_batches_skipped.add_((~finite & any_counted).to(torch.int64))
     if num_batches_tracked is not None and batches is not None:
         num_batches_tracked.copy_(batches)  # last: a refused update is not counted
 
@@ -247,12 +247,12 @@ def forward_commit(
     running_mean: Tensor,
     running_var: Tensor,
     num_batches_tracked: Tensor | None,
-    num_held_back: Tensor | None,
+    num_batches_skipped: Tensor | None,
     momentum: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`forward`, and `commit` of its moments: one call where small inputs would feel two."""
     y, count, mean, m2 = forward(x, weight, bias, residual, eps, channel_dim, activation, mask)
-    commit(running_mean, running_var, num_batches_tracked, num_held_back, count, mean, m2, momentum)
+    commit(running_mean, running_var, num_batches_tracked, num_batches_skipped, count, mean, m2, momentum)
     return y, count, mean, m2
 
 

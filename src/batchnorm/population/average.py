@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.errors import CountError
-from batchnorm.population.job import Call, Job, Outcome
+from batchnorm.population.context import Call, Job, Outcome
 from batchnorm.population.layers import Layer
 from batchnorm.population.pooled import by_batch_statistics
 from batchnorm.population.result import Population

@@ -14,10 +14,10 @@ import torch
 
 from batchnorm.errors import OptionError
 from batchnorm.moments import Moments
-from batchnorm.population.job import Job
+from batchnorm.population.context import Job
 from batchnorm.population.layers import Layer
 from batchnorm.population.raw import raw
-from batchnorm.population.surroundings import random_state, set_random_state
+from batchnorm.population.torch_state import random_state, set_random_state
 
 SECONDS_BETWEEN = 5.0
 _FORMAT = "batchnorm pooled statistics 1"

@@ -17,12 +17,12 @@ from batchnorm.errors import OrderError
 from batchnorm.moments import Moments, joined
 from batchnorm.population.available import default_limit
 from batchnorm.population.batches import Batch, cut, device, nothing_to_learn_from, samples
-from batchnorm.population.job import Call, Job, Outcome, check_finite, population
+from batchnorm.population.context import Call, Job, Outcome, check_finite, population
 from batchnorm.population.layers import Layer, listening
 from batchnorm.population.lockstep import Lockstep, Pass
 from batchnorm.population.memory import Memory
 from batchnorm.population.result import Population
-from batchnorm.population.surroundings import Surroundings
+from batchnorm.population.torch_state import TorchState
 
 _END = "the end of the forward pass"
 
@@ -62,7 +62,7 @@ def exact(job: Job) -> Outcome:
         job.progress.batches = len(steps.passes)
         while True:
             here = _where(steps.passes)
-            place, shares = job.group.meet(here, _joined(steps.passes) if here in named else [])
+            place, shares = job.group.all_gather(here, _joined(steps.passes) if here in named else [])
             if place is None:
                 raise nothing_to_learn_from(job.batches.read)
             if place == _END:
@@ -88,7 +88,7 @@ def _look_ahead(job: Job, first: Batch) -> int | None:
     if not samples(first.content):
         return None
     called: list[Layer] = []
-    before = Surroundings.here(job.devices)
+    before = TorchState.here(job.devices)
     ended = False
     # A model may not take one sample; if it is wrong in another way, the batch itself will tell.
     with (

@@ -17,7 +17,7 @@ from batchnorm.autograd import transformed
 from batchnorm.errors import BatchNormError, NonFiniteError, OptionError, OrderError
 from batchnorm.modules import BatchNorm
 from batchnorm.moments import Moments
-from batchnorm.population.result import LeftAlone
+from batchnorm.population.result import SkippedLayer
 from batchnorm.recipe import Recipe, check
 
 
@@ -92,7 +92,7 @@ def statistics_of(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     return module._buffers.get("running_mean"), module._buffers.get("running_var")
 
 
-def find(model: nn.Module) -> tuple[list[Layer], list[LeftAlone]]:
+def find(model: nn.Module) -> tuple[list[Layer], list[SkippedLayer]]:
     """A model's layers that take part, and those that do not.
 
     A layer that the model holds more than once is one, under its first name. Layers that have not been initialised yet
@@ -108,11 +108,11 @@ def find(model: nn.Module) -> tuple[list[Layer], list[LeftAlone]]:
         name = path or "the model itself"
         mean, var = statistics_of(module)
         if isinstance(module, BatchNorm) and module.frozen.statistics:
-            left.append(LeftAlone(name, "frozen"))
+            left.append(SkippedLayer(name, "frozen"))
         elif mean is None or var is None:
-            left.append(LeftAlone(name, "no running statistics"))
+            left.append(SkippedLayer(name, "no running statistics"))
         elif _uninitialized(module):
-            left.append(LeftAlone(name, "not initialised yet"))
+            left.append(SkippedLayer(name, "not initialised yet"))
         elif mean.is_meta:
             raise OptionError(
                 f'layer "{name}": got statistics on the device "meta", which hold no data; they are to be written. '

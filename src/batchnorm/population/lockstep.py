@@ -21,7 +21,7 @@ from batchnorm.errors import OrderError
 from batchnorm.moments import Moments
 from batchnorm.population.batches import Batch
 from batchnorm.population.layers import Layer
-from batchnorm.population.surroundings import Surroundings, seed
+from batchnorm.population.torch_state import TorchState, seed
 
 
 class Pass:
@@ -78,7 +78,7 @@ class Lockstep:
 
     def proceed(self, one: Pass) -> None:
         """Let a pass run on, or from its beginning where it has none, until it waits or ends."""
-        outside = Surroundings.here(self._devices)
+        outside = TorchState.here(self._devices)
         one.at = one.moments = None
         self.current = one
         start = time.perf_counter()
@@ -118,7 +118,7 @@ class Lockstep:
                 'the whole of recalibrate, or use method="pooled"'
             )
         one.around.close()
-        inside = Surroundings.here(self._devices)
+        inside = TorchState.here(self._devices)
         try:
             # Leaving it puts back what torch dispatches by, so nothing else may change that while the pass waits.
             with torch.inference_mode(self._inference):
@@ -144,7 +144,7 @@ class Lockstep:
         stack, one.stack = one.stack, None
         if stack is None or stack.dead:
             return
-        outside = Surroundings.here(self._devices)
+        outside = TorchState.here(self._devices)
         one.stopping = True
         self.current, one.stack = one, stack
         try:

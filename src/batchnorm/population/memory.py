@@ -12,11 +12,11 @@ from torch import nn
 from typing_extensions import Self
 
 from batchnorm.ops import resizable_outputs
-from batchnorm.population.activations import Storages, storages, watching
 from batchnorm.population.available import hand_back
 from batchnorm.population.lockstep import Lockstep, Pass
 from batchnorm.population.result import MemoryUse
 from batchnorm.population.spill import Spill
+from batchnorm.population.storages import Storages, storages, watching
 
 # Freed memory goes back to the system whenever it is this share of the limit, but not in pieces below the second.
 HANDED_BACK = 0.25

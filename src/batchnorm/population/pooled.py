@@ -9,7 +9,7 @@ import torch
 
 from batchnorm.moments import Moments
 from batchnorm.population.checkpoint import Checkpoint
-from batchnorm.population.job import Call, Job, Outcome, check_finite, population
+from batchnorm.population.context import Call, Job, Outcome, check_finite, population
 from batchnorm.population.layers import Layer, listening
 
 

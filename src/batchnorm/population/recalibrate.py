@@ -17,10 +17,10 @@ from batchnorm.distributed import Group
 from batchnorm.errors import OptionError
 from batchnorm.population.average import average
 from batchnorm.population.batches import Batches, Forward, default_forward, device_types
-from batchnorm.population.job import Job, Outcome, Progress
+from batchnorm.population.context import Job, Outcome, Progress
 from batchnorm.population.layers import Layer, find
 from batchnorm.population.pooled import pooled
-from batchnorm.population.result import LeftAlone, RecalibratedLayer, Recalibration
+from batchnorm.population.result import RecalibratedLayer, Recalibration, SkippedLayer
 from batchnorm.population.transaction import set_training, transaction
 
 
@@ -109,7 +109,7 @@ def recalibrate(
     with group.reporting():
         chosen = _chosen(method, checkpoint, memory_limit)
         layers, left = find(inner)
-        group.meet(_identity(method, layers))
+        group.all_gather(_identity(method, layers))
         source = Batches(batches, max_samples)
         job = Job(
             inner,
@@ -138,7 +138,9 @@ def recalibrate(
         for layer in layers
         if (new := outcome.populations.get(layer)) is not None
     )
-    left += [LeftAlone(layer.name, "never called with a value") for layer in layers if layer not in outcome.populations]
+    left += [
+        SkippedLayer(layer.name, "never called with a value") for layer in layers if layer not in outcome.populations
+    ]
     return Recalibration(method, used, samples, changed, tuple(left), outcome.memory)
 
 
@@ -173,6 +175,6 @@ def _total(job: Job) -> tuple[int, int | None]:
     """Batches and samples of all processes."""
     source = job.batches
     samples = -1 if source.samples is None else source.samples
-    _, shares = job.group.meet("the end", [torch.tensor([source.used, samples])])
+    _, shares = job.group.all_gather("the end", [torch.tensor([source.used, samples])])
     used, counts = zip(*(share[0].tolist() for share in shares), strict=True)
     return sum(used), None if min(counts) < 0 else sum(counts)

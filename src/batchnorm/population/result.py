@@ -11,7 +11,7 @@ from torch import Tensor
 SHOWN = 10  # rows of the printed table
 
 
-class LeftAlone(NamedTuple):
+class SkippedLayer(NamedTuple):
     """A layer whose statistics stayed as they were, and why."""
 
     name: str
@@ -91,7 +91,7 @@ class Recalibration:
         batches: how many batches with samples were used, in all processes together.
         samples: how many samples they held; None where a batch has no tensor to count by.
         layers: the layers whose statistics are new, in the model's order.
-        left_alone: the others, with the reason.
+        skipped: the others, with the reason.
         memory: what the suspended forward passes took; None for methods that suspend nothing.
     """
 
@@ -99,7 +99,7 @@ class Recalibration:
     batches: int
     samples: int | None
     layers: tuple[RecalibratedLayer, ...]
-    left_alone: tuple[LeftAlone, ...]
+    skipped: tuple[SkippedLayer, ...]
     memory: MemoryUse | None = None
 
     def __str__(self) -> str:
@@ -111,7 +111,7 @@ class Recalibration:
             lines += _table(sorted(self.layers, key=lambda layer: -layer.moved)[:SHOWN])
         if (more := len(self.layers) - SHOWN) > 0:
             lines.append(f"and {_counted(more, 'layer', 'layers')} that moved less")
-        lines += [f"left alone: {name} ({reason})" for name, reason in self.left_alone]
+        lines += [f"left alone: {name} ({reason})" for name, reason in self.skipped]
         if self.memory is not None and (self.memory.spilled or self.memory.replays):
             repeated = _counted(self.memory.replays, "forward pass", "forward passes")
             lines.append(

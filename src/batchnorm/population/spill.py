@@ -11,8 +11,8 @@ from typing import IO, Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from batchnorm.population.activations import Storages, storages
 from batchnorm.population.raw import raw
+from batchnorm.population.storages import Storages, storages
 
 ASSUMED_BYTES_PER_SECOND = 5e8  # of a file, until one has been used
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.population.layers import Layer
-from batchnorm.population.surroundings import Surroundings
+from batchnorm.population.torch_state import TorchState
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def transaction(model: nn.Module, layers: Sequence[Layer], devices: set[str]) ->
     flags = [(module, module.training) for module in model.modules()]
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
     values = {buffer: _copy(buffer) for _, named in buffers for buffer in named.values() if buffer is not None}
-    surroundings = Surroundings.here(devices)
+    surroundings = TorchState.here(devices)
     try:
         with torch.no_grad(), _eagerly():
             yield

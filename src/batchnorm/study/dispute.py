@@ -22,9 +22,9 @@ from batchnorm.population.recalibrate import recalibrate
 from batchnorm.report.document import Chart, Curve, Section, Table
 from batchnorm.study import training
 from batchnorm.study.experiment import Args, Conclusion, Experiment, Results, Setting
-from batchnorm.study.landscape import Loss, along, descend, disturbance
+from batchnorm.study.loss_landscape import Loss, along, descend, disturbance
 from batchnorm.study.networks import Placement, perceptron
-from batchnorm.study.noisy import Noise, noisy
+from batchnorm.study.noise_injection import Noise, noisy
 from batchnorm.study.shift import layer_inputs, shift
 from batchnorm.study.statistics import Interval, effect_size, mean_interval
 from batchnorm.study.verdict import Claim, Finding, Verdict
@@ -359,7 +359,7 @@ def _chart(runs: dict[str, list[dict[str, Any]]], name: str, title: str, label: 
 
 CODE = """\
 from batchnorm.study import dispute
-from batchnorm.study.data import digits
+from batchnorm.study.dataset import digits
 from batchnorm.study.experiment import Setting
 from batchnorm.study.networks import OURS
 

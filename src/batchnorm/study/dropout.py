@@ -11,12 +11,12 @@ import torch
 
 from batchnorm.report.document import Chart, Curve, Section, Table, percent
 from batchnorm.study import training
-from batchnorm.study.data import Part
+from batchnorm.study.dataset import Part
 from batchnorm.study.experiment import Args, Conclusion, Experiment, Results, Setting
+from batchnorm.study.formatting import chosen, in_points, points
 from batchnorm.study.networks import Placement, perceptron
 from batchnorm.study.statistics import Interval, best_of_the_others, effect_size, mean_interval
 from batchnorm.study.verdict import Claim, Finding
-from batchnorm.study.words import chosen, in_points, points
 
 NAME = "dropout"
 
@@ -261,7 +261,7 @@ def _chart(plan: Plan, cells: dict[str, Cell]) -> Chart:
 
 CODE = """\
 import torch
-from batchnorm.study.data import digits
+from batchnorm.study.dataset import digits
 from batchnorm.study.networks import OURS, perceptron
 from batchnorm.study.training import train
 

@@ -321,7 +321,7 @@ def _chart(example: dict[str, Any]) -> Chart:
 CODE = """\
 import torch
 import batchnorm as bn
-from batchnorm.study.data import digits
+from batchnorm.study.dataset import digits
 
 a = digits().train.inputs[:32].flatten(1)
 z = a @ torch.randn(64, 3) / 8

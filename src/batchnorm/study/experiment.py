@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from batchnorm.report.document import Section
-from batchnorm.study.data import Data
+from batchnorm.study.dataset import Data
 from batchnorm.study.networks import Layers
 from batchnorm.study.verdict import Claim, Finding
 

@@ -319,7 +319,7 @@ def _chart(accuracy: dict[str, dict[str, Interval]]) -> Chart:
 CODE = """\
 import torch
 import batchnorm as bn
-from batchnorm.study.data import digits
+from batchnorm.study.dataset import digits
 
 x = digits().train.inputs.flatten(1)
 network = torch.nn.Sequential(torch.nn.Linear(64, 32), bn.BatchNorm1d(32, activation="relu"))

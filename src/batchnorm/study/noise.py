@@ -305,7 +305,7 @@ def _chart(plan: Plan, spread: Mapping[str, Sequence[Interval]], law: Sequence[f
 CODE = """\
 import torch
 import batchnorm as bn
-from batchnorm.study.data import digits
+from batchnorm.study.dataset import digits
 
 z = digits().train.inputs.flatten(1) @ torch.randn(64, 16) / 8
 whole = bn.Moments.of(z)

@@ -13,10 +13,10 @@ from torch import nn
 from batchnorm.report.document import Chart, Curve, Section, Table, percent
 from batchnorm.study import training
 from batchnorm.study.experiment import Args, Conclusion, Experiment, Results, Setting
+from batchnorm.study.formatting import chosen, in_points, points
 from batchnorm.study.networks import Placement, perceptron, residual
 from batchnorm.study.statistics import Interval, best_of_the_others, effect_size, mean_interval, within
 from batchnorm.study.verdict import Claim, Finding
-from batchnorm.study.words import chosen, in_points, points
 
 NAME = "placement"
 PLACEMENTS: dict[Placement, str] = {
@@ -239,7 +239,7 @@ def _chart(cells: Sequence[Cell]) -> Chart:
 
 CODE = """\
 import torch
-from batchnorm.study.data import digits
+from batchnorm.study.dataset import digits
 from batchnorm.study.networks import OURS, residual
 from batchnorm.study.training import train
 

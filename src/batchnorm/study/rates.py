@@ -13,10 +13,10 @@ import torch
 from batchnorm.report.document import Chart, Section, Table, percent
 from batchnorm.study import training
 from batchnorm.study.experiment import Args, Conclusion, Experiment, Results, Setting
+from batchnorm.study.formatting import ends, span, spread
 from batchnorm.study.networks import Placement, perceptron
 from batchnorm.study.statistics import effect_size, mean_interval
 from batchnorm.study.verdict import Claim, Finding
-from batchnorm.study.words import ends, span, spread
 
 NAME = "rates"
 NETWORKS: dict[str, Placement] = {"batch norm": "before", "plain": "none"}
@@ -237,7 +237,7 @@ def _chart(plan: Plan, threshold: float, *networks: Usable) -> Chart:
 
 CODE = """\
 import torch
-from batchnorm.study.data import digits
+from batchnorm.study.dataset import digits
 from batchnorm.study.networks import OURS, perceptron
 from batchnorm.study.training import train
 

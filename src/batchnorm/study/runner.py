@@ -22,11 +22,11 @@ from batchnorm.errors import UsageError
 from batchnorm.report import charts, text
 from batchnorm.report.document import Document
 from batchnorm.report.page import page
-from batchnorm.study import data as samples
+from batchnorm.study import dataset as samples
 from batchnorm.study.experiment import Args, Conclusion, Experiment, Setting
 from batchnorm.study.experiments import EXPERIMENTS
-from batchnorm.study.kept import Kept, alone, software, write
 from batchnorm.study.networks import LAYERS, OURS
+from batchnorm.study.result_cache import Kept, alone, software, write
 from batchnorm.study.verdict import Finding
 from batchnorm.study.workers import compute, cores
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from batchnorm.moments import Moments
 from batchnorm.report.document import Chart, Curve, Section, Table, percent
 from batchnorm.study import training
-from batchnorm.study.data import Data, Part
+from batchnorm.study.dataset import Data, Part
 from batchnorm.study.experiment import Args, Conclusion, Experiment, Results, Setting
 from batchnorm.study.networks import perceptron
 from batchnorm.study.statistics import Interval, best_of_the_others, effect_size, mean_interval, within

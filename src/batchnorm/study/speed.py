@@ -13,10 +13,10 @@ import torch
 from batchnorm.report.document import Chart, Section, Table, percent
 from batchnorm.study import training
 from batchnorm.study.experiment import Args, Conclusion, Experiment, Results, Setting
+from batchnorm.study.formatting import chosen, ends, span, spread
 from batchnorm.study.networks import Placement, perceptron
 from batchnorm.study.statistics import Interval, best_of_the_others, effect_size, mean_interval
 from batchnorm.study.verdict import Claim, Finding
-from batchnorm.study.words import chosen, ends, span, spread
 
 NAME = "speed"
 NETWORKS: dict[str, Placement] = {"batch norm": "before", "plain": "none"}
@@ -277,7 +277,7 @@ def _notes(plan: Plan, target: float) -> list[str]:
 
 CODE = """\
 import torch
-from batchnorm.study.data import digits
+from batchnorm.study.dataset import digits
 from batchnorm.study.networks import OURS, perceptron
 from batchnorm.study.training import train
 

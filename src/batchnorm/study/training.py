@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from batchnorm.study.data import Data, Part
+from batchnorm.study.dataset import Data, Part
 
 NO_CLASS = -1
 EVALUATIONS = 5  # whose mean accuracy is where a training settled

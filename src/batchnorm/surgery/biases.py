@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm as Norm
 
 from batchnorm.modules import BatchNorm
-from batchnorm.surgery import inference, linear
+from batchnorm.surgery import linear, scale_shift
 from batchnorm.surgery.chains import Flow
 from batchnorm.surgery.comparing import ALTOGETHER, difference, outputs, tensors
 from batchnorm.surgery.linear import Layer
@@ -75,7 +75,7 @@ def remove_dead_biases(model: nn.Module, example_inputs: Any) -> nn.Module:  # n
 
 def _dead_before(flow: Flow, norm: Norm) -> Layer | str:
     """The linear layer whose bias a batch-norm layer takes away, or why there is none."""
-    if not inference.known(norm):
+    if not scale_shift.known(norm):
         return f"{type(norm).__qualname__} may do anything"
     if isinstance(norm, BatchNorm) and norm.frozen.normalization:
         return "it is frozen and normalises by its running statistics, so that a bias counts"

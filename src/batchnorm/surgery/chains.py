@@ -8,14 +8,14 @@ from typing import NamedTuple
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm as Norm
 
-from batchnorm.surgery import inference, linear
+from batchnorm.surgery import linear, scale_shift
 from batchnorm.surgery.hooks import hooked
 from batchnorm.surgery.linear import Layer
 from batchnorm.surgery.observing import Calls, Spec
 from batchnorm.surgery.rewriting import residual_for
 from batchnorm.surgery.tracing import Region, Regions, arguments
 
-# What does nothing in inference.
+# What does nothing in scale_shift.
 _NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
@@ -120,7 +120,7 @@ class Flow:
             spec = call.args[0]
             assert isinstance(spec, Spec)
             rank = len(spec.shape)
-            ours, theirs = inference.channel_dim(norm) % rank, linear.channel_axis(layer, rank)
+            ours, theirs = scale_shift.channel_dim(norm) % rank, linear.channel_axis(layer, rank)
             if ours != theirs:
                 return (
                     f"its channels are dimension {ours} of {spec.shape}, those of {self.where(layer)} "
@@ -178,7 +178,7 @@ def find(flow: Flow, foldable: list[Norm]) -> tuple[list[Chain], dict[Norm, str]
 
 def _ends(flow: Flow, norm: Norm) -> bool:
     """Whether what comes out of a layer is more than its scale and shift."""
-    return inference.activation(norm) is not None or flow.with_keywords(norm)
+    return scale_shift.activation(norm) is not None or flow.with_keywords(norm)
 
 
 def _inputs(node: fx.Node) -> list[fx.Node]:

@@ -1,4 +1,4 @@
-"""Batch normalization folded into the linear layers beside it, for inference."""
+"""Batch normalization folded into the linear layers beside it, for scale_shift."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.nn.modules.batchnorm import _BatchNorm as Norm
 
-from batchnorm.surgery import inference, linear
+from batchnorm.surgery import linear, scale_shift
 from batchnorm.surgery.chains import Chain, Flow, find
 from batchnorm.surgery.comparing import ALTOGETHER, difference, outputs, tensors
 from batchnorm.surgery.exported import as_module
@@ -119,11 +119,11 @@ def _why_left(flow: Flow, norm: Norm) -> str | None:
     """Why a layer cannot even be a scale and shift."""
     if hooked(norm):
         return "it has hooks, which would not be called"
-    return inference.why_not(norm) or ("the example inputs do not reach it" if norm not in flow.calls else None)
+    return scale_shift.why_not(norm) or ("the example inputs do not reach it" if norm not in flow.calls else None)
 
 
 def _of_one(norm: Norm, what: str) -> _Fold:
-    stand_in = inference.standing_in(norm)
+    stand_in = scale_shift.standing_in(norm)
     return _Fold(norm, norm, [norm], what, stand_in, lambda model: _replaced(model, norm, stand_in))
 
 
@@ -131,9 +131,9 @@ def _of_chain(flow: Flow, chain: Chain) -> _Fold:
     layer, norms = chain.layer, [*chain.before, *chain.after]
     weights = linear.weights(layer)
     for norm in reversed(chain.before):
-        weights = linear.before(layer, weights, inference.affine(norm))
+        weights = linear.before(layer, weights, scale_shift.affine(norm))
     for norm in chain.after:
-        weights = linear.after(layer, weights, inference.affine(norm))
+        weights = linear.after(layer, weights, scale_shift.affine(norm))
     changed = copy.deepcopy(layer)
     changed.weight, changed.bias = (
         nn.Parameter(t.to(layer.weight.dtype), requires_grad=layer.weight.requires_grad) for t in weights
@@ -156,9 +156,9 @@ def _of_chain(flow: Flow, chain: Chain) -> _Fold:
 
 def _behind(flow: Flow, norm: Norm) -> nn.Module:
     """What stays of a layer whose scale and shift are elsewhere."""
-    activation = inference.activation(norm)
+    activation = scale_shift.activation(norm)
     if flow.with_keywords(norm):
-        return inference.ScaleShift(None, None, activation=activation).eval()
+        return scale_shift.ScaleShift(None, None, activation=activation).eval()
     return (activation or nn.Identity()).eval()
 
 
@@ -203,7 +203,7 @@ def _why_undo(folded: nn.Module, example_inputs: Any, expected: list[Tensor]) ->
 
 
 def _warn_of_scales(norms: dict[str, Norm]) -> None:
-    scales = {path: float(inference.affine(norm).scale.abs().max()) for path, norm in norms.items()}
+    scales = {path: float(scale_shift.affine(norm).scale.abs().max()) for path, norm in norms.items()}
     large = {path: scale for path, scale in scales.items() if scale > LARGE_SCALE}
     if large:
         named = ", ".join(f"{path or 'the model itself'} ({scale:.0e})" for path, scale in large.items())

@@ -134,10 +134,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_commit(
     const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
     double eps, int64_t channel_dim, const OptionalString& activation, const OptionalTensor& mask,
     const Tensor& running_mean, const Tensor& running_var, const OptionalTensor& num_batches_tracked,
-    const OptionalTensor& num_held_back, std::optional<double> momentum) {
+    const OptionalTensor& num_batches_skipped, std::optional<double> momentum) {
   auto result = forward(x, weight, bias, residual, eps, channel_dim, activation, mask);
   const auto& [y, count, mean, m2] = result;
-  commit(running_mean, running_var, num_batches_tracked, num_held_back, count, mean, m2, momentum);
+  commit(running_mean, running_var, num_batches_tracked, num_batches_skipped, count, mean, m2, momentum);
   return result;
 }
 

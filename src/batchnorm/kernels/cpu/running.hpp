@@ -26,7 +26,7 @@ void each_value(const Tensor& running, int64_t channels, const char* name, const
 }
 
 void commit(const Tensor& running_mean, const Tensor& running_var, const OptionalTensor& num_batches_tracked,
-            const OptionalTensor& num_held_back, const Tensor& count, const Tensor& mean, const Tensor& m2,
+            const OptionalTensor& num_batches_skipped, const Tensor& count, const Tensor& mean, const Tensor& m2,
             std::optional<double> momentum) {
   const double n = read_count(count);
   if (n == 0) return;
@@ -60,11 +60,11 @@ void commit(const Tensor& running_mean, const Tensor& running_var, const Optiona
   };
   each_value(running_mean, channels, "running_mean", blend(means));
   each_value(running_var, channels, "running_var", blend(variances));
-  if (num_held_back) {
-    STD_TORCH_CHECK(num_held_back->scalar_type() == ScalarType::Long && num_held_back->is_cpu() &&
-                        num_held_back->numel() == channels && num_held_back->is_contiguous(),
-                    "batchnorm: num_held_back must be int64 with one value for each channel, on the CPU");
-    int64_t* p = num_held_back->mutable_data_ptr<int64_t>();
+  if (num_batches_skipped) {
+    STD_TORCH_CHECK(num_batches_skipped->scalar_type() == ScalarType::Long && num_batches_skipped->is_cpu() &&
+                        num_batches_skipped->numel() == channels && num_batches_skipped->is_contiguous(),
+                    "batchnorm: num_batches_skipped must be int64 with one value for each channel, on the CPU");
+    int64_t* p = num_batches_skipped->mutable_data_ptr<int64_t>();
     for (int64_t c = 0; c < channels; ++c) p[c] += held[c];
   }
   if (batches) *batches = counted;  // last: a refused update is not counted

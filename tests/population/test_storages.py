@@ -1,0 +1,44 @@
+"""Storages that a pass holds are seen while they live."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.population.storages import Storages, storages, watching
+
+
+def test_storages_of_plain_tensors() -> None:
+    x = torch.randn(4)
+    sparse, meta = torch.eye(2).to_sparse(), torch.zeros(2, device="meta")
+    assert list(storages([x, {"a": (x[1:], sparse, meta)}, nn.Parameter(x), 3])) == [x.untyped_storage()] * 3
+
+
+def test_watching() -> None:
+    """What goes in and comes out, keywords included, as long as a view of it lives."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.relu = nn.Linear(2, 3), nn.ReLU(inplace=True)
+
+        def forward(self, *, x: Tensor) -> tuple[Tensor, Tensor]:
+            hidden = self.linear(x)
+            view = hidden[1:]
+            return view, self.relu(hidden + 1)
+
+    net, seen = Net(), weakref.WeakSet()
+    with watching(net, seen.update), torch.no_grad():
+        x = torch.randn(3, 2)
+        view, out = net(x=x)
+    expected: Storages = weakref.WeakSet(t.untyped_storage() for t in (x, view, out))
+    assert set(seen) == set(expected)
+    assert len(seen) == 3
+    del view, expected
+    assert len(seen) == 2
+    net(x=torch.randn(3, 2))  # nobody watches any more
+    assert len(seen) == 2
+    assert not net.linear._forward_hooks
+    assert not net._forward_pre_hooks

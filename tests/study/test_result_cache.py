@@ -1,0 +1,153 @@
+"""Results on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from batchnorm.study import result_cache
+from batchnorm.study.dataset import digits
+from batchnorm.study.experiment import Setting
+from batchnorm.study.networks import OURS, TORCH
+from batchnorm.study.result_cache import Kept, alone, fingerprint, write
+from study.trials import Plan, run, trial
+
+SETTING = Setting(digits(), OURS)
+ARGS = ("batch norm", 0.1, 3)
+
+
+def store(folder: Path, **options: object) -> Kept:
+    experiment = trial(**options)
+    return Kept(folder, experiment, experiment.full, SETTING)
+
+
+def test_a_result_comes_back_exactly(tmp_path: Path) -> None:
+    result = {"loss": 0.1 + 0.2, "tiny": 5e-324, "list": [1, None, True], "text": "é"}
+    first = store(tmp_path / "deep" / "er")
+    assert first.get(ARGS) is None
+    first.put(ARGS, result)
+    again = store(tmp_path / "deep" / "er")
+    assert again.get(ARGS) == result
+    for other in (("batch norm", 0.1, 4), ("batch norm", 0.10000000000000002, 3), ("batch norm", "0.1", 3)):
+        assert again.get(other) is None
+
+
+def test_what_is_not_a_number_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        store(tmp_path).put(ARGS, {"loss": float("nan")})
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("left", ["", '{"args": ["batch norm", 0.1, 3], "resu', "[]x"])
+def test_half_a_file_is_no_result(left: str, tmp_path: Path) -> None:
+    results = store(tmp_path)
+    results.put(ARGS, {"loss": 1.0})
+    (file,) = (path for path in tmp_path.rglob("*.json"))
+    file.write_text(left)
+    assert results.get(ARGS) is None
+    results.put(ARGS, {"loss": 2.0})
+    assert results.get(ARGS) == {"loss": 2.0}
+
+
+def test_a_name_is_not_trusted(tmp_path: Path) -> None:
+    """A file that some other task's name happens to lead to is not its result."""
+    results = store(tmp_path)
+    results.put(ARGS, {"loss": 1.0})
+    (file,) = tmp_path.rglob("*.json")
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"args": ["plain", 0.1, 3]}))
+    assert results.get(ARGS) is None
+
+
+def test_other_experiments_and_plans_have_other_places(tmp_path: Path) -> None:
+    store(tmp_path).put(ARGS, {"loss": 1.0})
+    assert store(tmp_path, name="another").get(ARGS) is None
+    assert store(tmp_path, count=9).get(ARGS) is None
+    assert store(tmp_path).get(ARGS) is not None
+
+
+def test_the_fingerprint_names_all_that_a_result_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = digits()
+    pixels = data.train.inputs.clone()
+    pixels[3, 0, 2, 2] += 1e-3
+    settings = {
+        "same": Setting(digits(), OURS),
+        "layers": Setting(data, TORCH),
+        "data": Setting(replace(data, train=replace(data.train, inputs=pixels)), OURS),
+    }
+    prints = {what: fingerprint(run, Plan(), setting) for what, setting in settings.items()}
+    prints["plan"] = fingerprint(run, Plan(count=7), SETTING)
+    monkeypatch.setattr(result_cache, "_SHARED", ("data", "networks"))
+    prints["code"] = fingerprint(run, Plan(), SETTING)
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "__version__", "1.2.3")
+    prints["torch"] = fingerprint(run, Plan(), SETTING)
+    monkeypatch.undo()
+    assert prints.pop("same") == fingerprint(run, Plan(), SETTING)
+    assert len({*prints.values(), fingerprint(run, Plan(), SETTING)}) == len(prints) + 1
+
+
+@pytest.mark.long
+def test_another_process_makes_the_same_fingerprint() -> None:
+    code = "from tests.study import test_result_cache as t; print(t.fingerprint(t.run, t.Plan(), t.SETTING))"
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": f"{root}:{root / 'tests'}", "PYTHONHASHSEED": "7"}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == fingerprint(run, Plan(), SETTING)
+
+
+def test_files_are_for_whom_the_user_says(tmp_path: Path) -> None:
+    write(tmp_path / "results.json", "new")
+    (tmp_path / "by hand").write_text("x")
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
+def test_an_old_file_stays_until_the_new_one_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "results.json", "old")
+
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="No space"):
+        write(tmp_path / "results.json", "new")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"results.json": "old"}
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from batchnorm.study.result_cache import alone
+with alone(Path(sys.argv[1])):
+    print("in", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_one_at_a_time_and_a_killed_one_lets_go(tmp_path: Path) -> None:
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None
+    assert other.stdout.readline() == "in\n"
+    entered = threading.Event()
+
+    def enter() -> None:
+        with alone(tmp_path):
+            entered.set()
+
+    waiting = threading.Thread(target=enter)
+    waiting.start()
+    assert not entered.wait(0.5)
+    other.kill()
+    other.communicate()
+    assert entered.wait(10)
+    waiting.join()
