@@ -11,21 +11,22 @@ import pytest
 import torch
 
 from batchnorm import ops
+from batchnorm.kernels import cpu
 
 # Machines are slow at times: an example that takes long is no failure.
 hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")
 
 
-@pytest.fixture(params=ops.cpu_levels() or ["none"])
+@pytest.fixture(params=cpu.levels() or ["none"])
 def level(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set that this machine has, in use."""
     if request.param == "none":
         pytest.fail("the native extension is not built: " + str(ops.kernels()))
-    best = ops.cpu_levels()[-1]
-    ops.use_cpu_level(request.param)
+    best = cpu.levels()[-1]
+    cpu.use_level(request.param)
     yield request.param
-    ops.use_cpu_level(best)
+    cpu.use_level(best)
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import batchnorm as bn
+from batchnorm.activations import ACTIVATIONS
 from batchnorm.functional import batch_norm
-from batchnorm.kernels import reference
 from support import tolerances
 from support.samples import LAYOUTS, Sample
 
@@ -39,7 +39,7 @@ def function_of(
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("activation", [None, *reference.ACTIVATIONS])
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
 def test_gradcheck(training: bool, activation: str | None) -> None:
     function, inputs = function_of(training, activation, torch.float64)
     assert torch.autograd.gradcheck(function, inputs, check_forward_ad=True, check_batched_grad=False)

@@ -260,8 +260,8 @@ def test_torchs_types_catch_them() -> None:
 
 
 def test_unknown_activation_when_made() -> None:
-    with pytest.raises(errors.OptionError, match="got activation='tanh'; it must be one of \"relu\""):
-        bn.BatchNorm1d(3, activation="tanh")
+    with pytest.raises(errors.OptionError, match="got activation='softmax'; it must be one of \"relu\""):
+        bn.BatchNorm1d(3, activation="softmax")
 
 
 def test_one_value_is_fine_in_inference_but_not_without_statistics() -> None:

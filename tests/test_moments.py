@@ -148,3 +148,31 @@ def test_bad_masks_and_partners() -> None:
         Moments.empty(2) + Moments.empty(3)
     with pytest.raises(TypeError):
         Moments.empty(2) + 1  # type: ignore[operator]  # the point of the test
+
+
+def test_transforms_take_and_give_moments() -> None:
+    x = torch.randn(4, 6, 3, dtype=torch.float64)
+
+    def pooled(batch: Tensor, before: Moments) -> Moments:
+        return before + Moments.of(batch)
+
+    before = torch.func.vmap(Moments.of)(x)
+    assert isinstance(before, Moments)
+    assert before.mean.shape == (4, 3)
+    after = torch.func.vmap(pooled)(x, before)
+    for i in range(4):
+        assert_is(Moments(after.count[i], after.mean[i], after.m2[i]), torch.cat([x[i], x[i]]).numpy())
+
+    def loss(batch: Tensor) -> tuple[Tensor, Moments]:
+        moments = Moments.of(batch)
+        return moments.m2.sum(), moments
+
+    gradient, moments = torch.func.grad(loss, has_aux=True)(x[0])
+    assert_is(moments, x[0].numpy())
+    torch.testing.assert_close(gradient, 2 * (x[0] - x[0].mean(0)))
+
+
+def test_moments_of_what_needs_gradients_have_them() -> None:
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(Moments.of(x).m2.sum(), x)
+    torch.testing.assert_close(gradient, 2 * (x - x.mean(0)).detach())

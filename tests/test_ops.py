@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 import batchnorm
-from batchnorm import layout, ops
-from batchnorm.kernels import reference
+from batchnorm import activations, call, layout, ops
+from batchnorm.kernels import cpu, reference
 from support import oracle, tolerances
 from support.samples import NATIVE, Sample
 
 
-@pytest.mark.parametrize("name", ops.SCHEMAS)
+@pytest.mark.parametrize("name", ops.OPERATIONS)
 @pytest.mark.parametrize("masked", [None, torch.bool, torch.float64])
 @pytest.mark.parametrize("sample", NATIVE[::9] + NATIVE[-1:], ids=lambda s: s.name)
 @pytest.mark.filterwarnings("ignore::UserWarning:torch")  # opcheck's own tracing machinery
@@ -50,23 +50,52 @@ def test_opcheck(sample: Sample, masked: torch.dtype | None, name: str) -> None:
     assert set(result.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("name", ops.SCHEMAS)
-def test_the_reference_has_the_schemas_parameters(name: str) -> None:
+@pytest.mark.parametrize("name", ops.OPERATIONS)
+def test_the_schema_is_the_references_signature(name: str) -> None:
     schema = getattr(torch.ops.batchnorm, name).default._schema
     assert [a.name for a in schema.arguments] == list(inspect.signature(getattr(reference, name)).parameters)
+    changed = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    assert changed == list(ops.OPERATIONS[name])
 
 
 def test_native_is_for_the_cpu() -> None:
     x = torch.zeros(2, 3)
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        assert ops.implementation(x.to(dtype)) is torch.ops.batchnorm
-    assert ops.implementation(x.to("meta")) is reference
+        assert ops.select(x.to(dtype)).forward is torch.ops.batchnorm.forward.default
+    assert ops.select(x.to("meta")).forward is reference.forward
+    assert ops.select(x.to("meta")).eager
+
+
+def test_what_the_kernels_do_not_take_goes_to_the_reference() -> None:
+    x = torch.zeros(2, 3)
+    assert ops.select(x[:0]).forward is reference.forward
+    assert ops.select(x, torch.ones(2, 3)).forward is reference.forward  # a value for every value
+    assert ops.select(x, torch.ones(2)).forward is torch.ops.batchnorm.forward.default
+    assert ops.select(x, None, "relu").forward is torch.ops.batchnorm.forward.default
+    assert ops.select(x, None, "an activation without a kernel").forward is reference.forward
+    chosen = []
+    torch.func.vmap(lambda v: (chosen.append(ops.select(v)), v)[1])(x)
+    assert chosen == [ops.DIFFERENTIABLE]
+
+
+def test_an_activation_that_only_the_reference_knows_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = activations.Activation("double", lambda z: 2 * z, lambda dy, z: 2 * dy, torch.nn.Identity, ())
+    monkeypatch.setitem(activations.ACTIVATIONS, "double", row)
+    monkeypatch.setattr(call, "_KNOWN", {*call._KNOWN, "double"})
+    x = torch.randn(6, 3, requires_grad=True)
+    plain, doubled = batchnorm.BatchNorm1d(3), batchnorm.BatchNorm1d(3, activation="double")
+    torch.testing.assert_close(doubled(x), 2 * plain(x))
+    for layer, factor in ((plain, 2.0), (doubled, 1.0)):
+        layer.zero_grad()
+        (layer(x) * torch.arange(3)).sum().backward()
+        assert layer.bias.grad is not None
+        torch.testing.assert_close(factor * layer.bias.grad, 12.0 * torch.arange(3))
 
 
 def test_levels(level: str) -> None:
     assert f"cpu      float32    native ({level})" in str(batchnorm.kernels())
     with pytest.raises(ValueError, match="got level 'mmx'; this machine has"):
-        ops.use_cpu_level("mmx")
+        cpu.use_level("mmx")
     assert f"native ({level})" in str(batchnorm.kernels())
 
 
@@ -82,9 +111,9 @@ import importlib.util, torch
 found = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *a: None if name == "batchnorm._native" else found(name, *a)
 import batchnorm as bn
-from batchnorm import layout, ops
+from batchnorm.kernels import cpu
 print(bn.kernels())
-assert ops.cpu_levels() == ()
+assert cpu.levels() == ()
 x = torch.randn(8, 3, 5, requires_grad=True)
 layer = bn.BatchNorm1d(3, activation="relu")
 layer(x).sum().backward()
@@ -100,23 +129,6 @@ def test_without_the_extension_everything_works_and_the_table_says_so() -> None:
     assert run.returncode == 0, run.stderr
     assert "cpu      float32    reference" in run.stdout
     assert "No native kernels: this installation has no native extension" in run.stdout
-
-
-def test_an_extension_that_does_not_load_is_told(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = f"{tmp_path}/_native.so"
-    with open(broken, "w") as file:
-        file.write("not a library")
-    spec = importlib_spec(broken)
-    monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: spec)
-    native, reason = ops._load_native()
-    assert native is None
-    assert reason.startswith("the native extension does not load: ")
-
-
-def importlib_spec(path: str) -> object:
-    from importlib.machinery import ModuleSpec
-
-    return ModuleSpec("batchnorm._native", None, origin=path)
 
 
 IMPLEMENTATIONS = pytest.mark.parametrize(
@@ -182,3 +194,41 @@ def test_commit_of_too_little(implementation: Any, count: float, tracked: int, h
     assert running[1].tolist() == [1, 1]
     assert counter == tracked
     assert held_back.tolist() == [held, held]
+
+
+FUSED = """
+import importlib.util, sys, torch
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == "batchnorm._native" else found(name, *a)
+import batchnorm as bn
+seen = []
+def backend(graph, inputs):
+    from torch._dynamo.backends.common import aot_autograd
+    def compiler(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+    return aot_autograd(fw_compiler=compiler, bw_compiler=compiler)(graph, inputs)
+backend = backend if sys.argv[1] == "graphs" else "inductor"
+for activation in (None, "relu", "gelu", "mish"):
+    for mask in (None, torch.rand(8, 5) > 0.3):
+        x, residual = torch.randn(8, 3, 5), torch.randn(8, 3, 5)
+        eager = bn.BatchNorm1d(3, activation=activation)
+        compiled = bn.BatchNorm1d(3, activation=activation)
+        step = torch.compile(compiled, backend=backend, fullgraph=True)
+        results = []
+        for layer, call in ((eager, eager), (compiled, step)):
+            leaf = x.clone().requires_grad_()
+            y = call(leaf, residual=residual, mask=mask)
+            y.square().sum().backward()
+            results.append((y, leaf.grad, layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var))
+        for actual, expected in zip(*reversed(results)):
+            torch.testing.assert_close(actual, expected)
+        assert compiled.num_batches_tracked == 1
+assert sys.argv[1] != "graphs" or (seen and not [name for name in seen if "batchnorm" in name]), seen
+"""
+
+
+@pytest.mark.parametrize("how", ["graphs", pytest.param("inductor", marks=pytest.mark.long)])
+def test_without_kernels_a_compiled_graph_is_plain_torch_and_can_be_fused(how: str) -> None:
+    run = subprocess.run([sys.executable, "-c", FUSED, how], capture_output=True, text=True, timeout=500, check=False)
+    assert run.returncode == 0, run.stderr

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import batchnorm as bn
-from batchnorm.functional import batch_norm, normalize_by, normalize_by_batch
-from batchnorm.recipe import Recipe
+from batchnorm.call import Call
+from batchnorm.functional import batch_norm, normalize, normalize_by_running
+from batchnorm.statistics import BatchStatistics
 from support import tolerances
 from support.strategies import Batch, Spec, assert_running, assert_within, expected, specs
 
@@ -144,8 +145,8 @@ def test_moments_of_any_pieces(spec: Spec, places: list[int], random: Random) ->
         for group in groups
     ]
     assert_moments(sum(pieces, start=bn.Moments.empty(spec.shape[batch.axis])), batch)
-    recipe = Recipe(None, None, None, spec.eps, spec.channel_dim, None)
-    _, proposed = normalize_by_batch(batch.x, recipe, mask=batch.mask)
+    call = Call(batch.x, mask=batch.mask, eps=spec.eps, channel_dim=spec.channel_dim)
+    _, proposed = normalize(call, BatchStatistics())
     assert proposed is not None
     assert_moments(proposed, batch)
 
@@ -172,8 +173,8 @@ def test_inference_by_the_batchs_own_statistics_is_training(spec: Spec) -> None:
     """The output by given statistics; the oracle's are the given ones."""
     batch, results = expected(spec.batch(), [slice(0, spec.batch().samples)])
     n, mean, m2 = batch.moments()
-    recipe = Recipe(batch.weight, batch.bias, batch.residual, spec.eps, spec.channel_dim, spec.activation)
-    y = normalize_by(batch.x, torch.from_numpy(mean), torch.from_numpy(m2 / n), recipe)
+    call = Call(batch.x, batch.weight, batch.bias, batch.residual, None, spec.eps, spec.channel_dim, spec.activation)
+    y = normalize_by_running(call, torch.from_numpy(mean), torch.from_numpy(m2 / n))
     assert_within(y, *results["y"], "y")
 
 

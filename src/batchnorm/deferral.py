@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from batchnorm.modules import BatchNorm, find
+from batchnorm.modules import BatchNorm
 from batchnorm.moments import Moments
 
 
@@ -85,3 +85,14 @@ def deferred(model: nn.Module) -> Iterator[Pending]:
         joined = pending.moments(layer)
         if joined is not None and not layer.frozen.statistics:
             layer._propose(joined)
+
+
+def find(model: nn.Module) -> tuple[list[BatchNorm], list[str]]:
+    """A model's layers of ours, and the paths of those of torch.nn, which know neither proposals nor freezing."""
+    ours, others = [], []
+    for path, module in model.named_modules():
+        if isinstance(module, BatchNorm):
+            ours.append(module)
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            others.append(path or "the model itself")
+    return ours, others

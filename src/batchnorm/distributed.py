@@ -1,4 +1,4 @@
-"""Processes that work together: they meet, compare where they are, and hand each other tensors."""
+"""Processes that work together: they wait for each other, compare where they are, and exchange tensors."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from batchnorm.errors import OptionError, OrderError, ProcessError
-from batchnorm.moments import Moments, joined
+from batchnorm.moments import Moments, pool
 
 
 class _Message(NamedTuple):
     """What one process tells all others when they meet."""
 
-    place: str | None
+    label: str | None
     failure: str | None
     tensors: list[Tensor]
 
@@ -29,7 +29,7 @@ class Group:
         process_group: None for the default group where torch.distributed is initialised, and this process otherwise.
 
     Attributes:
-        rank: this process's place in the group, from 0.
+        rank: this process's number in the group, from 0.
         size: how many processes there are.
 
     Raises:
@@ -45,15 +45,15 @@ class Group:
         if self.rank < 0:
             raise OptionError("got a process group that this process is not in; only its members may call this")
 
-    def all_gather(self, place: str | None, tensors: Sequence[Tensor] = ()) -> tuple[str | None, list[list[Tensor]]]:
-        """Wait for all processes, check that they have come to the same place, and hand out what each brought.
+    def all_gather(self, label: str | None, tensors: Sequence[Tensor] = ()) -> tuple[str | None, list[list[Tensor]]]:
+        """Wait for all processes, check that they are at the same place, and hand out what each brought.
 
         Args:
-            place: where this process is, in words; None where it has nothing to do and goes wherever the others are.
+            label: where this process is, in words; None where it has nothing to do and goes wherever the others are.
             tensors: what it brings. Of any shapes, and any number of them.
 
         Returns:
-            The place, None where nobody has anything to do; and the tensors of every process, in the order of ranks,
+            The label, None where nobody has anything to do; and the tensors of every process, in the order of ranks,
             so that all compute the same bits from them. With more than one process they are on the CPU.
 
         Raises:
@@ -61,24 +61,24 @@ class Group:
             ProcessError: another process failed, or is gone.
         """
         if self.size == 1:
-            return place, [list(tensors)]
-        messages = self._exchange(_Message(place, None, [t.detach().cpu() for t in tensors]))
+            return label, [list(tensors)]
+        messages = self._exchange(_Message(label, None, [t.detach().cpu() for t in tensors]))
         failures = [f"rank {rank} with {m.failure}" for rank, m in enumerate(messages) if m.failure is not None]
-        places: dict[str, list[int]] = {}
+        labels: dict[str, list[int]] = {}
         for rank, message in enumerate(messages):
-            if message.place is not None:
-                places.setdefault(message.place, []).append(rank)
-        if failures or len(places) > 1:
+            if message.label is not None:
+                labels.setdefault(message.label, []).append(rank)
+        if failures or len(labels) > 1:
             self._parted = True
         if failures:
             raise ProcessError(f"other processes failed: {'; '.join(failures)}. Nothing was changed in this one")
-        if len(places) > 1:
-            where = "; ".join(f"{_ranks(ranks)} at {there}" for there, ranks in places.items())
+        if len(labels) > 1:
+            where = "; ".join(f"{_ranks(ranks)} at {there}" for there, ranks in labels.items())
             raise OrderError(
                 f"got processes at different places: {where}; all must call the same layers in the same order. Give "
                 f"every process the same model, and batches that take the same way through it"
             )
-        return next(iter(places), None), [message.tensors for message in messages]
+        return next(iter(labels), None), [message.tensors for message in messages]
 
     @contextmanager
     def reporting(self) -> Iterator[None]:
@@ -90,13 +90,13 @@ class Group:
                 self._exchange(_Message(None, f"{type(error).__name__}: {error}", []))
             raise
 
-    def all_reduce_moments(self, moments: Moments, positions: int, place: str) -> tuple[Moments, Tensor]:
+    def all_reduce_moments(self, moments: Moments, positions: int, label: str) -> tuple[Moments, Tensor]:
         """The moments of all processes together, the same bits in each of them.
 
         Args:
             moments: of this process, (C,); of nothing is allowed.
             positions: how many values of each channel this process has, whether they count in the moments or not.
-            place: where this process is, in words.
+            label: where this process is, in words.
 
         Returns:
             The joined moments, whose count is floating; and the sum of the positions, ().
@@ -106,25 +106,25 @@ class Group:
             OrderError: under `TORCH_DISTRIBUTED_DEBUG=DETAIL`, the processes are at different places.
         """
         head = torch.stack([moments.count.to(moments.mean.dtype), torch.full_like(moments.count, positions)])
-        all_of_them = self._gather(torch.cat([head.to(moments.mean.dtype), moments.mean, moments.m2]), place)
+        all_of_them = self._gather(torch.cat([head.to(moments.mean.dtype), moments.mean, moments.m2]), label)
         counts, positions_of, means, m2s = all_of_them.split([1, 1, len(moments.mean), len(moments.m2)], dim=1)
-        return joined(counts[:, 0], means, m2s), positions_of.sum()
+        return pool(counts[:, 0], means, m2s), positions_of.sum()
 
-    def all_reduce(self, tensors: Sequence[Tensor], place: str) -> list[Tensor]:
+    def all_reduce(self, tensors: Sequence[Tensor], label: str) -> list[Tensor]:
         """The sums over all processes, the same bits in each of them.
 
         Args:
             tensors: of this process, (C,) each.
-            place: as in `join`.
+            label: as in `all_reduce_moments`.
 
-        Raises: as `join`.
+        Raises: as `all_reduce_moments`.
         """
-        return list(self._gather(torch.stack(list(tensors)), place).sum(0))
+        return list(self._gather(torch.stack(list(tensors)), label).sum(0))
 
-    def _gather(self, tensor: Tensor, place: str) -> Tensor:
+    def _gather(self, tensor: Tensor, label: str) -> Tensor:
         """What each process has, (size, *shape), in the order of ranks."""
         if dist.get_debug_level().name == "DETAIL":  # type: ignore[attr-defined]  # not in torch's list of names
-            self.all_gather(place)
+            self.all_gather(label)
         gathered = tensor.new_empty(self.size, *tensor.shape)
         with _partners():
             dist.all_gather(list(gathered.unbind()), tensor.contiguous(), group=self._group)

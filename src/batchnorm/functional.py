@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from batchnorm import ghost, layout, ops
-from batchnorm.autograd import apply, transformed
+from batchnorm import _torch, autograd, ghost, layout, ops, sync
+from batchnorm.call import Call, check_sync, check_virtual_batch_size, empty_output
 from batchnorm.distributed import Group
 from batchnorm.errors import CountError, OptionError, ShapeError, TransformError
-from batchnorm.kernels import reference
-from batchnorm.moments import Moments, check_weights, joined, statistics_dtype
-from batchnorm.recipe import Recipe, Running, check, check_sharing, check_virtual_batch_size
+from batchnorm.moments import Moments, pool
+from batchnorm.statistics import BatchStatistics, RunningStatistics, SyncStatistics
+
+_BATCH = BatchStatistics()
 
 
 def batch_norm(
@@ -59,7 +58,8 @@ def batch_norm(
             without the channel dimension (a size of 1 broadcasts), or (N,): one value for each sample. The output is
             there for all positions. A mask is a constant to the gradient, and has no effect in inference.
         residual: of input's shape and dtype, added before the activation.
-        activation: "relu", "leaky_relu", "silu", "gelu", "hardswish", "elu" (torch's default parameters) or None.
+        activation: "relu", "leaky_relu", "silu", "gelu", "hardswish", "elu", "relu6", "mish", "sigmoid" or "tanh", with
+            torch's default parameters; or None.
         process_group: in training, the batch is what all processes of this group have together, in equal or unequal
             parts; `torch.distributed.group.WORLD` for all there are. See `BatchNorm`'s `sync`.
         virtual_batch_size: in training, normalise every so many samples by their own statistics; a single sample that
@@ -80,231 +80,191 @@ def batch_norm(
     Source: Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate
     Shift", 2015, algorithms 1 and 2.
     """
-    recipe = Recipe(weight, bias, residual, eps, channel_dim, activation)
-    if training:
-        for name, buffer in (("running_mean", running_mean), ("running_var", running_var)):
-            if input.dim() >= 2:
-                layout.check_vector(buffer, name, input.shape[layout.channel_axis(input.dim(), channel_dim)])
-        running = None
-        if running_mean is not None and running_var is not None and not replayed():
-            running = Running(running_mean, running_var, None, None, momentum)
-        group = None if process_group is None else Group(process_group)
-        output, moments = normalize_by_batch(
-            input, recipe, mask=mask, virtual_batch_size=virtual_batch_size, running=running, group=group
-        )
-        if moments is not None and running is not None:
-            commit(moments, running)
-        return output
-    if running_mean is None or running_var is None:
-        raise ShapeError(
-            "got no running statistics; inference normalises by running_mean and running_var. "
-            "Pass both, or training=True to normalise by the batch"
-        )
-    return normalize_by(input, running_mean, running_var, recipe, inplace=inplace)
+    if not training:
+        if running_mean is None or running_var is None:
+            raise ShapeError(
+                "got no running statistics; inference normalises by running_mean and running_var. "
+                "Pass both, or training=True to normalise by the batch"
+            )
+        call = Call(input, weight, bias, residual, None, eps, channel_dim, activation)
+        return normalize_by_running(call, running_mean, running_var, inplace=inplace)
+    call = Call(input, weight, bias, residual, mask, eps, channel_dim, activation)
+    running = None
+    if running_mean is not None and running_var is not None and call.num_channels:
+        layout.check_vector(running_mean, "running_mean", call.num_channels)
+        layout.check_vector(running_var, "running_var", call.num_channels)
+        running = RunningStatistics(running_mean, running_var, None, None, momentum)
+    if running is not None and process_group is None and virtual_batch_size is None:
+        return normalize_and_commit(call, running)
+    statistics: BatchStatistics | SyncStatistics = BatchStatistics(virtual_batch_size)
+    if process_group is not None and (group := Group(process_group)).size > 1:
+        check_sync(True, None, virtual_batch_size)
+        statistics = SyncStatistics(group, "batch_norm")
+    output, moments = normalize(call, statistics)
+    if running is not None and not _torch.in_backward_recompute():
+        commit(moments, running)
+    return output
 
 
-def normalize_by_batch(
-    x: Tensor,
-    recipe: Recipe,
-    *,
-    mask: Tensor | None = None,
-    virtual_batch_size: int | None = None,
-    correct: Callable[[Moments], tuple[Tensor, Tensor]] | None = None,
-    running: Running | None = None,
-    group: Group | None = None,
-    place: str = "batch_norm",
-) -> tuple[Tensor, Moments | None]:
-    """`batch_norm` in training mode, with the batch's moments as a value: what a layer proposes.
-
-    Args:
-        x: as `batch_norm`'s input.
-        recipe: the rest.
-        mask: as `batch_norm`'s.
-        virtual_batch_size: as `batch_norm`'s.
-        correct: from the batch's moments to r and d of batch renormalization, (C,) each: what is normalised becomes
-            normalised * r + d.
-        running: where the moments are committed on the way, if one operation can do both: no moments come back then.
-        group: the processes that have parts of the batch; None for this one alone.
-        place: the layer, in words, for errors of processes that are at different ones.
+def normalize(call: Call, statistics: BatchStatistics | SyncStatistics) -> tuple[Tensor, Moments]:
+    """`batch_norm` in training mode, with the moments that it normalised by as a value: what a layer proposes.
 
     Returns:
-        The output, and the moments of the batch, all processes' parts of it included, or None where it is empty or they
-        are committed.
+        The output, and the moments of the batch, all processes' parts of it included; empty ones of an empty batch.
 
     Raises: as `batch_norm`.
     """
-    if not recipe.eps > 0:
-        raise OptionError(f"got eps={recipe.eps}; eps must be positive in training. torch's default is 1e-5")
-    num_channels = check(x, recipe)
+    if not call.eps > 0:
+        raise _wrong_eps(call.eps)
+    if isinstance(statistics, SyncStatistics):
+        return sync.normalize(call, statistics)
+    if call.x.numel() == 0:
+        return empty_output(call), Moments.empty(call.num_channels, device=call.x.device)
+    size = statistics.virtual_batch_size
+    check_virtual_batch_size(size)
+    if size is not None and size < call.num_samples:
+        return _normalize_ghost_batches(call, size)
+    if call.count == 1:
+        raise _one_value(call)
+    if statistics.correction is not None:
+        call = call.corrected(*statistics.correction(batch_moments(call)))
+    return _normalize(call)
+
+
+def normalize_and_commit(call: Call, running: RunningStatistics) -> Tensor:
+    """`normalize` by the batch, and `commit` of its moments, unless activation checkpointing repeats this pass.
+
+    One operator does both where it can: two take 5 microseconds more, of 50 for a small input.
+    """
+    if not call.eps > 0:
+        raise _wrong_eps(call.eps)
+    x, channel_dim = call.x, call.channel_dim
     numel = x.numel()
-    if group is not None and group.size > 1:
-        from batchnorm import sharing  # not before it is needed: it imports torch's compiler
-
-        check_sharing(True, None, virtual_batch_size)
-        mask = _positions(x, recipe, mask)
-        shared = sharing.normalized(x, recipe, mask, _moments(x, recipe, mask), correct, group, place)
-        return (_empty_output(x, recipe), None) if shared is None else shared
-    if numel == 0:
-        return _empty_output(x, recipe), None
-    cut = None if virtual_batch_size is None else _ghost_batches(x, recipe, virtual_batch_size)
-    if (numel if cut is None else numel * cut // _samples(x, recipe)) == num_channels:
-        raise CountError(
-            f"got an input of shape {tuple(x.shape)}{'' if cut is None else f' in ghost batches of {cut}'}: one value "
-            f"for each channel; expected more than 1 value per channel when training, because the variance of one "
-            f"value is 0. Use a larger batch, switch to inference with .eval(), or drop the last incomplete batch "
-            f"(DataLoader(drop_last=True))"
+    if numel == call.num_channels or numel == 0:
+        if numel == 0:
+            return empty_output(call)
+        raise _one_value(call)
+    operations = ops.select(x, call.mask, call.activation)
+    if operations.eager and _torch.current_backward() == -1:
+        options = (call.eps, channel_dim, call.activation)
+        y: Tensor = autograd.plain_apply(
+            x, call.weight, call.bias, call.residual, call.mask, options, operations, running, True
         )
-    mask = _positions(x, recipe, mask)
-    if cut is not None:
-        return _by_ghost_batches(x, recipe, mask, cut)
-    if correct is not None:
-        recipe = recipe.corrected(*correct(_moments(x, recipe, mask)))
-    # A compiled graph wants to see what changes.
-    if running is not None and not (torch.compiler.is_compiling() or transformed()):
-        return apply(x, None, None, *recipe[:3], mask, recipe[3:], running), None
-    return _by_batch(x, recipe, mask)
-
-
-def batch_moments(
-    x: Tensor, recipe: Recipe, mask: Tensor | None, group: Group | None = None, place: str = "batch_norm"
-) -> Moments | None:
-    """The moments of x, for a layer that normalises by others but proposes these; None where x is empty."""
-    mask = _positions(x, recipe, mask)
-    if group is not None and group.size > 1:
-        from batchnorm import sharing  # not before it is needed: it imports torch's compiler
-
-        moments: Moments | None = sharing.joined(x, recipe, _moments(x, recipe, mask), group, place)
-        return moments
-    return _moments(x, recipe, mask) if x.numel() else None
-
-
-def _moments(x: Tensor, recipe: Recipe, mask: Tensor | None) -> Moments:
-    if x.numel() == 0:
-        return Moments.empty(x.shape[layout.channel_axis(x.dim(), recipe.channel_dim)], device=x.device)
-    implementation = reference if transformed() else ops.implementation(x)
-    return Moments(*implementation.batch_moments(x.detach(), recipe.channel_dim, mask))
-
-
-def _positions(x: Tensor, recipe: Recipe, mask: Tensor | None) -> Tensor | None:
-    """The mask with one value for each position."""
-    if mask is None:
-        return None
-    if not (transformed() or torch.compiler.is_compiling()):
-        check_weights(mask)
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        mask = mask.to(statistics_dtype(mask.device))
-    return layout.positions(mask, x.shape, recipe.channel_dim % x.dim())
-
-
-def _samples(x: Tensor, recipe: Recipe) -> int:
-    """N: the size of the first dimension that is not the channels'."""
-    return x.shape[1 if recipe.channel_dim % x.dim() == 0 else 0]
-
-
-def _ghost_batches(x: Tensor, recipe: Recipe, virtual_batch_size: int) -> int | None:
-    """The size of ghost batches, or None where there is one."""
-    check_virtual_batch_size(virtual_batch_size)
-    return virtual_batch_size if virtual_batch_size < _samples(x, recipe) else None
-
-
-def _by_batch(x: Tensor, recipe: Recipe, mask: Tensor | None) -> tuple[Tensor, Moments]:
-    """All of x by the moments of all of x, or of what the mask leaves."""
-    if transformed():
-        y, count, mean, m2 = reference.forward(x, *recipe, mask)
-        return y, Moments(count.detach(), mean.detach(), m2.detach())
-    y, count, mean, m2 = apply(x, None, None, *recipe[:3], mask, recipe[3:])
-    return y, Moments(count, mean, m2)
-
-
-def _by_ghost_batches(x: Tensor, recipe: Recipe, mask: Tensor | None, size: int) -> tuple[Tensor, Moments]:
-    """Every `size` samples of x by their own moments; the moments of all."""
-    axis = recipe.channel_dim % x.dim()
-    samples_first = x.movedim(axis, 1)
-    residual = None if recipe.residual is None else recipe.residual.movedim(axis, 1)
-    channels = samples_first.shape[1]
-    outputs, proposals = [], []
-    for first, ghosts, samples in ghost.parts(len(samples_first), size):
-        part = slice(first, first + ghosts * samples)
-        wide = recipe._replace(
-            weight=None if recipe.weight is None else recipe.weight.repeat(ghosts),
-            bias=None if recipe.bias is None else recipe.bias.repeat(ghosts),
-            residual=None if residual is None else ghost.widen(residual[part], ghosts),
-            channel_dim=1,
-        )
-        batches = ghost.widen(samples_first[part], ghosts)
-        if mask is None or ghosts == 1:
-            y, moments = _by_batch(batches, wide, None if mask is None else mask[part])
-            count = moments.count.expand(ghosts)
-        else:  # a weight for every value, because the ghost batches' masks differ: in plain torch
-            y, moments = _by_batch(batches, wide, ghost.widen_mask(mask[part], ghosts, channels))
-            count = moments.count[::channels]
-        outputs.append(ghost.narrow(y, ghosts))
-        proposals.append(joined(count, moments.mean.view(ghosts, -1), moments.m2.view(ghosts, -1)))
-    y = torch.cat(outputs).movedim(1, axis)
-    if y.stride() != x.stride():
-        y = torch.empty_like(x).copy_(y)
-    return y, sum(proposals[1:], start=proposals[0])
-
-
-def normalize_by(x: Tensor, mean: Tensor, var: Tensor, recipe: Recipe, *, inplace: bool = False) -> Tensor:
-    """`batch_norm` in inference mode: by given statistics, which are constants to the gradient.
-
-    Raises: as `batch_norm`.
-    """
-    if not recipe.eps >= 0:
-        raise OptionError(f"got eps={recipe.eps}; eps must be non-negative. torch's default is 1e-5")
-    check(x, recipe)
-    if x.numel() == 0:
-        return _empty_output(x, recipe)
-    for name, statistic in (("running_mean", mean), ("running_var", var)):
-        layout.check_vector(statistic, name, x.shape[recipe.channel_dim])
-    if not torch.is_grad_enabled() and not transformed():
-        if inplace:
-            ops.implementation(x).normalize_(x, mean, var, *recipe)
-            torch.autograd.graph.increment_version(x)  # a graph that saved the input's old values will say so
-            return x
-        inferred: Tensor = ops.implementation(x).normalize(x, mean, var, *recipe)  # no function of autograd's around it
-        return inferred
-    # Copies: a training pass before the backward pass would change what the gradient is computed from.
-    mean, var = mean.detach().clone(), var.detach().clone()
-    if transformed():
-        return reference.normalize(x, mean, var, *recipe)
-    y: Tensor = apply(x, mean, var, *recipe[:3], None, recipe[3:])
+        return y
+    y, moments = _normalize(call)
+    if not _torch.in_backward_recompute():
+        commit(moments, running)
     return y
 
 
-_current_graph_task = torch._C._current_graph_task_id  # -1 outside of a backward pass
+def normalize_by_running(call: Call, mean: Tensor, var: Tensor, *, inplace: bool = False) -> Tensor:
+    """`batch_norm` in inference mode: by given statistics, (C,) each, which are constants to the gradient.
 
-
-def replayed() -> bool:
-    """Whether this forward pass runs inside a backward pass: activation checkpointing repeats it, for gradients alone.
-
-    Its statistics were committed the first time.
+    Raises: as `batch_norm`.
     """
-    return not torch.compiler.is_compiling() and _current_graph_task() != -1
+    if not call.eps >= 0:
+        raise OptionError(f"got eps={call.eps}; eps must be non-negative. torch's default is 1e-5")
+    x = call.x
+    if x.numel() == 0:
+        return empty_output(call)
+    num_channels = call.num_channels
+    if mean.dim() != 1 or mean.shape[0] != num_channels:
+        layout.check_vector(mean, "running_mean", num_channels)
+    if var.dim() != 1 or var.shape[0] != num_channels:
+        layout.check_vector(var, "running_var", num_channels)
+    operations = ops.select(x, None, call.activation)
+    if operations is ops.DIFFERENTIABLE:
+        return operations.normalize(x, mean.detach().clone(), var.detach().clone(), *call.arguments)
+    if not torch.is_grad_enabled():  # no function of autograd's around it
+        if inplace:
+            operations.normalize_(x, mean, var, *call.arguments)
+            torch.autograd.graph.increment_version(x)  # a graph that saved the input's old values will say so
+            return x
+        return operations.normalize(x, mean, var, *call.arguments)
+    # Copies: a training pass before the backward pass would change what the gradient is computed from.
+    statistics = RunningStatistics(mean.detach().clone(), var.detach().clone())
+    y: Tensor = autograd.apply(call, operations, statistics)
+    return y
 
 
-def commit(moments: Moments, running: Running) -> None:
-    """Blend moments into running statistics, in place: `kernels.reference.commit`."""
+def batch_moments(call: Call, statistics: BatchStatistics | SyncStatistics = _BATCH) -> Moments:
+    """The moments of the batch alone, for a layer that normalises by others but proposes these."""
+    if isinstance(statistics, SyncStatistics):
+        return sync.batch_moments(call, statistics)
+    x = call.x.detach()
+    if x.numel() == 0:
+        return Moments.empty(call.num_channels, device=x.device)
+    return Moments(*ops.select(x, call.mask).batch_moments(x, call.channel_dim, call.mask))
+
+
+def commit(moments: Moments, running: RunningStatistics) -> None:
+    """Blend moments into running statistics, in place: `kernels.reference.commit`. Empty ones change nothing."""
+    operations = ops.select(running.mean)
     values = moments.count, moments.mean, moments.m2
-    if not transformed():
-        ops.implementation(running.mean).commit(*running[:4], *values, running.momentum)
+    mean, var, num_batches_tracked, num_batches_skipped, momentum = running
+    if operations is not ops.DIFFERENTIABLE:
+        operations.commit(mean, var, num_batches_tracked, num_batches_skipped, *values, momentum)
         return
     try:
         # Without the counter: it is not among torch's buffers, so that callers may not have given it to the transform.
-        reference.commit(*running[:3], None, *values, running.momentum)
+        operations.commit(mean, var, num_batches_tracked, None, *values, momentum)
     except RuntimeError as error:
         raise TransformError(
             "got running statistics that this transform of torch.func may not change in place. Make them arguments of "
             "the transformed function (torch.func.functional_call), stacked for vmap (torch.func.stack_module_state), "
-            "or take the moments as values from batchnorm.functional.normalize_by_batch"
+            "or take the moments as values from batchnorm.functional.normalize"
         ) from error
 
 
-def _empty_output(x: Tensor, recipe: Recipe) -> Tensor:
-    """Nothing, with the input's shape, tied to every operand so that their gradients are zeros instead of None."""
-    y = x.clone()
-    for operand in (recipe.weight, recipe.bias, recipe.residual):
-        if operand is not None:
-            y = y + (operand.sum() * 0).to(x.dtype)
-    return y
+def _normalize(call: Call) -> tuple[Tensor, Moments]:
+    """All of x by the moments of all of x, or of what the mask leaves."""
+    operations = ops.select(call.x, call.mask, call.activation)
+    if operations is ops.DIFFERENTIABLE:
+        y, *moments = operations.forward(call.x, *call.arguments, call.mask)
+        return y, Moments(*(t.detach() for t in moments))
+    y, *moments = autograd.apply(call, operations)
+    return y, Moments(*moments)
+
+
+def _normalize_ghost_batches(call: Call, size: int) -> tuple[Tensor, Moments]:
+    """Every `size` samples of x by their own moments; the moments of all."""
+    axis, channels, samples = call.channel_dim, call.num_channels, call.num_samples
+    if call.count * size // samples == 1:
+        raise _one_value(call, f" in ghost batches of {size}")
+    x = call.x.movedim(axis, 1)
+    residual = None if call.residual is None else call.residual.movedim(axis, 1)
+    outputs, proposals = [], []
+    for first, ghosts, samples_of_each in ghost.parts(samples, size):
+        part = slice(first, first + ghosts * samples_of_each)
+        mask = None if call.mask is None else call.mask[part]
+        # A value for every value of x where the ghost batches' masks differ: in plain torch.
+        differs = mask is not None and ghosts > 1
+        wide = call.replace(
+            x=ghost.widen(x[part], ghosts),
+            weight=None if call.weight is None else call.weight.repeat(ghosts),
+            bias=None if call.bias is None else call.bias.repeat(ghosts),
+            residual=None if residual is None else ghost.widen(residual[part], ghosts),
+            mask=ghost.widen_mask(mask, ghosts, channels) if mask is not None and differs else mask,
+            channel_dim=1,
+            num_channels=ghosts * channels,
+        )
+        y, moments = _normalize(wide)
+        count = moments.count[::channels] if differs else moments.count.expand(ghosts)
+        outputs.append(ghost.narrow(y, ghosts))
+        proposals.append(pool(count, moments.mean.view(ghosts, -1), moments.m2.view(ghosts, -1)))
+    y = torch.cat(outputs).movedim(1, axis)
+    if y.stride() != call.x.stride():
+        y = torch.empty_like(call.x).copy_(y)
+    return y, sum(proposals[1:], start=proposals[0])
+
+
+def _wrong_eps(eps: float) -> OptionError:
+    return OptionError(f"got eps={eps}; eps must be positive in training. torch's default is 1e-5")
+
+
+def _one_value(call: Call, how: str = "") -> CountError:
+    return CountError(
+        f"got an input of shape {tuple(call.x.shape)}{how}: one value for each channel; expected more than 1 value per "
+        f"channel when training, because the variance of one value is 0. Use a larger batch, switch to inference with "
+        f".eval(), or drop the last incomplete batch (DataLoader(drop_last=True))"
+    )

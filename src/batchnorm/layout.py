@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from batchnorm.errors import ShapeError
+import torch
+
+from batchnorm.errors import OptionError, ShapeError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,7 +74,7 @@ def check_vector(vector: Tensor | None, name: str, num_channels: int) -> None:
         )
 
 
-def positions(mask: Tensor, shape: Sequence[int], axis: int) -> Tensor:
+def expand_mask(mask: Tensor, shape: Sequence[int], axis: int) -> Tensor:
     """`mask` with one value for each position: the input's shape without the channel dimension.
 
     Args:
@@ -93,6 +95,22 @@ def positions(mask: Tensor, shape: Sequence[int], axis: int) -> Tensor:
             f"{wanted}, the input's shape without its channels, with 1 where it broadcasts, or ({wanted[0]},)"
         )
     return mask.expand(wanted)
+
+
+def check_mask_values(mask: Tensor) -> None:
+    """A mask's values are booleans or finite numbers >= 0; looking at numbers waits for the device.
+
+    Raises:
+        OptionError: a value that is negative or not finite.
+    """
+    if mask.dtype == torch.bool or mask.numel() == 0:
+        return
+    least, most = mask.aminmax()  # in one sweep; NaN comes out of it as both
+    if not (least.item() >= 0 and most.item() < float("inf")):
+        raise OptionError(
+            "got a mask with negative values or values that are not finite; sample weights must be >= 0. Use 0 for "
+            "what is not to count"
+        )
 
 
 def check_same_shape(other: Tensor, name: str, x: Tensor) -> None:

@@ -16,11 +16,14 @@ from torch import Tensor
 from typing_extensions import Self
 
 from batchnorm import functional, layout
+from batchnorm._torch import BatchNormBase, in_backward_recompute
+from batchnorm.activations import check_activation
+from batchnorm.call import Call, check_sync, check_virtual_batch_size
 from batchnorm.distributed import Group
 from batchnorm.errors import BatchNormError, OptionError, ShapeError
 from batchnorm.moments import Moments
-from batchnorm.recipe import Recipe, Running, check_activation, check_sharing, check_virtual_batch_size
 from batchnorm.renorm import Renorm, check_renorm, corrections
+from batchnorm.statistics import BatchStatistics, RunningStatistics, SyncStatistics
 
 _STATISTICS = ("running_mean", "running_var")
 _NUMBERS = itertools.count(1)
@@ -45,6 +48,7 @@ class Frozen(NamedTuple):
     affine: bool = False
 
 
+_BATCH = BatchStatistics()
 _OPTIONS: dict[str, Any] = {
     "activation": None,
     "channel_dim": 1,
@@ -57,7 +61,7 @@ _OPTIONS: dict[str, Any] = {
 }
 
 
-class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
+class BatchNorm(BatchNormBase):
     r"""Batch normalization of an input of any rank >= 2, with an optional residual and activation inside.
 
         y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)
@@ -74,7 +78,8 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         device: of parameters and buffers.
         dtype: of parameters and buffers.
         bias: with affine, whether there is a beta.
-        activation: "relu", "leaky_relu", "silu", "gelu", "hardswish", "elu" (torch's default parameters) or None.
+        activation: "relu", "leaky_relu", "silu", "gelu", "hardswish", "elu", "relu6", "mish", "sigmoid" or "tanh", with
+            torch's default parameters; or None.
         channel_dim: the dimension of the channels; -1 for channels last.
         sync: in training, take the statistics from what all processes have together, in equal or unequal parts, an
             empty one included; on any device and backend of torch.distributed. All must call their layers in the same
@@ -95,7 +100,7 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         num_batches_skipped: (C,) int64, not in the state_dict: of how many batches a channel's statistics were not
             finite, so that its running statistics skipped them; the other channels' moved.
         frozen: what `freeze` set.
-        place: what distinguishes this layer from others in errors of processes: "number 4" for the fourth layer that
+        label: what distinguishes this layer from others in errors of processes: "number 4" for the fourth layer that
             this process made, and its path where `convert` made it.
 
     Running statistics are float32 at least, also in a layer of a half-precision dtype and after `.half()`: an average
@@ -119,7 +124,7 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     renorm: Renorm | None
     inplace: bool
     frozen: Frozen
-    place: str
+    label: str
     num_batches_skipped: Tensor | None
     # Where proposals go instead of being committed: `deferred` sets it for a while.
     _receiver: Callable[[Moments], None] | None = None
@@ -145,7 +150,7 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     ) -> None:
         check_activation(activation)
         check_virtual_batch_size(virtual_batch_size)
-        check_sharing(sync, process_group, virtual_batch_size)
+        check_sync(sync, process_group, virtual_batch_size)
         check_renorm(renorm, virtual_batch_size, track_running_stats)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if not bias:
@@ -158,7 +163,7 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         self.renorm = renorm
         self.inplace = inplace
         self.frozen = Frozen()
-        self.place = f"number {next(_NUMBERS)}"
+        self.label = f"number {next(_NUMBERS)}"
         self._complete_buffers()
 
     def _complete_buffers(self) -> None:
@@ -174,48 +179,46 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         own = self._parameters  # attributes take several times as long, and `get` would look at them all the same
         weight: Tensor | None = own["weight"] if "weight" in own else self.weight  # noqa: SIM401 - not `get`: see above
         bias: Tensor | None = own["bias"] if "bias" in own else self.bias  # noqa: SIM401 - not `get`: see above
-        frozen = self.frozen
+        buffers = self._buffers
+        mean, var = buffers["running_mean"], buffers["running_var"]
+        training, frozen = self.training, self.frozen
         moves = self.track_running_stats and not frozen.statistics
+        by_running = mean is not None and var is not None and (not training or frozen.normalization)
         if frozen.affine:
             weight, bias = (None if t is None else t.detach() for t in (weight, bias))
-        recipe = Recipe(weight, bias, residual, self.eps, self.channel_dim, self.activation)
+        if by_running and (not training or frozen.statistics):
+            mask = None  # no effect
         try:
             self._check_input_dim(input)
-            if not self.training or frozen.normalization:
-                mean, var = self.running_mean, self.running_var
-                if mean is not None and var is not None:
-                    if not self.training:
-                        return functional.normalize_by(input, mean, var, recipe, inplace=self.inplace)
-                    output = functional.normalize_by(input, mean, var, recipe)
-                    if not frozen.statistics:
-                        proposal = functional.batch_moments(
-                            input, recipe, mask, *(self._sharing() if self.sync else ())
-                        )
-                        if proposal is not None:
-                            self._propose(proposal)
-                    return output
-            if not self.training:  # without running statistics
-                return functional.normalize_by_batch(input, recipe, mask=mask)[0]
-            group, place = self._sharing() if self.sync else (None, "")
-            output, proposal = functional.normalize_by_batch(
-                input,
-                recipe,
-                mask=mask,
-                group=group,
-                place=place,
-                virtual_batch_size=self.virtual_batch_size,
-                correct=None if self.renorm is None else self._correction,
-                running=self._running() if self._receiver is None and moves and not functional.replayed() else None,
-            )
+            call = Call(input, weight, bias, residual, mask, self.eps, self.channel_dim, self.activation)
+            if mean is not None and var is not None and by_running:
+                if not training:
+                    return functional.normalize_by_running(call, mean, var, inplace=self.inplace)
+                output = functional.normalize_by_running(call, mean, var)
+                if not frozen.statistics:
+                    self._propose(functional.batch_moments(call, self._statistics()))
+                return output
+            if not training:  # without running statistics
+                return functional.normalize(call, _BATCH)[0]
+            plain = self.renorm is None and self.virtual_batch_size is None and not self.sync
+            if plain and moves and self._receiver is None and mean is not None and var is not None:
+                batches, skipped = buffers["num_batches_tracked"], buffers["num_batches_skipped"]
+                running = RunningStatistics(mean, var, batches, skipped, self.momentum)
+                return functional.normalize_and_commit(call, running)
+            output, moments = functional.normalize(call, self._statistics())
         except BatchNormError as error:
             raise error.within(f"{type(self).__name__}({self.num_features})") from None
-        if proposal is not None and moves:
-            self._propose(proposal)
+        if moves and (self.sync or input.numel()):  # of an empty batch nothing is proposed, unless others have parts
+            self._propose(moments)
         return output
 
-    def _sharing(self) -> tuple[Group, str]:
-        """The processes that share the statistics, and what to call this layer among them."""
-        return Group(self.process_group), f"{type(self).__name__}({self.num_features}), {self.place}"
+    def _statistics(self) -> BatchStatistics | SyncStatistics:
+        """What a training pass normalises by."""
+        correction = None if self.renorm is None else self._correction
+        if self.sync and (group := Group(self.process_group)).size > 1:
+            label = f"{type(self).__name__}({self.num_features}), {self.label}"
+            return SyncStatistics(group, label, correction)
+        return BatchStatistics(self.virtual_batch_size, correction)
 
     def _correction(self, moments: Moments) -> tuple[Tensor, Tensor]:
         """Batch renormalization's r and d."""
@@ -223,7 +226,7 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         assert mean is not None
         assert var is not None
         assert renorm is not None
-        if functional.replayed() and self._receiver is None and not self.frozen.statistics:
+        if in_backward_recompute() and self._receiver is None and not self.frozen.statistics:
             raise OptionError(
                 "got a forward pass repeated inside a backward pass; the running statistics have moved since the first "
                 "one, so batch renormalization would correct differently. Keep this layer out of activation "
@@ -232,21 +235,16 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         return corrections(moments, mean, var, self.eps, *renorm.limits(self.num_batches_tracked))
 
     def _propose(self, proposal: Moments) -> None:
-        """Commit, or hand the proposal to whoever collects them; a replayed forward pass proposes nothing."""
-        if not functional.replayed():
+        """Commit, or hand the proposal to whoever collects them; a pass that a backward pass repeats does neither."""
+        if not in_backward_recompute():
             (self._receiver or self._commit)(proposal)
-
-    def _running(self) -> Running | None:
-        buffers = self._buffers  # a third of the time of attributes, which small inputs feel
-        mean, var = buffers["running_mean"], buffers["running_var"]
-        if mean is None or var is None:
-            return None
-        return Running(mean, var, buffers["num_batches_tracked"], buffers["num_batches_skipped"], self.momentum)
 
     def _commit(self, proposal: Moments) -> None:
         """Blend moments into the running statistics, and count one batch."""
-        if (running := self._running()) is not None:
-            functional.commit(proposal, running)
+        mean, var = self.running_mean, self.running_var
+        if mean is not None and var is not None:
+            counters = self.num_batches_tracked, self.num_batches_skipped
+            functional.commit(proposal, RunningStatistics(mean, var, *counters, self.momentum))
 
     def reset_running_stats(self) -> None:
         """torch's, and the counter of what was held back. Frozen statistics stay: `update_bn` begins with this."""
@@ -291,11 +289,14 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
                 f"expected {expected} input (got {input.dim()}D input of shape {tuple(input.shape)}). "
                 f"Reshape it, or use batchnorm.BatchNorm, which takes any rank"
             )
-        axis = layout.channel_axis(input.dim(), self.channel_dim)
-        if input.shape[axis] != self.num_features:
+        rank, channel_dim = input.dim(), self.channel_dim
+        if rank < 2 or not -rank <= channel_dim < rank:
+            layout.channel_axis(rank, channel_dim)  # says what is wrong
+        if input.shape[channel_dim] != self.num_features:
             raise ShapeError(
-                f"got {input.shape[axis]} channels in dimension {axis} of an input of shape {tuple(input.shape)}; "
-                f"this layer was made for {self.num_features}. Check num_features and channel_dim={self.channel_dim}"
+                f"got {input.shape[channel_dim]} channels in dimension {channel_dim % rank} of an input of shape "
+                f"{tuple(input.shape)}; this layer was made for {self.num_features}. Check num_features and "
+                f"channel_dim={channel_dim}"
             )
 
     def extra_repr(self) -> str:
@@ -324,14 +325,3 @@ class BatchNorm3d(BatchNorm, torch.nn.BatchNorm3d):
     """`BatchNorm` for inputs (N, C, D, H, W); stands in for `torch.nn.BatchNorm3d`."""
 
     ranks = (5,)
-
-
-def find(model: torch.nn.Module) -> tuple[list[BatchNorm], list[str]]:
-    """A model's layers of ours, and the paths of those of torch.nn, which know neither proposals nor freezing."""
-    ours, others = [], []
-    for path, module in model.named_modules():
-        if isinstance(module, BatchNorm):
-            ours.append(module)
-        elif isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            others.append(path or "the model itself")
-    return ours, others

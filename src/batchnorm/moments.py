@@ -14,13 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from batchnorm import layout
-from batchnorm.errors import CountError, OptionError, ShapeError
-
-
-def statistics_dtype(device: torch.device) -> torch.dtype:
-    """float64, or float32 on a device that has nothing wider."""
-    return torch.float32 if device.type == "mps" else torch.float64
+from batchnorm import _torch, layout, ops
+from batchnorm.call import checked_mask
+from batchnorm.errors import CountError, ShapeError
+from batchnorm.kernels.reference import statistics_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +49,7 @@ class Moments:
 
     @classmethod
     def of(cls, x: Tensor, *, channel_dim: int = 1, mask: Tensor | None = None) -> Moments:
-        r"""The moments of one tensor, in two passes over it.
+        r"""The moments of one tensor.
 
         With weights w: count = \sum w, mean = \sum w x / count, m2 = \sum w (x - mean)^2. What a mask leaves out
         has no influence whatever its value is, NaN included. Differentiable.
@@ -71,10 +68,13 @@ class Moments:
             OptionError: a negative weight.
         """
         axis = layout.channel_axis(x.dim(), channel_dim)
-        if mask is None:
-            return observe(x, axis, None)
-        check_weights(mask)
-        return observe(x, axis, layout.positions(mask, x.shape, axis).unsqueeze(axis))
+        if mask is not None:
+            mask = checked_mask(mask, x, axis)
+        if not x.is_floating_point():
+            x = x.to(statistics_dtype(x.device))
+        if x.requires_grad and torch.is_grad_enabled():  # the kernels' moments have no derivatives of their own
+            return cls(*ops.DIFFERENTIABLE.batch_moments(x, axis, mask))
+        return cls(*ops.select(x, mask).batch_moments(x, axis, mask))
 
     def __add__(self, other: Moments) -> Moments:
         """The moments of the union of two disjoint sets."""
@@ -118,50 +118,15 @@ class Moments:
         return self.var(correction=correction).sqrt()
 
 
-def check_weights(mask: Tensor) -> None:
-    """Weights are booleans or finite numbers >= 0; looking at numbers waits for the device.
-
-    Raises:
-        OptionError: a weight that is negative or not finite.
-    """
-    if mask.dtype == torch.bool or mask.numel() == 0:
-        return
-    least, most = mask.aminmax()  # in one sweep; NaN comes out of it as both
-    if not (least.item() >= 0 and most.item() < float("inf")):
-        raise OptionError(
-            "got a mask with negative weights or such that are not finite; weights must be >= 0. Use 0 for what is not "
-            "to count"
-        )
-
-
-def observe(x: Tensor, axis: int, weights: Tensor | None) -> Moments:
-    """`Moments.of` without its checks: `weights` have x's rank, and its size or 1 in every dimension.
-
-    Weights that differ between channels give a count for each channel, (C,).
-    """
-    dims = layout.observed_dims(x.dim(), axis)
-    values = x.to(statistics_dtype(x.device))
-    if weights is None:
-        n = layout.count(x.shape, axis)
-        if n == 0:
-            return Moments.empty(x.shape[axis], device=x.device)
-        mean = values.mean(dims)
-        m2 = (values - layout.per_channel(mean, x.dim(), axis)).square().sum(dims)
-        return Moments(torch.full((), n, device=x.device), mean, m2)
-
-    counted = weights.dtype == torch.bool
-    weights = weights.to(values.dtype)
-    values = torch.where(weights > 0, values, 0)
-    total = weights.sum() if weights.shape[axis] == 1 else weights.sum(dims)
-    divisor = torch.where(total > 0, total, 1)
-    mean = (weights * values).sum(dims) / divisor
-    m2 = (weights * (values - layout.per_channel(mean, x.dim(), axis)).square()).sum(dims)
-    return Moments(total.to(torch.int64) if counted else total, mean, m2)
-
-
-def joined(count: Tensor, mean: Tensor, m2: Tensor) -> Moments:
+def pool(count: Tensor, mean: Tensor, m2: Tensor) -> Moments:
     """The sum of G moments that lie in one tensor each: count (G,), mean and m2 (G, C)."""
     total = count.sum()
     n = count.to(mean.dtype).unsqueeze(1)
     pooled = (n * mean).sum(0) / torch.where(total > 0, total, 1)
     return Moments(total, pooled, (m2 + n * (mean - pooled).square()).sum(0))
+
+
+# So that torch.func's transforms take and give moments as they do tensors.
+_torch.register_tree(
+    Moments, lambda moments: [moments.count, moments.mean, moments.m2], lambda leaves: Moments(*leaves)
+)

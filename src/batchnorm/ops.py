@@ -1,206 +1,93 @@
-"""The operations as torch operators: schemas, fakes, registration, and the choice of an implementation.
+"""The operations as torch operators, and the choice of an implementation.
 
-The schemas are defined here, so that they exist without the native extension too; `kernels.reference` is registered
-as every device's implementation, and the extension, where it loads, replaces it on the CPU. This is the only file
-that speaks to `torch.ops.batchnorm`.
+An operation is described once, by its function in `kernels.reference`: its schema is that function's signature, its
+fake is that function, and so is every device's implementation that has no better one. The native extension, where it
+loads, replaces it on the CPU. This is the only file that speaks to `torch.ops.batchnorm`.
 """
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from batchnorm import layout
-from batchnorm.kernels import reference
-from batchnorm.moments import statistics_dtype
+from batchnorm._torch import in_functorch
+from batchnorm.kernels import cpu, reference
+from batchnorm.kernels.backend import Backend, Operations
 
-_STATISTICS = "Tensor mean, Tensor var"
-_RUNNING = (
-    "Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches_tracked, Tensor(d!)? num_batches_skipped"
-)
-_AFFINE = "Tensor? weight, Tensor? bias, Tensor? residual, float eps, int channel_dim, str? activation"
-SCHEMAS = {
-    "batch_moments": "(Tensor x, int channel_dim, Tensor? mask=None) -> (Tensor count, Tensor mean, Tensor m2)",
-    "normalize": f"(Tensor x, {_STATISTICS}, {_AFFINE}) -> Tensor",
-    "normalize_": f"(Tensor(a!) x, {_STATISTICS}, {_AFFINE}) -> ()",
-    "forward": f"(Tensor x, {_AFFINE}, Tensor? mask=None) -> (Tensor y, Tensor count, Tensor mean, Tensor m2)",
-    "backward_sums": f"(Tensor dy, Tensor x, {_STATISTICS}, {_AFFINE}, Tensor? mask=None)"
-    " -> (Tensor sum_dz, Tensor sum_dz_xhat)",
-    "backward_input": f"(Tensor dy, Tensor x, {_STATISTICS}, {_AFFINE}, Tensor? mean_dz, Tensor? mean_dz_xhat, "
-    "Tensor? mask=None) -> (Tensor dx, Tensor dresidual)",
-    "backward": f"(Tensor dy, Tensor x, Tensor count, Tensor mean, Tensor m2, {_AFFINE}, Tensor? mask=None)"
-    " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
-    "commit": f"({_RUNNING}, Tensor count, Tensor mean, Tensor m2, float? momentum) -> ()",
-    "forward_commit": f"(Tensor x, {_AFFINE}, Tensor? mask, {_RUNNING}, float? momentum)"
-    " -> (Tensor y, Tensor count, Tensor mean, Tensor m2)",
-}
-
-
-def _statistic(x: Tensor, channel_dim: int) -> Tensor:
-    return x.new_empty(x.shape[layout.channel_axis(x.dim(), channel_dim)], dtype=statistics_dtype(x.device))
-
-
-def _fake_batch_moments(x: Tensor, channel_dim: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    count = torch.int64 if mask is None or mask.dtype == torch.bool else statistics_dtype(x.device)
-    return x.new_empty((), dtype=count), _statistic(x, channel_dim), _statistic(x, channel_dim)
-
-
-def _fake_normalize(x: Tensor, *_: Any) -> Tensor:  # noqa: ANN401 - the rest of the schema does not matter here
-    return torch.empty_like(x)
-
-
-def _fake_forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    channel_dim: int,
-    activation: str | None,
-    mask: Tensor | None = None,
-    *_: Any,  # noqa: ANN401 - the running statistics of `forward_commit`
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), *_fake_batch_moments(x, channel_dim, mask)
-
-
-def _fake_backward_sums(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    channel_dim: int,
-    activation: str | None,
-    mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    return _statistic(x, channel_dim), _statistic(x, channel_dim)
-
-
-def _fake_backward_input(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    channel_dim: int,
-    activation: str | None,
-    mean_dz: Tensor | None = None,
-    mean_dz_xhat: Tensor | None = None,
-    mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    dx = torch.empty_like(x)
-    return dx, (dx.new_empty(0) if residual is None or activation is None else torch.empty_like(x))
-
-
-def _fake_backward(
-    dy: Tensor,
-    x: Tensor,
-    count: Tensor,
-    mean: Tensor,
-    m2: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    *rest: Any,  # noqa: ANN401 - handed on
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx, dresidual = _fake_backward_input(dy, x, mean, m2, weight, bias, *rest)
-    dweight, dbias = (torch.empty_like(mean if t is None else t) for t in (weight, bias))
-    return dx, dweight, dbias, dresidual
-
-
-def _fake_nothing(*_: Any) -> None:  # noqa: ANN401 - what changes in place has its shape already
-    return None
-
-
-_FAKES: dict[str, Callable[..., Any]] = {
-    "batch_moments": _fake_batch_moments,
-    "normalize": _fake_normalize,
-    "normalize_": _fake_nothing,
-    "forward": _fake_forward,
-    "backward_sums": _fake_backward_sums,
-    "backward_input": _fake_backward_input,
-    "backward": _fake_backward,
-    "commit": _fake_nothing,
-    "forward_commit": _fake_forward,
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked", "num_batches_skipped")
+# Every operation, and which of its tensors it changes.
+OPERATIONS: dict[str, tuple[str, ...]] = {
+    "batch_moments": (),
+    "normalize": (),
+    "normalize_": ("x",),
+    "forward": (),
+    "backward_sums": (),
+    "backward_input": (),
+    "backward": (),
+    "commit": _STATISTICS,
+    "forward_commit": _STATISTICS,
 }
 
 _library = torch.library.Library("batchnorm", "DEF")
-for _name, _schema in SCHEMAS.items():
-    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
-    # Gradients are `functional`'s concern; the dispatcher need not stop here to find that out.
+for _name, _changed in OPERATIONS.items():
+    _function = getattr(reference, _name)
+    _schema = torch.library.infer_schema(_function, op_name=_name, mutates_args=_changed)
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
+    # Gradients are the concern of `autograd`; the dispatcher need not stop here to find that out.
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
-    torch.library.register_fake(f"batchnorm::{_name}", _FAKES[_name], lib=_library)
+    torch.library.register_fake(f"batchnorm::{_name}", _function, lib=_library)
 
 
-def _load_native() -> tuple[ctypes.CDLL | None, str]:
-    """The native extension, or None and the reason why it is not there."""
-    spec = importlib.util.find_spec("batchnorm._native")
-    if spec is None or spec.origin is None:
-        return None, "this installation has no native extension; a wheel for this platform brings one"
-    try:
-        torch.ops.load_library(spec.origin)
-    except OSError as error:
-        return None, f"the native extension does not load: {error}"
-    native = ctypes.CDLL(spec.origin)
-    native.batchnorm_levels.restype = ctypes.c_char_p
-    native.batchnorm_level.restype = ctypes.c_char_p
-    native.batchnorm_use_pool.argtypes, native.batchnorm_use_pool.restype = (ctypes.c_bool,), ctypes.c_bool
-    return native, ""
+def _operator(name: str) -> object:
+    return getattr(torch.ops.batchnorm, name).default
 
 
-_native, _reason = _load_native()
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_NATIVE_DTYPES = frozenset(_DTYPES if _native is not None else ())
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# A device with kernels of its own is one entry.
+BACKENDS: tuple[Backend, ...] = ()
+if cpu.AVAILABLE:
+    BACKENDS += (Backend(lambda: f"native ({cpu.level()})", ("cpu",), DTYPES, cpu.ACTIVATIONS, _operator),)
 
 
-_operators = torch.ops.batchnorm
+@dataclass(frozen=True)
+class _Choice:
+    """One implementation as it is called now, and as a graph that is traced calls it."""
+
+    eager: Operations
+    traced: Operations
 
 
-def implementation(x: Tensor) -> Any:  # noqa: ANN401 - a namespace of operators, or a module with the same names
-    """Where the operations for `x` are: an object with a function for each name in `SCHEMAS`."""
-    native = x.is_cpu and x.dtype in _NATIVE_DTYPES
-    # A compiled graph holds operators: torch's compiler cannot look into what the reference does to get derivatives.
-    return _operators if native or torch.compiler.is_compiling() else reference
+# Autograd sees through it: for transforms of torch.func.
+DIFFERENTIABLE = Operations(lambda name: getattr(reference, name), eager=False)
+_REFERENCE = _Choice(
+    Operations(lambda name: getattr(reference, name), eager=True),
+    # Plain torch, which Inductor fuses.
+    Operations(lambda name: getattr(reference, name), eager=False),
+)
+_TABLE: dict[tuple[str, torch.dtype, str | None], _Choice] = {}
+for _backend in BACKENDS:
+    _choice = _Choice(*(Operations(_backend.find, eager=eager) for eager in (True, False)))
+    for _device in _backend.devices:
+        for _dtype in _backend.dtypes:
+            _TABLE |= {(_device, _dtype, activation): _choice for activation in _backend.activations}
 
 
-def cpu_levels() -> tuple[str, ...]:
-    """The instruction sets that the native kernels are compiled for and this machine has, the best last."""
-    return () if _native is None else tuple(_native.batchnorm_levels().decode().split())
+def select(x: Tensor, mask: Tensor | None = None, activation: str | None = None) -> Operations:
+    """The implementation for a call: the only place that decides.
 
-
-def use_cpu_level(level: str) -> None:
-    """Have the native kernels use one of `cpu_levels()`. The best is chosen when the package is imported."""
-    if _native is None or not _native.batchnorm_use_level(level.encode()):
-        raise ValueError(f"got level {level!r}; this machine has {cpu_levels()}")
-
-
-@contextmanager
-def resizable_outputs() -> Iterator[None]:
-    """Inside, in all threads, outputs lie in torch's own memory, whose storages can be resized.
-
-    Memory that is kept from one output for the next cannot.
+    Under transforms of torch.func it is `DIFFERENTIABLE`. A device, dtype or activation without kernels of ours, an
+    empty input, and a mask with a value for every value of x go to the reference.
     """
-    if _native is None:
-        yield
-        return
-    before = _native.batchnorm_use_pool(False)
-    try:
-        yield
-    finally:
-        _native.batchnorm_use_pool(before)
+    if in_functorch():
+        return DIFFERENTIABLE
+    choice = _TABLE.get((x.device.type, x.dtype, activation), _REFERENCE)
+    if x.numel() == 0 or (mask is not None and mask.dim() == x.dim()):
+        choice = _REFERENCE
+    # Non-strict export, which `is_compiling` would tell as well, traces operators and not Python: it may be eager.
+    return choice.traced if torch.compiler.is_dynamo_compiling() else choice.eager
 
 
 @dataclass(frozen=True)
@@ -220,8 +107,8 @@ class KernelTable(tuple[Kernel, ...]):
     def __str__(self) -> str:
         lines = [f"{'device':<8} {'dtype':<10} implementation"]
         lines += [f"{row.device:<8} {row.dtype:<10} {row.implementation}" for row in self]
-        if _reason:
-            lines.append(f"No native kernels: {_reason}.")
+        if cpu.UNAVAILABLE_REASON:
+            lines.append(f"No native kernels: {cpu.UNAVAILABLE_REASON}.")
         return "\n".join(lines)
 
 
@@ -231,12 +118,11 @@ def kernels() -> KernelTable:
     "native (LEVEL)" is the C++ extension with the instruction set that it uses; "reference" is plain torch: the same
     results, slower.
     """
-    level = "" if _native is None else _native.batchnorm_level().decode()
-    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    names = {(device, dtype): b.name() for b in BACKENDS for device in b.devices for dtype in b.dtypes}
+    devices = dict.fromkeys(["cpu", *(device for device, _ in names)])
     rows = [
-        Kernel(
-            "cpu", str(dtype).removeprefix("torch."), f"native ({level})" if dtype in _NATIVE_DTYPES else "reference"
-        )
-        for dtype in dtypes
+        Kernel(device, str(dtype).removeprefix("torch."), names.get((device, dtype), "reference"))
+        for device in devices
+        for dtype in DTYPES
     ]
     return KernelTable([*rows, Kernel("others", "all", "reference")])

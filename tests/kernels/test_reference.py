@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from batchnorm.activations import ACTIVATIONS
 from batchnorm.kernels import reference
 from support import oracle, tolerances
 from support.samples import LAYOUTS, Sample
@@ -17,7 +18,7 @@ EPS = 1e-5
 SAMPLES = [
     Sample(LAYOUTS[7], activation, residual, dtype, affine)
     for activation, residual, dtype, affine in itertools.product(
-        (None, *reference.ACTIVATIONS), (False, True), tolerances.ONE_ROUNDING, (True, False)
+        (None, *ACTIVATIONS), (False, True), tolerances.ONE_ROUNDING, (True, False)
     )
 ] + [Sample(layout, "relu", True) for layout in LAYOUTS]
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import batchnorm as bn
 from batchnorm.surgery.observing import Call, Spec
-from batchnorm.surgery.patterns import Match, match
+from batchnorm.surgery.patterns import Match, match, writes_over_its_input
 from batchnorm.surgery.tracing import Region, trace
 from support.networks import Calls
 
@@ -122,9 +122,9 @@ REFUSED: dict[str, tuple[Any, dict[str, nn.Module], str]] = {
     "added to itself": (lambda m, x: F.relu((y := m.bn(x)) + y), {}, "its output has 2 readers"),
     "returned": (lambda m, x: m.bn(x), {}, "nothing comes after it"),
     "returned as well": (lambda m, x: (F.relu(y := m.bn(x)), y), {}, "its output has 2 readers"),
-    "none of ours": (lambda m, x: torch.sigmoid(m.bn(x)), {}, "after it, sigmoid is none of our activations"),
-    "a method": (lambda m, x: m.bn(x).tanh(), {}, "after it, tanh is none of our activations"),
-    "a module": (lambda m, x: m.act(m.bn(x)), {"act": nn.ReLU6()}, "after it, ReLU6 is none of our activations"),
+    "none of ours": (lambda m, x: F.softplus(m.bn(x)), {}, "after it, softplus is none of our activations"),
+    "a method": (lambda m, x: m.bn(x).sin(), {}, "after it, sin is none of our activations"),
+    "a module": (lambda m, x: m.act(m.bn(x)), {"act": nn.Softplus()}, "after it, Softplus is none of our activations"),
     "other parameters": (lambda m, x: m.act(m.bn(x)), {"act": nn.ELU(2.0)}, "after it, ELU has alpha=2.0, ours 1.0"),
     "a function's parameters": (lambda m, x: F.elu(m.bn(x), 2.0), {}, "after it, elu is none of our activations"),
     "hooks behind": (
@@ -184,3 +184,24 @@ def test_what_is_written_beside_a_convolutions_output_does_not_matter() -> None:
         lambda m, x: F.relu(m.bn(m.conv(x)) + m.act(x * 2)), conv=nn.Conv2d(3, 3, 1), act=nn.ReLU(inplace=True)
     )
     assert isinstance(found, Match)
+
+
+@pytest.mark.parametrize(
+    ("target", "kwargs", "expected"),
+    [
+        (operator.iadd, {}, True),
+        (operator.add, {}, False),
+        (operator.invert, {}, False),
+        (operator.setitem, {}, True),
+        (F.relu, {"inplace": True}, True),
+        (F.relu, {}, False),
+        (F.relu_, {}, True),
+        (torch.relu_, {}, True),
+        ("add_", {}, True),
+        ("add", {}, False),
+        (torch.add, {"out": 1}, True),
+        ("__add__", {}, False),
+    ],
+)
+def test_what_writes_over_its_input(target: Any, kwargs: dict[str, Any], expected: bool) -> None:
+    assert writes_over_its_input(target, kwargs) is expected

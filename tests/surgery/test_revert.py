@@ -212,12 +212,12 @@ def test_timms_layer_is_left_where_ours_would_do_something_else() -> None:
     theirs, hooked = timms(), nn.ReLU()
     hooked.register_forward_hook(lambda *_: None)
     model = nn.Sequential(
-        theirs(4, nn.ReLU6()), theirs(4, nn.ReLU(), nn.Dropout(0.5)), theirs(4, hooked), theirs(4, nn.ELU(alpha=0.5))
+        theirs(4, nn.Softplus()), theirs(4, nn.ReLU(), nn.Dropout(0.5)), theirs(4, hooked), theirs(4, nn.ELU(alpha=0.5))
     )
     with pytest.warns(UserWarning, match="left as they are") as caught:
         convert(model)
     message = str(caught[0].message)
-    assert "0 (BatchNormAct2d: ReLU6 is none of our activations)" in message
+    assert "0 (BatchNormAct2d: Softplus is none of our activations)" in message
     assert "1 (BatchNormAct2d: Dropout comes before its activation)" in message
     assert "2 (BatchNormAct2d: its act or drop has hooks, which would not be called)" in message
     assert "3 (BatchNormAct2d: ELU has alpha=0.5, ours 1.0)" in message

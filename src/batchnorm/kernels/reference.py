@@ -13,30 +13,47 @@ Source: Ioffe and Szegedy, "Batch Normalization", 2015, algorithm 1 and the equa
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from batchnorm import layout
-from batchnorm.moments import observe, statistics_dtype
+from batchnorm.activations import ACTIVATIONS
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "leaky_relu": F.leaky_relu,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "hardswish": F.hardswish,
-    "elu": F.elu,
-}
+
+def statistics_dtype(device: torch.device) -> torch.dtype:
+    """float64, or float32 on a device that has nothing wider."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def batch_moments(x: Tensor, channel_dim: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Count, mean and m2 as `Moments` has them; zeros when x has no values, or none that counts."""
-    axis = channel_dim % x.dim()
-    moments = observe(x, axis, _weights(mask, x, axis))
-    return moments.count, moments.mean, moments.m2
+    r"""Count, mean and m2 as `Moments` has them; zeros when x has no values, or none that counts.
+
+        count = \sum w,    mean = \sum w x / count,    m2 = \sum w (x - mean)^2,    w = 1 without a mask
+
+    In two passes over x. What the mask leaves out may be anything, NaN included.
+
+    Args:
+        x: as everywhere.
+        channel_dim: the dimension of the channels.
+        mask: w: bool or floating, >= 0, of x's shape without the channels; or of x's rank, where it may differ between
+            channels. It then gives a count for each channel, (C,).
+    """
+    axis, rank = channel_dim % x.dim(), x.dim()
+    dims = layout.observed_dims(rank, axis)
+    values = x.to(statistics_dtype(x.device))
+    if mask is None:
+        n = layout.count(x.shape, axis)
+        mean = values.mean(dims) if n else values.sum(dims)
+        m2 = (values - layout.per_channel(mean, rank, axis)).square().sum(dims)
+        return torch.full((), n, device=x.device), mean, m2
+    weights = _with_rank(mask, x, axis)
+    counted = weights.dtype == torch.bool
+    weights = weights.to(values.dtype)
+    values = torch.where(weights > 0, values, 0)
+    total = weights.sum() if weights.shape[axis] == 1 else weights.sum(dims)
+    mean = (weights * values).sum(dims) / torch.where(total > 0, total, 1)
+    m2 = (weights * (values - layout.per_channel(mean, rank, axis)).square()).sum(dims)
+    return total.to(torch.int64) if counted else total, mean, m2
 
 
 def normalize(
@@ -50,9 +67,9 @@ def normalize(
     channel_dim: int,
     activation: str | None,
 ) -> Tensor:
-    """Y, for given statistics."""
+    """The output y, for given statistics."""
     z = _preactivation(x, mean, var, weight, bias, residual, eps, channel_dim)
-    y = z if activation is None else ACTIVATIONS[activation](z)
+    y = z if activation is None else ACTIVATIONS[activation].formula(z)
     return y.to(x.dtype)
 
 
@@ -81,13 +98,13 @@ def forward(
     activation: str | None,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Y with the statistics of x itself, and its moments: `batch_moments`, then `normalize`.
+    """The output y, by the statistics of x itself, and these moments: `batch_moments`, then `normalize`.
 
     A mask decides what the moments are taken from; y is there for all of x.
     """
     wide = x.to(statistics_dtype(x.device))  # once, so that a gradient through it is rounded once
     count, mean, m2 = batch_moments(wide, channel_dim, mask)
-    y = normalize(wide, mean, _variance(count, m2), weight, bias, residual, eps, channel_dim, activation)
+    y = normalize(wide, mean, biased_variance(count, m2), weight, bias, residual, eps, channel_dim, activation)
     return y.to(x.dtype), count, mean, m2
 
 
@@ -111,7 +128,7 @@ def backward_sums(
     with one, x may be anything where dy is 0, NaN included.
     """
     dims = layout.observed_dims(x.dim(), channel_dim % x.dim())
-    x = _looked_at(dy, x, mean, channel_dim, mask)
+    x = _without_unused(dy, x, mean, channel_dim, mask)
     dz = _preactivation_grad(dy, x, mean, var, weight, bias, residual, eps, channel_dim, activation)
     x_hat = _preactivation(x, mean, var, None, None, None, eps, channel_dim)
     return dz.sum(dims), (dz * x_hat).sum(dims)
@@ -144,13 +161,14 @@ def backward_input(
         residual nobody needs it, and without an activation it is dy.
     """
     axis = channel_dim % x.dim()
-    seen = _looked_at(dy, x, mean, channel_dim, mask)
-    dz = _preactivation_grad(dy, seen, mean, var, weight, bias, residual, eps, channel_dim, activation)
+    used = _without_unused(dy, x, mean, channel_dim, mask)
+    dz = _preactivation_grad(dy, used, mean, var, weight, bias, residual, eps, channel_dim, activation)
     inner = dz
     if mean_dz is not None and mean_dz_xhat is not None:
         x_hat = _preactivation(x, mean, var, None, None, None, eps, channel_dim)
         through = layout.per_channel(mean_dz, x.dim(), axis) + x_hat * layout.per_channel(mean_dz_xhat, x.dim(), axis)
-        if (weights := _weights(mask, x, axis)) is not None:
+        if mask is not None:
+            weights = _with_rank(mask, x, axis)
             through = torch.where(weights > 0, through * weights, 0)
         inner = dz - through
     scale = (var.to(dz.dtype) + eps).rsqrt()
@@ -181,7 +199,7 @@ def backward(
         dx, dweight, dbias and dresidual, each of the dtype of what it is the gradient of; dweight and dbias float64
         where there is no weight or bias, dresidual as `backward_input`'s.
     """
-    common = (dy, x, mean, _variance(count, m2), weight, bias, residual, eps, channel_dim, activation)
+    common = (dy, x, mean, biased_variance(count, m2), weight, bias, residual, eps, channel_dim, activation)
     sum_dz, sum_dz_xhat = backward_sums(*common, mask)
     n = torch.where(count > 0, count, 1).to(m2.dtype)
     dx, dresidual = backward_input(*common, sum_dz / n, sum_dz_xhat / n, mask)
@@ -256,19 +274,19 @@ def forward_commit(
     return y, count, mean, m2
 
 
-def _weights(mask: Tensor | None, x: Tensor, axis: int) -> Tensor | None:
+def _with_rank(mask: Tensor, x: Tensor, axis: int) -> Tensor:
     """The mask with x's rank: one that lacks the channel dimension gets it."""
-    return mask.unsqueeze(axis) if mask is not None and mask.dim() < x.dim() else mask
+    return mask.unsqueeze(axis) if mask.dim() < x.dim() else mask
 
 
-def _looked_at(dy: Tensor, x: Tensor, mean: Tensor, channel_dim: int, mask: Tensor | None) -> Tensor:
-    """x, but without what a mask may have left out and nobody used: there the gradient would be 0 times anything."""
+def _without_unused(dy: Tensor, x: Tensor, mean: Tensor, channel_dim: int, mask: Tensor | None) -> Tensor:
+    """x, but the mean where the mask may have left it out and dy is 0: the gradient there would be 0 times anything."""
     if mask is None:
         return x
     return torch.where(dy != 0, x, layout.per_channel(mean, x.dim(), channel_dim % x.dim()).to(x.dtype))
 
 
-def _variance(count: Tensor, m2: Tensor) -> Tensor:
+def biased_variance(count: Tensor, m2: Tensor) -> Tensor:
     """The biased variance; 0 of nothing."""
     return m2 / torch.where(count > 0, count, 1).to(m2.dtype)
 
@@ -283,7 +301,7 @@ def _preactivation(
     eps: float,
     channel_dim: int,
 ) -> Tensor:
-    """Z, in the statistics' dtype."""
+    """The preactivation z, in the statistics' dtype."""
     dtype, axis = statistics_dtype(x.device), channel_dim % x.dim()
     scale = (var.to(dtype) + eps).rsqrt()
     if weight is not None:
@@ -307,11 +325,9 @@ def _preactivation_grad(
     channel_dim: int,
     activation: str | None,
 ) -> Tensor:
-    """Dz, in the statistics' dtype: the activation's derivative comes from torch's own."""
+    """The gradient dz, in the statistics' dtype."""
     wide = dy.to(statistics_dtype(x.device))
     if activation is None:
         return wide
-    z = _preactivation(x, mean, var, weight, bias, residual, eps, channel_dim).detach()
-    pullback = torch.func.vjp(ACTIVATIONS[activation], z)[1]
-    dz: Tensor = pullback(wide)[0]
-    return dz
+    z = _preactivation(x, mean, var, weight, bias, residual, eps, channel_dim)
+    return ACTIVATIONS[activation].gradient(wide, z)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.errors import OrderError
-from batchnorm.moments import Moments, joined
+from batchnorm.moments import Moments, pool
 from batchnorm.population.available import default_limit
 from batchnorm.population.batches import Batch, cut, device, nothing_to_learn_from, samples
 from batchnorm.population.context import Call, Job, Outcome, check_finite, population
@@ -145,5 +145,5 @@ def _joined(passes: Sequence[Pass]) -> list[Tensor]:
     counts, means, squares = (torch.stack([getattr(m, name) for m in inputs]) for name in ("count", "mean", "m2"))
     if not bool((means.isfinite() & squares.isfinite()).all()):  # one look for all batches: it waits for the device
         check_finite(waiting)
-    whole = joined(counts, means, squares)
+    whole = pool(counts, means, squares)
     return [whole.count, whole.mean, whole.m2]

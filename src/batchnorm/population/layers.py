@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from batchnorm import functional, layout
-from batchnorm.autograd import transformed
+from batchnorm._torch import in_functorch
+from batchnorm.call import Call
 from batchnorm.errors import BatchNormError, NonFiniteError, OptionError, OrderError
 from batchnorm.modules import BatchNorm
 from batchnorm.moments import Moments
 from batchnorm.population.result import SkippedLayer
-from batchnorm.recipe import Recipe, check
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,12 +50,12 @@ class Layer:
         """
         x = args[0] if args else kwargs["input"]
         ours = self.module if isinstance(self.module, BatchNorm) else None
-        recipe = Recipe(None, None, None, self.module.eps, 1 if ours is None else ours.channel_dim, None)
         self._check_unmoved()
-        check(x, recipe)
-        layout.check_vector(self.mean, "running_mean", x.shape[layout.channel_axis(x.dim(), recipe.channel_dim)])
-        moments = functional.batch_moments(x, recipe, None if ours is None else kwargs.get("mask"))
-        return Moments.empty(self.num_channels, device=x.device) if moments is None else moments
+        mask = None if ours is None else kwargs.get("mask")
+        call = Call(x, mask=mask, channel_dim=1 if ours is None else ours.channel_dim)
+        layout.channel_axis(x.dim(), call.channel_dim)
+        layout.check_vector(self.mean, "running_mean", call.num_channels)
+        return functional.batch_moments(call)
 
     def write(self, mean: Tensor, var: Tensor) -> None:
         """Have the layer normalise by these, (C,) each."""
@@ -79,7 +79,7 @@ class Layer:
 
     def _check_unmoved(self) -> None:
         """What is written has to be what the layer reads: not so in a replica, or under `functional_call`."""
-        if transformed() or self.module.running_mean is not self.mean or self.module.running_var is not self.var:
+        if in_functorch() or self.module.running_mean is not self.mean or self.module.running_var is not self.var:
             raise OptionError(
                 "got a call with other buffers than the model's own, or inside a transform of torch.func; "
                 "recalibration writes the model's buffers. Call the model itself: not a replica of DataParallel's, and "

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from typing_extensions import Self
 
-from batchnorm.ops import resizable_outputs
+from batchnorm.kernels.cpu import resizable_outputs
 from batchnorm.population.available import hand_back
 from batchnorm.population.lockstep import Lockstep, Pass
 from batchnorm.population.result import MemoryUse

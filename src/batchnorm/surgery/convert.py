@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from batchnorm import activations
+from batchnorm.call import check_sync, check_virtual_batch_size
 from batchnorm.modules import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
-from batchnorm.recipe import check_sharing, check_virtual_batch_size
-from batchnorm.surgery import activations
 from batchnorm.surgery.hooks import hooked
 
 OURS: dict[type[nn.Module], type[BatchNorm]] = {
@@ -72,7 +72,7 @@ def convert(
         OptionError: `virtual_batch_size` is no positive number, or does not go with the others; nothing is changed.
     """
     check_virtual_batch_size(virtual_batch_size)
-    check_sharing(sync, process_group, virtual_batch_size)
+    check_sync(sync, process_group, virtual_batch_size)
     left = [
         f"{path or 'the model itself'} ({type(layer).__qualname__}, ours already, with sync=False)"
         for path, layer in model.named_modules()
@@ -105,7 +105,7 @@ def become_ours(model: nn.Module, options: dict[str, Any] | None = None) -> list
 def _become_ours(layer: nn.modules.batchnorm._BatchNorm, path: str, options: dict[str, Any]) -> str | None:
     """Change the layer's class, or say what keeps it from changing."""
     theirs = type(layer)
-    if activations.qualified(theirs) == _TIMMS:
+    if activations.qualified_name(theirs) == _TIMMS:
         activation, obstacle = _activation_inside(layer)
         if obstacle:
             return f"{theirs.__qualname__}: {obstacle}"
@@ -129,7 +129,7 @@ def _become_ours(layer: nn.modules.batchnorm._BatchNorm, path: str, options: dic
     # The class of an object, and not a new object: that would leave the old one with whoever else refers to it, and a
     # compiled call would go on calling the old one. torch's parametrizations and lazy layers change class like this.
     layer.__class__ = ours
-    vars(layer).update({**added, **options, "place": path, ORIGIN: Origin(theirs, dtypes, options)})
+    vars(layer).update({**added, **options, "label": path, ORIGIN: Origin(theirs, dtypes, options)})
     assert isinstance(layer, BatchNorm)
     layer._complete_buffers()
     return None

@@ -6,7 +6,8 @@ import warnings
 
 from torch import nn
 
-from batchnorm.modules import BatchNorm, Frozen, find
+from batchnorm.deferral import find
+from batchnorm.modules import BatchNorm, Frozen
 
 _STOPPED = "_stopped_learning"  # a layer's attribute: which parameters' requires_grad `freeze` has set to False
 

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as Norm
 
+from batchnorm import activations
 from batchnorm.modules import BatchNorm
-from batchnorm.surgery import activations
 from batchnorm.surgery.linear import Affine
 
 # Besides torch's own: subclasses that normalise in inference as torch's layers do, recognised without their library.
@@ -69,7 +69,7 @@ class ScaleShift(nn.Module):
 def known(layer: Norm) -> bool:
     """Whether a layer does what torch's or ours do, and not something of a subclass."""
     ours = isinstance(layer, BatchNorm) and type(layer).forward is BatchNorm.forward
-    theirs = type(layer) in _TORCHS or activations.qualified(type(layer)) == _TIMMS
+    theirs = type(layer) in _TORCHS or activations.qualified_name(type(layer)) == _TIMMS
     return (ours or theirs) and "forward" not in vars(layer)
 
 
@@ -96,8 +96,8 @@ def affine(layer: Norm) -> Affine:
 def activation(layer: Norm) -> nn.Module | None:
     """What comes after the scale and shift inside a layer; None for nothing."""
     if isinstance(layer, BatchNorm):
-        return None if layer.activation is None else activations.MODULES[layer.activation]()
-    if activations.qualified(type(layer)) != _TIMMS:
+        return None if layer.activation is None else activations.ACTIVATIONS[layer.activation].module()
+    if activations.qualified_name(type(layer)) != _TIMMS:
         return None
     inside = [module for name in ("drop", "act") if type(module := layer.get_submodule(name)) is not nn.Identity]
     return nn.Sequential(*inside) if inside else None

@@ -285,9 +285,9 @@ def test_alone_it_is_a_layer_like_any_other() -> None:
 
 def test_layers_are_told_apart() -> None:
     first, second = sync_scenarios.layer(), sync_scenarios.layer()
-    assert first.place != second.place
+    assert first.label != second.label
     model = bn.convert(nn.ModuleDict({"a": nn.Sequential(nn.BatchNorm1d(3))}), sync=True)
-    assert model["a"][0].place == "a.0"
+    assert model["a"][0].label == "a.0"
 
 
 @pytest.mark.parametrize(

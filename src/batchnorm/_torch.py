@@ -1,0 +1,108 @@
+"""Every private name of torch that this package uses: why, and what happens without it.
+
+Nothing else in the package may use one; `tests/test__torch.py` holds that each exists and behaves. The names that a
+subclass of `torch.nn.Module` overrides (`_apply`, `_load_from_state_dict`, `_check_input_dim`) and its own dicts
+(`_parameters`, `_buffers`) are torch's protocol for subclasses; `modules.py` uses those.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.utils import _pytree
+
+R = TypeVar("R")
+
+# The base of torch's batch-norm layers, SyncBatchNorm too. There is no public one: without it, a list of classes.
+BatchNormBase = nn.modules.batchnorm._BatchNorm
+
+# Whether a transform of torch.func is at work: an autograd Function that writes to its inputs cannot take part, plain
+# torch can. There is no public question. Without it, every call would have to go through plain torch.
+functorch_is_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+# The running backward pass, -1 outside of one. There is no public question. Without it, activation checkpointing would
+# move the running statistics twice.
+current_backward: Callable[[], int] = torch._C._current_graph_task_id
+
+
+def in_functorch() -> bool:
+    """Whether a transform of `torch.func` or forward-mode differentiation is at work: they need plain torch."""
+    # forward_ad's level: dual tensors could be found by looking at every operand instead.
+    return functorch_is_active() or forward_ad._current_level >= 0
+
+
+def in_backward_recompute() -> bool:
+    """Whether this forward pass runs inside a backward pass: activation checkpointing repeats it, for gradients alone.
+
+    Its statistics were committed the first time.
+    """
+    return not torch.compiler.is_compiling() and current_backward() != -1
+
+
+def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """`function.apply` without its preparations for transforms, which must not be at work.
+
+    They take 2 of the 50 microseconds of a small input. Without this, `function.apply` itself does.
+    """
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]  # not in its stub
+    return apply
+
+
+def outside_graphs(function: Callable[..., R]) -> Callable[..., R]:
+    """`function`, which torch.compile calls but does not look into: the graph breaks there.
+
+    `torch.compiler.disable`, applied when it is needed: it imports the compiler, which takes as long as torch itself.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> R:  # noqa: ANN401 - handed on
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args, **kwargs)  # type: ignore[no-any-return]  # torch's
+        return function(*args, **kwargs)
+
+    return call
+
+
+# Trees of tensors, as torch.func, torch.export and torch.fx have them: what `torch.utils.pytree` is to become. Without
+# it, outputs of models could only be tuples, lists and dicts.
+tree_flatten = _pytree.tree_flatten
+tree_leaves = _pytree.tree_leaves
+tree_map = _pytree.tree_map
+tree_map_only = _pytree.tree_map_only
+
+
+def register_tree(cls: type, flatten: Callable[[Any], list[Any]], unflatten: Callable[[list[Any]], Any]) -> None:
+    """Have trees go on inside objects of this class."""
+    _pytree.register_pytree_node(
+        cls,
+        lambda value: (flatten(value), None),
+        lambda leaves, _: unflatten(list(leaves)),
+        serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
+    )
+
+
+def thread_modes() -> tuple[object, ...]:
+    """What torch keeps for a thread and nobody can exchange, as something to compare.
+
+    Without it, a forward pass that is suspended inside such a mode would leave it to others, silently.
+    """
+    return (
+        torch._C._len_torch_dispatch_stack(),
+        torch._C._len_torch_function_stack(),
+        torch._C._autograd._top_saved_tensors_default_hooks(True),
+    )
+
+
+# What a module calls around its forward. There is no public way to see whether there are any.
+HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def called_by_torch(depth: int) -> bool:
+    """Whether the function `depth` calls up is torch's own. Without frames, a tracer could not tell users' code."""
+    return str(sys._getframe(depth + 1).f_globals.get("__name__", "")).startswith("torch.")

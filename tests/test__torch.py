@@ -1,0 +1,154 @@
+"""Every private name of torch that the package uses exists, and behaves as it relies on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+from batchnorm import _torch
+
+
+def test_the_base_of_batch_norm_layers() -> None:
+    for cls in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
+        assert issubclass(cls, _torch.BatchNormBase)
+    assert not issubclass(nn.InstanceNorm1d, _torch.BatchNormBase)
+
+
+def test_transforms_are_noticed() -> None:
+    seen = []
+
+    def function(x: Tensor) -> Tensor:
+        seen.append(_torch.in_functorch())
+        return x.sum()
+
+    x = torch.ones(2, 2)
+    function(x)
+    torch.func.vmap(function)(x)
+    torch.func.grad(function)(x)
+    with forward_ad.dual_level():
+        function(x)
+    function(x)
+    assert seen == [False, True, True, True, False]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputing_in_a_backward_pass_is_noticed(reentrant: bool) -> None:
+    seen = []
+
+    def function(x: Tensor) -> Tensor:
+        seen.append(_torch.in_backward_recompute())
+        return x.square()
+
+    x = torch.ones(2, requires_grad=True)
+    y = checkpoint(function, x, use_reentrant=reentrant)
+    assert isinstance(y, Tensor)
+    y.sum().backward()
+    assert seen == [False, True]
+    assert _torch.current_backward() == -1
+
+
+class _Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        return x * factor
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return 2 * dy, None
+
+
+def test_plain_apply_is_apply() -> None:
+    x = torch.ones(3, requires_grad=True)
+    y = _torch.plain_apply(_Twice)(x, 2.0)
+    y.sum().backward()
+    assert y.tolist() == [2, 2, 2]
+    assert x.grad is not None
+    assert x.grad.tolist() == [2, 2, 2]
+
+
+OUTSIDE = """
+import sys, torch
+from batchnorm import _torch
+looked_into = []
+
+@_torch.outside_graphs
+def function(x):
+    looked_into.append(torch.compiler.is_compiling())
+    return x + 1
+
+assert function(torch.ones(1)) == 2
+assert "torch._dynamo" not in sys.modules
+compiled = torch.compile(lambda x: function(x * 2) * 3, backend="eager")
+assert compiled(torch.ones(1)) == 9
+assert looked_into == [False, False]
+"""
+
+
+def test_outside_graphs_is_not_looked_into_and_does_not_import_the_compiler() -> None:
+    run = subprocess.run([sys.executable, "-c", OUTSIDE], capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+def test_trees() -> None:
+    tree = {"a": (torch.ones(1), [2]), "b": None}
+    leaves, spec = _torch.tree_flatten(tree)
+    assert leaves == _torch.tree_leaves(tree)
+    assert len(leaves) == 3 or len(leaves) == 2  # whether None is a leaf differs between torch's versions
+    assert spec is not None
+    assert _torch.tree_map_only(int, lambda value: value + 1, tree)["a"][1] == [3]
+    assert _torch.tree_map(type, [1, "a"]) == [int, str]
+
+
+def test_trees_go_on_inside_registered_classes() -> None:
+    class Pair:
+        def __init__(self, first: object, second: object) -> None:
+            self.both = first, second
+
+    _torch.register_tree(Pair, lambda pair: list(pair.both), lambda leaves: Pair(*leaves))
+    assert _torch.tree_map(lambda value: value + 1, [Pair(1, 2)])[0].both == (2, 3)
+
+
+def test_thread_modes_change_inside_modes() -> None:
+    before = _torch.thread_modes()
+    with torch.device("meta"):
+        inside_device = _torch.thread_modes()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        inside_hooks = _torch.thread_modes()
+    with torch.utils._python_dispatch.TorchDispatchMode():
+        inside_dispatch = _torch.thread_modes()
+    assert _torch.thread_modes() == before
+    assert before not in (inside_device, inside_hooks, inside_dispatch)
+
+
+def test_hooks_are_in_the_modules_dicts() -> None:
+    layer = nn.Linear(1, 1)
+    assert not any(getattr(layer, name) for name in _torch.HOOK_DICTS)
+    layer.register_forward_hook(lambda *_: None)
+    layer.register_forward_pre_hook(lambda *_: None)
+    layer.register_full_backward_hook(lambda *_: None)
+    layer.register_full_backward_pre_hook(lambda *_: None)
+    assert all(getattr(layer, name) for name in _torch.HOOK_DICTS)
+
+
+def test_callers_are_known() -> None:
+    seen = []
+
+    class Asked:
+        def __torch_function__(self, *_: Any) -> None:
+            seen.append(_torch.called_by_torch(1))
+
+    def here() -> bool:
+        return _torch.called_by_torch(1)
+
+    assert not here()
+    hook = nn.Identity()
+    hook.register_forward_hook(lambda *_: seen.append(_torch.called_by_torch(1)))
+    hook(torch.ones(1))
+    assert seen == [True]
