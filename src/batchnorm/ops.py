@@ -7,10 +7,7 @@ that speaks to `torch.ops.batchnorm`.
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +15,7 @@ import torch
 from torch import Tensor
 
 from batchnorm import layout
-from batchnorm.kernels import reference
+from batchnorm.kernels import cpu, reference
 from batchnorm.moments import statistics_dtype
 
 _STATISTICS = "Tensor mean, Tensor var"
@@ -145,25 +142,8 @@ for _name, _schema in SCHEMAS.items():
     torch.library.register_fake(f"batchnorm::{_name}", _FAKES[_name], lib=_library)
 
 
-def _load_native() -> tuple[ctypes.CDLL | None, str]:
-    """The native extension, or None and the reason why it is not there."""
-    spec = importlib.util.find_spec("batchnorm._native")
-    if spec is None or spec.origin is None:
-        return None, "this installation has no native extension; a wheel for this platform brings one"
-    try:
-        torch.ops.load_library(spec.origin)
-    except OSError as error:
-        return None, f"the native extension does not load: {error}"
-    native = ctypes.CDLL(spec.origin)
-    native.batchnorm_levels.restype = ctypes.c_char_p
-    native.batchnorm_level.restype = ctypes.c_char_p
-    native.batchnorm_use_pool.argtypes, native.batchnorm_use_pool.restype = (ctypes.c_bool,), ctypes.c_bool
-    return native, ""
-
-
-_native, _reason = _load_native()
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_NATIVE_DTYPES = frozenset(_DTYPES if _native is not None else ())
+_NATIVE_DTYPES = frozenset(_DTYPES if cpu.AVAILABLE else ())
 
 
 _operators = torch.ops.batchnorm
@@ -176,31 +156,9 @@ def implementation(x: Tensor) -> Any:  # noqa: ANN401 - a namespace of operators
     return _operators if native or torch.compiler.is_compiling() else reference
 
 
-def cpu_levels() -> tuple[str, ...]:
-    """The instruction sets that the native kernels are compiled for and this machine has, the best last."""
-    return () if _native is None else tuple(_native.batchnorm_levels().decode().split())
-
-
-def use_cpu_level(level: str) -> None:
-    """Have the native kernels use one of `cpu_levels()`. The best is chosen when the package is imported."""
-    if _native is None or not _native.batchnorm_use_level(level.encode()):
-        raise ValueError(f"got level {level!r}; this machine has {cpu_levels()}")
-
-
-@contextmanager
-def resizable_outputs() -> Iterator[None]:
-    """Inside, in all threads, outputs lie in torch's own memory, whose storages can be resized.
-
-    Memory that is kept from one output for the next cannot.
-    """
-    if _native is None:
-        yield
-        return
-    before = _native.batchnorm_use_pool(False)
-    try:
-        yield
-    finally:
-        _native.batchnorm_use_pool(before)
+cpu_levels = cpu.levels
+use_cpu_level = cpu.use_level
+resizable_outputs = cpu.resizable_outputs
 
 
 @dataclass(frozen=True)
@@ -220,8 +178,8 @@ class KernelTable(tuple[Kernel, ...]):
     def __str__(self) -> str:
         lines = [f"{'device':<8} {'dtype':<10} implementation"]
         lines += [f"{row.device:<8} {row.dtype:<10} {row.implementation}" for row in self]
-        if _reason:
-            lines.append(f"No native kernels: {_reason}.")
+        if cpu.UNAVAILABLE_REASON:
+            lines.append(f"No native kernels: {cpu.UNAVAILABLE_REASON}.")
         return "\n".join(lines)
 
 
@@ -231,7 +189,7 @@ def kernels() -> KernelTable:
     "native (LEVEL)" is the C++ extension with the instruction set that it uses; "reference" is plain torch: the same
     results, slower.
     """
-    level = "" if _native is None else _native.batchnorm_level().decode()
+    level = cpu.level()
     dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
     rows = [
         Kernel(

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from batchnorm import ops
+from batchnorm.kernels import cpu
 
 native = torch.ops.batchnorm
 LARGE, SMALL = (8, 16, 64, 64), (8, 16, 8, 8)  # 2 MiB and 32 KiB of float32
 
 
 def normalized(shape: tuple[int, ...]) -> Tensor:
-    assert ops.cpu_levels()
+    assert cpu.AVAILABLE
     x = torch.randn(shape)
     statistics = torch.zeros(shape[1], dtype=torch.float64), torch.ones(shape[1], dtype=torch.float64)
     y: Tensor = native.normalize(x, *statistics, None, None, None, 0.0, 1, None)
@@ -69,9 +69,9 @@ def test_outputs_go_where_other_tensors_go(tmp_path: object) -> None:
 def test_outputs_can_be_resized_where_that_is_wanted() -> None:
     with pytest.raises(RuntimeError, match="not resizable"):
         normalized(LARGE).untyped_storage().resize_(0)
-    with ops.resizable_outputs():
+    with cpu.resizable_outputs():
         y = normalized(LARGE)
-        with ops.resizable_outputs():
+        with cpu.resizable_outputs():
             pass
         assert normalized(LARGE).untyped_storage().resizable()
     y.untyped_storage().resize_(0)

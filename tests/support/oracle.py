@@ -44,6 +44,8 @@ def activate(z: Array, name: str | None) -> Array:
             return z
         case "relu":
             return np.maximum(z, 0)
+        case "relu6":
+            return np.clip(z, 0, 6)
         case "leaky_relu":
             return np.where(z > 0, z, 0.01 * z)
         case "silu":
@@ -54,6 +56,12 @@ def activate(z: Array, name: str | None) -> Array:
             return z * np.clip(z + 3, 0, 6) / 6
         case "elu":
             return np.where(z > 0, z, np.expm1(np.minimum(z, 0)))
+        case "mish":
+            return z * np.tanh(np.logaddexp(0, z))
+        case "sigmoid":
+            return 1 / (1 + np.exp(-z))
+        case "tanh":
+            return np.tanh(z)
     raise AssertionError(name)
 
 
@@ -63,6 +71,8 @@ def activate_grad(z: Array, name: str | None) -> Array:
             return np.ones_like(z)
         case "relu":
             return (z > 0).astype(float)
+        case "relu6":
+            return ((z > 0) & (z < 6)).astype(float)
         case "leaky_relu":
             return np.where(z > 0, 1.0, 0.01)
         case "silu":
@@ -74,6 +84,14 @@ def activate_grad(z: Array, name: str | None) -> Array:
             return np.where(z <= -3, 0.0, np.where(z >= 3, 1.0, (2 * z + 3) / 6))
         case "elu":
             return np.where(z > 0, 1.0, np.exp(np.minimum(z, 0)))
+        case "mish":
+            t = np.tanh(np.logaddexp(0, z))
+            return t + z * (1 - t * t) / (1 + np.exp(-z))
+        case "sigmoid":
+            s = 1 / (1 + np.exp(-z))
+            return s * (1 - s)
+        case "tanh":
+            return 1 / np.cosh(z) ** 2
     raise AssertionError(name)
 
 

@@ -24,11 +24,15 @@ from batchnorm.moments import observe, statistics_dtype
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
+    "relu6": F.relu6,
     "leaky_relu": F.leaky_relu,
     "silu": F.silu,
     "gelu": F.gelu,
     "hardswish": F.hardswish,
     "elu": F.elu,
+    "mish": F.mish,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
 }
 
 
