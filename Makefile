@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-NATIVE := $(wildcard src/batchnorm/kernels/cpu/*)
+NATIVE := $(wildcard src/batchnorm/kernels/cpu/*/*.?pp)
 
 .PHONY: demo test test-long check bench peers clean
 

@@ -16,7 +16,7 @@ LARGE, SMALL = (8, 16, 64, 64), (8, 16, 8, 8)  # 2 MiB and 32 KiB of float32
 
 
 def normalized(shape: tuple[int, ...]) -> Tensor:
-    assert cpu.levels()
+    assert cpu.AVAILABLE
     x = torch.randn(shape)
     statistics = torch.zeros(shape[1], dtype=torch.float64), torch.ones(shape[1], dtype=torch.float64)
     y: Tensor = native.normalize(x, *statistics, None, None, None, 0.0, 1, None)

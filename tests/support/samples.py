@@ -111,7 +111,7 @@ NATIVE += [
     Sample(layout, activation, residual, dtype)
     for layout, activation, residual, dtype in itertools.product(
         (LAYOUTS[1], LAYOUTS[6], LAYOUTS[7]),
-        (None, "relu", "leaky_relu", "silu", "gelu", "hardswish", "elu"),
+        (None, "relu", "relu6", "leaky_relu", "elu", "silu", "gelu", "hardswish", "mish", "sigmoid", "tanh"),
         (False, True),
         (torch.float32, torch.float64, torch.bfloat16, torch.float16),
     )

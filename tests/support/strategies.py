@@ -14,7 +14,7 @@ from support import oracle, tolerances
 from support.oracle import Array
 
 HALVES = (torch.float16, torch.bfloat16)
-KINKS = {"relu": [0.0], "leaky_relu": [0.0], "elu": [0.0], "hardswish": [-3.0, 3.0]}
+KINKS = {"relu": [0.0], "relu6": [0.0, 6.0], "leaky_relu": [0.0], "elu": [0.0], "hardswish": [-3.0, 3.0]}
 Bounded = dict[str, tuple[Array, Array]]  # from a result's name to its value and by how much it may be off
 
 

@@ -11,16 +11,16 @@
 
 #include <cstdint>
 
-#include "kernels.hpp"
-#include "pool.hpp"
-#include "tensors.hpp"
+#include "host/pool.hpp"
+#include "host/tensors.hpp"
+#include "loops/kernels.hpp"
 
 namespace batchnorm {
 namespace {
 
 // Whether 2 MiB pages help. Not in a virtual machine that reports free pages to its host: the host takes a free 2 MiB
-// page away, and giving it back costs several times what was saved, as soon as the memory of a training step lies unused
-// for a second (docs/performance.md).
+// page away, and giving it back costs several times what was saved, as soon as the memory of a training step lies
+// unused for a second (docs/performance.md).
 bool huge_pages_help() {
 #if defined(__linux__)
   static const bool help = [] {
@@ -48,7 +48,7 @@ struct Output {
   // The first touch of fresh memory costs more than writing it: the system maps and clears it page by page. Where it
   // helps, 2 MiB pages are asked for; a page that was just cleared is best written at once, in memory order. Memory
   // that was used before can be written in any order, and, where the tensor is larger than the caches, past them.
-  static Output like(const Tensor& x, const Walk& walk) {
+  static Output like(const Tensor& x, const Extents& extents) {
     const auto bytes = static_cast<uintptr_t>(x.numel() * x.element_size());
     bool used = false;
     const AtenTensorHandle pooled =
@@ -70,7 +70,7 @@ struct Output {
     used = true;
 #endif
     // Cache lines that two runs share are not written as a whole; in long runs they are few.
-    const auto run = static_cast<uintptr_t>((walk.rows() ? walk.channels : walk.inner) * x.element_size());
+    const auto run = static_cast<uintptr_t>((extents.rows() ? extents.channels : extents.inner) * x.element_size());
     out.stream = used && bytes >= least && address % line == 0 && (run % line == 0 || run >= 64 * line);
     return out;
   }

@@ -1,16 +1,14 @@
-// What a loop does at a time: a vector of adjacent values or a part of one, with their coefficients and weights.
+// What a loop does at a time: a vector of adjacent values or a part of one, and the coefficients that belong to them.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 
-#include "kernels.hpp"
-#include "simd.hpp"
+#include "loops/kernels.hpp"
+#include "loops/simd.hpp"
 
+namespace batchnorm {
 namespace {
-
-using namespace batchnorm;
 
 // --- per-channel coefficients: one value for a whole run, or one for each value of a row -----------------------------
 
@@ -21,9 +19,6 @@ BN_INLINE const S* values(const PerChannel& v) {
   else
     return v.rounded;
 }
-
-template <class V>
-using Scalar = std::remove_cvref_t<decltype(V{}[0])>;
 
 template <class V>
 struct Broadcast {
@@ -45,7 +40,7 @@ BN_INLINE V affine(V x, V mean, V scale, V shift) {
   return (x - mean) * scale + shift;
 }
 
-// --- a step: kLanes adjacent values, or n < kLanes at an end of a run -----------------------------------------------
+// --- access to memory: kLanes adjacent values, or n < kLanes at an end of a run -------------------------------------
 
 template <class T>
 struct Whole {
@@ -103,10 +98,9 @@ BN_INLINE void load_doubles(Part<T> part, const S* p, Doubles (&wide)[Sum<Vector
   load_doubles(Whole<T>{}, values, wide);
 }
 
-// So many values of a run come before the first whole vector of an output that is streamed, whose address must be a
-// multiple of the vector's size.
+// How many values of a run come before its first aligned vector. Only streamed outputs must be aligned: 0 for others.
 template <class T>
-BN_INLINE int64_t ahead(const void* output, int64_t at, int64_t length, bool stream) {
+BN_INLINE int64_t unaligned_head(const void* output, int64_t at, int64_t length, bool stream) {
   if (!stream) return 0;
   constexpr uintptr_t size = kLanes<Vector<T>> * sizeof(T);
   const auto address = reinterpret_cast<uintptr_t>(static_cast<const T*>(output) + at);
@@ -114,21 +108,21 @@ BN_INLINE int64_t ahead(const void* output, int64_t at, int64_t length, bool str
   return n < length ? n : length;
 }
 
-// step(which, i, load(which, i)) for every step of a run, whose results are the same however often they are taken: so the
-// ends of a run are whole vectors too, which overlap their neighbours. `head` is the first aligned vector's offset.
+// step(access, i, load(access, i)) for every step of a run. Values may be computed twice: the ends of a run are whole
+// vectors too, which overlap their neighbours. `head` is the first aligned vector's offset.
 template <class T, class Load, class Step>
 BN_INLINE void for_each_overlapping_step(int64_t length, int64_t head, Load load, Step step) {
   constexpr int64_t lanes = kLanes<Vector<T>>;
   if (length < lanes) return step(Part<T>{length}, 0, load(Part<T>{length}, 0));
   const Overlapping<T> end;
-  const auto last = load(end, length - lanes);  // in place, before the vector ahead of it is written
+  const auto last = load(end, length - lanes);  // now: where y is x, the vector before it writes over a part of it
   if (head > 0) step(end, 0, load(end, 0));
   int64_t i = head;
   for (; i + lanes <= length; i += lanes) step(Whole<T>{}, i, load(Whole<T>{}, i));
   if (i < length) step(end, length - lanes, last);
 }
 
-// step(which, i) for every step of a run, each value once.
+// step(access, i) for every step of a run, each value once.
 template <class T, class Step>
 BN_INLINE void for_each_step(int64_t length, Step step) {
   int64_t i = 0;
@@ -137,3 +131,4 @@ BN_INLINE void for_each_step(int64_t length, Step step) {
 }
 
 }  // namespace
+}  // namespace batchnorm

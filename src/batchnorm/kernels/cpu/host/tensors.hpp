@@ -9,10 +9,9 @@
 #include <array>
 #include <cstdint>
 #include <optional>
-#include <type_traits>
 #include <vector>
 
-#include "kernels.hpp"
+#include "loops/kernels.hpp"
 
 namespace batchnorm {
 namespace {
@@ -23,8 +22,8 @@ using OptionalTensor = std::optional<Tensor>;
 
 // --- memory order ----------------------------------------------------------------------------------------------------
 
-// A new tensor on the CPU. (By the shim's own function: the operators behind empty_like and new_empty go through the
-// dispatcher, at three times the cost, which small inputs feel.)
+// A new tensor on the CPU. (By the shim's own function: empty_like and new_empty are operators and go through the
+// dispatcher, at three times the cost, which shows with small inputs.)
 Tensor allocate(int64_t rank, const int64_t* sizes, const int64_t* strides, int32_t dtype) {
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(
@@ -44,7 +43,7 @@ int32_t dtype_code(const Tensor& t) {
 }
 
 // How the values of a tensor lie in memory, or nothing where they leave gaps or overlap.
-std::optional<Walk> walk_of(const Tensor& x, int64_t axis) {
+std::optional<Extents> extents_of(const Tensor& x, int64_t axis) {
   constexpr int64_t most = 16;
   const int64_t rank = x.dim();
   const auto sizes = x.sizes(), strides = x.strides();
@@ -54,8 +53,8 @@ std::optional<Walk> walk_of(const Tensor& x, int64_t axis) {
   for (int64_t d = 0; d < rank; ++d)
     if (sizes[d] != 1) order[used++] = d;
   std::sort(order.begin(), order.begin() + used, [&](int64_t a, int64_t b) { return strides[a] < strides[b]; });
-  Walk walk{1, sizes[axis], 1};
-  bool inside = true;  // a single channel is one plane: its dimension is never met
+  Extents extents{1, sizes[axis], 1};
+  bool inside = true;  // stays so for a single channel, which is one plane
   int64_t expected = 1;
   for (int64_t i = 0; i < used; ++i) {
     const int64_t d = order[i];
@@ -64,9 +63,9 @@ std::optional<Walk> walk_of(const Tensor& x, int64_t axis) {
     if (d == axis)
       inside = false;
     else
-      (inside ? walk.inner : walk.outer) *= sizes[d];
+      (inside ? extents.inner : extents.outer) *= sizes[d];
   }
-  return walk;
+  return extents;
 }
 
 bool same_order(const Tensor& a, const Tensor& b) {
@@ -86,25 +85,25 @@ std::optional<Dtype> dtype_of(const Tensor& t) {
   }
 }
 
-// Calls f with a null pointer to the type that `t`'s elements have.
+// Calls f<T>(), T the type of t's elements.
 template <class F>
 void with_element(const Tensor& t, const char* name, const F& f) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return f(static_cast<const float*>(nullptr));
-    case ScalarType::Double: return f(static_cast<const double*>(nullptr));
-    case ScalarType::BFloat16: return f(static_cast<const torch::headeronly::BFloat16*>(nullptr));
-    case ScalarType::Half: return f(static_cast<const torch::headeronly::Half*>(nullptr));
+    case ScalarType::Float: return f.template operator()<float>();
+    case ScalarType::Double: return f.template operator()<double>();
+    case ScalarType::BFloat16: return f.template operator()<torch::headeronly::BFloat16>();
+    case ScalarType::Half: return f.template operator()<torch::headeronly::Half>();
     default: STD_TORCH_CHECK(false, "batchnorm: ", name, " must be floating");
   }
 }
 
-// The input in a memory order that the kernels can walk: itself, or one copy.
+// The input in a memory order that the kernels can go through: itself, or one copy.
 struct Input {
   Tensor tensor;
-  Walk walk;
+  Extents extents;
   Dtype dtype;
 
-  Input(const Tensor& x, int64_t channel_dim) : tensor(x), walk{}, dtype{} {
+  Input(const Tensor& x, int64_t channel_dim) : tensor(x), extents{}, dtype{} {
     const auto type = dtype_of(x);
     STD_TORCH_CHECK(type && x.is_cpu(), "batchnorm: x must be floating and on the CPU");
     STD_TORCH_CHECK(x.dim() >= 2 && channel_dim >= -x.dim() && channel_dim < x.dim(),
@@ -112,16 +111,16 @@ struct Input {
     dtype = *type;
     const int64_t axis = channel_dim < 0 ? channel_dim + x.dim() : channel_dim;
     if (x.numel() == 0) {
-      walk = Walk{0, x.sizes()[axis], 1};
+      extents = Extents{0, x.sizes()[axis], 1};
       return;
     }
-    auto found = walk_of(x, axis);
+    auto found = extents_of(x, axis);
     if (!found) {
       tensor = torch::stable::clone(x);
-      found = walk_of(tensor, axis);
+      found = extents_of(tensor, axis);
       STD_TORCH_CHECK(found, "batchnorm: a copy of x is not dense");
     }
-    walk = *found;
+    extents = *found;
   }
 
   const void* data() const { return tensor.const_data_ptr(); }
@@ -142,14 +141,14 @@ struct Input {
     return other ? OptionalTensor(aligned(*other, name)) : std::nullopt;
   }
 
-  Tensor statistic() const { return allocate_vector(walk.channels, aoti_torch_dtype_float64()); }
+  Tensor statistic() const { return allocate_vector(extents.channels, aoti_torch_dtype_float64()); }
 
-  // The value of every channel at a position, counted as they lie in memory.
+  // The value of every channel at a position; positions are counted in memory order.
   void values_at(int64_t position, double* out) const {
-    with_element(tensor, "x", [&](auto* type) {
-      const auto* p = static_cast<decltype(type)>(data());
-      p += position / walk.inner * walk.channels * walk.inner + position % walk.inner;
-      for (int64_t c = 0; c < walk.channels; ++c) out[c] = static_cast<double>(p[c * walk.inner]);
+    with_element(tensor, "x", [&]<class T>() {
+      const T* p = static_cast<const T*>(data());
+      p += position / extents.inner * extents.channels * extents.inner + position % extents.inner;
+      for (int64_t c = 0; c < extents.channels; ++c) out[c] = static_cast<double>(p[c * extents.inner]);
     });
   }
 };
@@ -160,8 +159,8 @@ std::vector<double> read(const Tensor& t, int64_t channels, const char* name) {
   STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == channels && t.is_cpu(), "batchnorm: ", name,
                   " must have one value for each channel, on the CPU");
   std::vector<double> out(channels);
-  with_element(t, name, [&](auto* type) {
-    const auto* p = static_cast<decltype(type)>(t.const_data_ptr());
+  with_element(t, name, [&]<class T>() {
+    const T* p = static_cast<const T*>(t.const_data_ptr());
     const int64_t stride = t.stride(0);
     for (int64_t c = 0; c < channels; ++c) out[c] = static_cast<double>(p[c * stride]);
   });
@@ -172,23 +171,22 @@ std::vector<double> read(const Tensor& t, int64_t channels, const char* name) {
 Tensor vector_of(const std::vector<double>& values, const OptionalTensor& like) {
   const auto size = static_cast<int64_t>(values.size());
   Tensor out = allocate_vector(size, like ? dtype_code(*like) : aoti_torch_dtype_float64());
-  with_element(out, "a parameter", [&](auto* type) {
-    using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+  with_element(out, "a parameter", [&]<class T>() {
     T* to = static_cast<T*>(out.mutable_data_ptr());
     for (int64_t c = 0; c < size; ++c) to[c] = static_cast<T>(values[c]);
   });
   return out;
 }
 
-// A count: () int64, or float64 where observations carry weights.
+// A count: () int64, or float64 with sample weights.
 double read_count(const Tensor& t) {
   STD_TORCH_CHECK(t.numel() == 1 && t.is_cpu(), "batchnorm: count must be one number on the CPU");
   if (t.scalar_type() == ScalarType::Long) return static_cast<double>(*t.const_data_ptr<int64_t>());
   return *t.const_data_ptr<double>();
 }
 
-std::vector<double> read(const OptionalTensor& t, int64_t channels, const char* name, double otherwise) {
-  return t ? read(*t, channels, name) : std::vector<double>(channels, otherwise);
+std::vector<double> read(const OptionalTensor& t, int64_t channels, const char* name, double fallback) {
+  return t ? read(*t, channels, name) : std::vector<double>(channels, fallback);
 }
 
 }  // namespace

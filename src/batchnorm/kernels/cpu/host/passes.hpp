@@ -1,17 +1,19 @@
-// What the operations do to a range of values, and what becomes of each channel's sums: the parts that a schedule plays.
+// The passes over an input: what each does to a range of values, and with each channel's sums. A schedule runs them.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <utility>
 #include <vector>
 
-#include "kernels.hpp"
-#include "normalization.hpp"
-#include "output.hpp"
-#include "schedule.hpp"
-#include "tensors.hpp"
-#include "weights.hpp"
+#include "host/levels.hpp"
+#include "host/mask.hpp"
+#include "host/normalization.hpp"
+#include "host/output.hpp"
+#include "host/schedule.hpp"
+#include "host/tensors.hpp"
+#include "loops/kernels.hpp"
 
 namespace batchnorm {
 namespace {
@@ -20,34 +22,35 @@ void zero(const Tensor& t) { std::fill_n(t.mutable_data_ptr<double>(), t.numel()
 
 // --- forward ---------------------------------------------------------------------------------------------------------
 
-// The moments of every channel, to be taken by a schedule's `reduce`: `add` for a range, `finish` for a channel.
+// The moments of every channel, for a schedule's `reduce`: `add` for a range, `finish` for a channel.
 //
-// The pivot of a channel is the first value that counts. Because it is one of the n values, |pivot - mean| <= std sqrt(n), and the
-// difference of the two float64 sums loses at most a relative n 2^-53 of the variance, whatever the data's offset.
-class MomentsOf {
+// The pivot of a channel is the first value that counts. Because it is one of the n values, |pivot - mean| is at most
+// std sqrt(n), and the difference of the two float64 sums loses at most a relative n 2^-53 of the variance, whatever
+// the data's offset.
+class MomentsPass {
  public:
-  MomentsOf(const Input& input, int64_t channel_dim, int64_t repeat, const OptionalTensor& mask)
-      : weights_(input, channel_dim, mask),
-        counted_(weights_.counted()),
-        count(counted_.tensor()),
+  MomentsPass(const Input& input, int64_t channel_dim, int64_t repeat, const OptionalTensor& mask)
+      : mask_(input, channel_dim, mask),
+        total_(mask_.count()),
+        count(total_.tensor()),
         mean(input.statistic()),
         m2(input.statistic()),
         data_(input.data()),
-        n_(counted_.sum),
+        n_(total_.sum),
         kernels_(kernels(input.dtype)),
-        pivots_(input.walk.channels * repeat),
+        pivots_(input.extents.channels * repeat),
         means_(mean.mutable_data_ptr<double>()),
         m2s_(m2.mutable_data_ptr<double>()) {
-    if (input.walk.size() == 0) {
+    if (input.extents.size() == 0) {
       zero(mean), zero(m2);
       return;
     }
-    input.values_at(counted_.first, pivots_.data());
-    for (size_t i = input.walk.channels; i < pivots_.size(); ++i) pivots_[i] = pivots_[i - input.walk.channels];
+    input.values_at(total_.first, pivots_.data());
+    for (size_t i = input.extents.channels; i < pivots_.size(); ++i) pivots_[i] = pivots_[i - input.extents.channels];
   }
 
-  void add(const Walk& w, int64_t begin, int64_t end, Sums sums) const {
-    kernels_.moments(w, data_, weights_.view(), pivots_.data(), begin, end, sums);
+  void add(const Extents& e, int64_t begin, int64_t end, Sums sums) const {
+    kernels_.moments(e, data_, mask_.view(), pivots_.data(), begin, end, sums);
   }
 
   void finish(int64_t c, double first, double second) const {
@@ -64,8 +67,8 @@ class MomentsOf {
   double variance_of(int64_t c) const { return n_ == 0 ? 0 : m2s_[c] / n_; }
 
  private:
-  PositionWeights weights_;
-  Counted counted_;
+  MaskInput mask_;
+  Count total_;
 
  public:
   Tensor count, mean, m2;
@@ -78,10 +81,10 @@ class MomentsOf {
   double *means_, *m2s_;
 };
 
-// What y is made of, for ranges.
-class Applied {
+// y = activation(z + residual), for ranges.
+class ApplyPass {
  public:
-  Applied(const Input& input, const Normalization& norm, const OptionalTensor& residual, Output output)
+  ApplyPass(const Input& input, const Normalization& norm, const OptionalTensor& residual, Output output)
       : residual_(input.aligned(residual, "residual")),
         output_(std::move(output)),
         tensors_{input.data(), residual_ ? residual_->const_data_ptr() : nullptr, output_.tensor.mutable_data_ptr(),
@@ -89,7 +92,9 @@ class Applied {
         affine_(norm.affine()),
         kernels_(kernels(input.dtype)) {}
 
-  void operator()(const Walk& w, int64_t begin, int64_t end) const { kernels_.apply(w, tensors_, affine_, begin, end); }
+  void operator()(const Extents& e, int64_t begin, int64_t end) const {
+    kernels_.apply(e, tensors_, affine_, begin, end);
+  }
 
   const Tensor& y() const { return output_.tensor; }
   bool in_order() const { return output_.in_order; }
@@ -104,8 +109,8 @@ class Applied {
 
 // --- backward --------------------------------------------------------------------------------------------------------
 
-// What the three backward operations share: their tensors in one memory order, and the normalisation.
-struct Gradient {
+// What the three backward operations share: their tensors in one memory order, and the normalization.
+struct BackwardInputs {
   Input input;
   Schedule schedule;
   Tensor dy;
@@ -113,48 +118,49 @@ struct Gradient {
   Normalization norm;
   Affine affine;
   Coefficient slope, offset;
-  PositionWeights weights;
+  MaskInput mask;
 
-  // The variance is spread / divisor.
-  Gradient(const Tensor& dy_, const Tensor& x, const Tensor& mean, const Tensor& spread, const OptionalTensor& weight,
-           const OptionalTensor& bias, const OptionalTensor& residual_, double eps, int64_t channel_dim,
-           const OptionalString& activation, const OptionalTensor& mask, double divisor = 1)
+  // The variance is m2 / count; with a count of 1, m2 is the variance itself.
+  BackwardInputs(const Tensor& dy_, const Tensor& x, const Tensor& mean, const Tensor& m2, const OptionalTensor& weight,
+                 const OptionalTensor& bias, const OptionalTensor& residual_, double eps, int64_t channel_dim,
+                 int activation, const OptionalTensor& mask_, double count = 1)
       : input(x, channel_dim),
-        schedule(input.walk, input.tensor.element_size()),
+        schedule(input.extents, input.tensor.element_size()),
         dy(input.aligned(dy_, "dy")),
         residual(input.aligned(residual_, "residual")),
         norm(input, schedule.repeat(), weight, bias, eps, activation),
         affine(norm.affine()),
         slope(input, schedule.repeat()),
         offset(input, schedule.repeat()),
-        weights(input, channel_dim, mask) {
-    norm.set_all(mean, spread, divisor);
+        mask(input, channel_dim, mask_) {
+    norm.set_all(mean, m2, count);
   }
 
   Backward tensors() const {
     return {dy.const_data_ptr(), input.data(), residual ? residual->const_data_ptr() : nullptr,
             nullptr,             nullptr,      false,
-            weights.view()};
+            mask.view()};
   }
 
-  void set_slope(int64_t c, double mean_dz, double mean_dz_xhat) {
-    norm.set_slope(c, mean_dz, mean_dz_xhat, slope, offset);
+  void set_grad(int64_t c, double mean_dz, double mean_dz_xhat) {
+    norm.set_grad(c, mean_dz, mean_dz_xhat, slope, offset);
   }
 };
 
-// sum dz and sum dz x_hat of every channel, to be taken by a schedule's `reduce`: `add` for a range, `finish` for a
-// channel.
-class GradientSums {
+// sum dz and sum dz x_hat of every channel, for a schedule's `reduce`: `add` for a range, `finish` for a channel.
+class SumsPass {
  public:
-  explicit GradientSums(const Gradient& g)
-      : tensors_(g.tensors()),
-        norm_(g.norm),
-        affine_(g.affine),
-        kernels_(kernels(g.input.dtype)),
-        sums_(g.input.walk.channels),
-        products_(g.input.walk.channels) {}
+  explicit SumsPass(const BackwardInputs& b)
+      : tensors_(b.tensors()),
+        norm_(b.norm),
+        affine_(b.affine),
+        kernels_(kernels(b.input.dtype)),
+        sums_(b.input.extents.channels),
+        products_(b.input.extents.channels) {}
 
-  void add(const Walk& w, int64_t begin, int64_t end, Sums s) const { kernels_.sums(w, tensors_, affine_, begin, end, s); }
+  void add(const Extents& e, int64_t begin, int64_t end, Sums s) const {
+    kernels_.sums(e, tensors_, affine_, begin, end, s);
+  }
 
   void finish(int64_t c, double first, double second) {
     sums_[c] = first;
@@ -176,21 +182,24 @@ class GradientSums {
   std::vector<double> sums_, products_;
 };
 
-// What dx and dresidual are made of, for ranges; dresidual is empty where it is not wanted.
-class Differentiated {
+// dx and dresidual, for ranges; dresidual is empty where there is no residual or no activation.
+class GradPass {
  public:
-  explicit Differentiated(const Gradient& g)
-      : dx_(Output::like(g.input.tensor, g.input.walk)), tensors_(g.tensors()), affine_(g.affine), slopes_{g.slope.view(), g.offset.view()},
-        kernels_(kernels(g.input.dtype)) {
-    const bool wanted = g.residual && g.affine.activation != Activation::none;
-    if (wanted) dresidual_ = Output::like(g.input.tensor, g.input.walk);
+  explicit GradPass(const BackwardInputs& b)
+      : dx_(Output::like(b.input.tensor, b.input.extents)),
+        tensors_(b.tensors()),
+        affine_(b.affine),
+        coefficients_{b.slope.view(), b.offset.view()},
+        kernels_(kernels(b.input.dtype)) {
+    const bool wanted = b.residual && b.affine.activation != 0;
+    if (wanted) dresidual_ = Output::like(b.input.tensor, b.input.extents);
     tensors_.dx = dx_.tensor.mutable_data_ptr();
     tensors_.dresidual = wanted ? dresidual_->tensor.mutable_data_ptr() : nullptr;
     tensors_.stream = dx_.stream && (!wanted || dresidual_->stream);
   }
 
-  void operator()(const Walk& w, int64_t begin, int64_t end) const {
-    kernels_.grad(w, tensors_, affine_, slopes_, begin, end);
+  void operator()(const Extents& e, int64_t begin, int64_t end) const {
+    kernels_.grad(e, tensors_, affine_, coefficients_, begin, end);
   }
 
   const Tensor& dx() const { return dx_.tensor; }
@@ -202,7 +211,7 @@ class Differentiated {
   std::optional<Output> dresidual_;
   Backward tensors_;
   Affine affine_;
-  Slopes slopes_;
+  GradCoefficients coefficients_;
   const Kernels& kernels_;
 };
 

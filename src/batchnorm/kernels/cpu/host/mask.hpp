@@ -1,4 +1,4 @@
-// How much each position of an input counts.
+// A mask: how much each position of an input counts.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -9,19 +9,19 @@
 #include <type_traits>
 #include <vector>
 
-#include "kernels.hpp"
-#include "tensors.hpp"
+#include "host/tensors.hpp"
+#include "loops/kernels.hpp"
 
 namespace batchnorm {
 namespace {
 
 // --- counts ----------------------------------------------------------------------------------------------------------
 
-// What counts of an input.
-struct Counted {
-  double sum;           // of the weights
-  int64_t first = 0;    // a position that counts, if any does
-  bool integral = true; // without weights, or by booleans
+// How much of an input counts.
+struct Count {
+  double sum;            // of the positions, or of their sample weights
+  int64_t first = 0;     // the first position that counts, if any does
+  bool integral = true;  // without a mask, or by booleans
 
   // `Moments.count`.
   Tensor tensor() const {
@@ -38,15 +38,15 @@ struct Counted {
 double total(const uint8_t* p, int64_t n) {
   int64_t sum = 0;
   while (n > 0) {
-    const int64_t some = std::min<int64_t>(n, 240);
+    const int64_t chunk = std::min<int64_t>(n, 240);
     uint8_t set = 0;
-    for (int64_t i = 0; i < some; ++i) set += p[i] != 0;
-    sum += set, p += some, n -= some;
+    for (int64_t i = 0; i < chunk; ++i) set += p[i] != 0;
+    sum += set, p += chunk, n -= chunk;
   }
   return static_cast<double>(sum);
 }
 
-// The sum of n weights: several at once, because an addition waits for the one before it.
+// The sum of n sample weights: several at once, because an addition waits for the one before it.
 template <class W>
 double total(const W* p, int64_t n) {
   constexpr int64_t several = 8;
@@ -57,70 +57,71 @@ double total(const W* p, int64_t n) {
   return std::accumulate(sums, sums + several, 0.0);
 }
 
-// On all threads; in parts of a fixed size, so that the sum does not depend on how many they are.
+// On all threads; in parts of a fixed size, so that the sum does not depend on the number of threads.
 template <class W>
-Counted counted(const W* values, int64_t n) {
+Count count_of(const W* values, int64_t n) {
   constexpr int64_t part = 1 << 16;
   std::vector<double> sums((n + part - 1) / part);
   torch::stable::parallel_for(0, static_cast<int64_t>(sums.size()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) sums[i] = total(values + i * part, std::min(part, n - i * part));
   });
-  const auto counts = [](auto weight) { return weight > 0; };
+  const auto counts = [](auto sample_weight) { return sample_weight > 0; };
   const auto first_part = std::find_if(sums.begin(), sums.end(), counts);
-  Counted result{std::accumulate(sums.begin(), sums.end(), 0.0)};
+  Count count{std::accumulate(sums.begin(), sums.end(), 0.0)};
   if (first_part != sums.end())
-    result.first = std::find_if(values + (first_part - sums.begin()) * part, values + n, counts) - values;
-  result.integral = std::is_same_v<W, uint8_t>;
-  return result;
+    count.first = std::find_if(values + (first_part - sums.begin()) * part, values + n, counts) - values;
+  count.integral = std::is_same_v<W, uint8_t>;
+  return count;
 }
 
-// --- weights ---------------------------------------------------------------------------------------------------------
+// --- memory order ----------------------------------------------------------------------------------------------------
 
-// The weights of a mask in the order in which the input's positions lie in memory: the mask's own values where they have
-// that order, or one copy.
-class PositionWeights {
+// A mask in the order in which the input's positions lie in memory: its own values where they have that order, or one
+// copy.
+class MaskInput {
  public:
-  PositionWeights(const Input& input, int64_t channel_dim, const OptionalTensor& mask) : positions_(input.walk.count()) {
+  MaskInput(const Input& input, int64_t channel_dim, const OptionalTensor& mask) : positions_(input.extents.count()) {
     if (!mask) return;
     values_ = in_order(*mask, input.tensor, channel_dim < 0 ? channel_dim + input.tensor.dim() : channel_dim);
-    view_ = {type_of(*values_), values_->const_data_ptr(), input.walk.channels};
+    view_ = {type_of(*values_), values_->const_data_ptr(), input.extents.channels};
   }
 
-  const Weights& view() const { return view_; }
+  const Mask& view() const { return view_; }
 
-  Counted counted() const {
+  Count count() const {
     switch (view_.type) {
-      case WeightType::boolean: return counted<uint8_t>();
-      case WeightType::float32: return counted<float>();
-      case WeightType::float64: return counted<double>();
+      case MaskType::boolean: return count_as<uint8_t>();
+      case MaskType::float32: return count_as<float>();
+      case MaskType::float64: return count_as<double>();
       default: return {static_cast<double>(positions_)};
     }
   }
 
  private:
   template <class W>
-  Counted counted() const {
-    return batchnorm::counted(static_cast<const W*>(view_.values), positions_);
+  Count count_as() const {
+    return count_of(static_cast<const W*>(view_.values), positions_);
   }
 
-  static WeightType type_of(const Tensor& values) {
+  static MaskType type_of(const Tensor& values) {
     switch (values.scalar_type()) {
-      case ScalarType::Bool: return WeightType::boolean;
-      case ScalarType::Double: return WeightType::float64;
-      default: return WeightType::float32;
+      case ScalarType::Bool: return MaskType::boolean;
+      case ScalarType::Double: return MaskType::float64;
+      default: return MaskType::float32;
     }
   }
 
   static Tensor in_order(const Tensor& mask, const Tensor& x, int64_t axis) {
     const int64_t rank = mask.dim();
-    const auto its = [&](int64_t d) { return d < axis ? d : d + 1; };  // x's dimension for the mask's
+    const auto dim_of_x = [&](int64_t d) { return d < axis ? d : d + 1; };
     bool fits = mask.is_cpu() && rank == x.dim() - 1;
-    for (int64_t d = 0; fits && d < rank; ++d) fits = mask.size(d) == x.size(its(d));
+    for (int64_t d = 0; fits && d < rank; ++d) fits = mask.size(d) == x.size(dim_of_x(d));
     STD_TORCH_CHECK(fits, "batchnorm: mask must have x's shape without the channels, on the CPU");
 
     std::vector<int64_t> order(rank), strides(rank);
     std::iota(order.begin(), order.end(), 0);
-    std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return x.stride(its(a)) < x.stride(its(b)); });
+    std::sort(order.begin(), order.end(),
+              [&](int64_t a, int64_t b) { return x.stride(dim_of_x(a)) < x.stride(dim_of_x(b)); });
     bool same = true;
     int64_t stride = 1;
     for (const int64_t d : order) {
@@ -130,8 +131,8 @@ class PositionWeights {
     }
     int32_t dtype = dtype_code(mask);
     if (mask.scalar_type() != ScalarType::Bool)
-      with_element(mask, "mask", [&](auto* type) {  // float32 holds half precision exactly
-        if (sizeof(*type) < sizeof(float)) dtype = aoti_torch_dtype_float32();
+      with_element(mask, "mask", [&]<class T>() {
+        if (sizeof(T) < sizeof(float)) dtype = aoti_torch_dtype_float32();  // which holds half precision exactly
       });
     if (same && dtype == dtype_code(mask)) return mask;
     Tensor copy = allocate(rank, mask.sizes().data(), strides.data(), dtype);
@@ -140,7 +141,7 @@ class PositionWeights {
 
   int64_t positions_;
   OptionalTensor values_;
-  Weights view_;
+  Mask view_;
 };
 
 }  // namespace

@@ -1,20 +1,22 @@
 // Vectors of the width that this file's compiler flags allow, in the vector extensions that GCC and Clang share, and
 // the element types that are loaded into them.
 //
-// Everything is in an unnamed namespace: kernels.cpp is compiled once for each instruction set, and no function of one
-// may be merged with its twin of another by the linker.
+// Everything is in an unnamed namespace, as in all of loops/: kernels.cpp is compiled once for each instruction set,
+// and the linker must not merge a function of one with the same function of another.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #if defined(__SSE2__)
 #include <immintrin.h>  // streaming stores, and where GCC's code for the portable form is poor: conversions and masks
 #endif
 
-#define BN_INLINE inline __attribute__((always_inline))
+#include "loops/kernels.hpp"
 
+namespace batchnorm {
 namespace {
 
 #if defined(__AVX512F__)
@@ -34,6 +36,9 @@ typedef double Doubles __attribute__((vector_size(kBytes)));
 
 template <class V>
 constexpr int64_t kLanes = sizeof(V) / sizeof(V{}[0]);
+
+template <class V>
+using Scalar = std::remove_cvref_t<decltype(V{}[0])>;
 
 template <class V, class T>
 BN_INLINE V load_raw(const T* p) {
@@ -65,13 +70,13 @@ BN_INLINE void stream_raw(T* p, V v) {
 
 template <class V, class T>
 BN_INLINE V splat(T x) {
-  return static_cast<decltype(V{}[0] + 0)>(x) - V{};
+  return static_cast<Scalar<V>>(x) - V{};
 }
 
 BN_INLINE Floats as_floats(Bits b) { return reinterpret_cast<Floats>(b); }
 BN_INLINE Bits as_bits(Floats v) { return reinterpret_cast<Bits>(v); }
 
-// --- elements: how a value in memory becomes a value to compute with, and back, rounded to nearest even ---------------
+// --- elements: how a value in memory becomes a value to compute with, and back, rounded to nearest even --------------
 
 struct BFloat16 {
   uint16_t bits;
@@ -171,17 +176,17 @@ BN_INLINE void store_part(T* p, Vector<T> v, int64_t n) {
   std::memcpy(p, values, n * sizeof(T));
 }
 
-// The first n lanes of v, and of `otherwise` the rest.
+// The first n lanes of v, and the rest of `fallback`.
 template <class V, int... I>
-BN_INLINE V first_lanes(V v, int64_t n, V otherwise, std::integer_sequence<int, I...>) {
-  using Lanes = decltype(v < otherwise);
+BN_INLINE V first_lanes(V v, int64_t n, V fallback, std::integer_sequence<int, I...>) {
+  using Lanes = decltype(v < fallback);
   const Lanes lane = {I...};
-  return lane < splat<Lanes>(n) ? v : otherwise;
+  return lane < splat<Lanes>(n) ? v : fallback;
 }
 
 template <class V>
-BN_INLINE V first_lanes(V v, int64_t n, V otherwise) {
-  return first_lanes(v, n, otherwise, std::make_integer_sequence<int, kLanes<V>>{});
+BN_INLINE V first_lanes(V v, int64_t n, V fallback) {
+  return first_lanes(v, n, fallback, std::make_integer_sequence<int, kLanes<V>>{});
 }
 
 // What a comparison of two V gives, and takes to choose between two others.
@@ -278,7 +283,7 @@ BN_INLINE double total(const Sum<V>& sum) {
 
 // Adds each lane to its place in memory.
 template <class V>
-BN_INLINE void spill(const Sum<V>& sum, double* p) {
+BN_INLINE void add_to_memory(const Sum<V>& sum, double* p) {
   for (int i = 0; i < Sum<V>::parts; ++i) {
     double* at = p + i * kLanes<Doubles>;
     store_raw(at, load_raw<Doubles>(at) + sum.part[i]);
@@ -317,12 +322,12 @@ struct MomentSums {
     }
   }
 
-  // With weights; what has none is left out, NaN included.
-  BN_INLINE void add(V x, const Doubles (&pivot)[Sum<V>::parts], const Doubles (&weight)[Sum<V>::parts]) {
+  // With sample weights; what weighs 0 is left out, NaN included.
+  BN_INLINE void add(V x, const Doubles (&pivot)[Sum<V>::parts], const Doubles (&sample_weight)[Sum<V>::parts]) {
     Doubles wide[Sum<V>::parts];
     widen(x, wide);
     for (int i = 0; i < Sum<V>::parts; ++i) {
-      const Doubles d = weight[i] != 0 ? wide[i] - pivot[i] : Doubles{}, part = weight[i] * d;
+      const Doubles d = sample_weight[i] != 0 ? wide[i] - pivot[i] : Doubles{}, part = sample_weight[i] * d;
       first.part[i] += part;
       second.part[i] += part * d;
     }
@@ -334,3 +339,4 @@ struct MomentSums {
 };
 
 }  // namespace
+}  // namespace batchnorm

@@ -1,4 +1,4 @@
-// Memory for large outputs, kept when they are freed: the next output then lies in pages that are there already.
+// Memory for large outputs, kept when they are freed: the next output then lies in pages that are mapped already.
 //
 // The first touch of new memory costs several times what writing it costs, and a C library returns large blocks to the
 // system as soon as they are freed: a training loop would pay for the same pages at every step.
@@ -36,7 +36,7 @@ class Pool {
     bool used = false;  // before: its pages are there
   };
 
-  std::atomic<bool> serves = true;
+  std::atomic<bool> enabled = true;
 
   // The process's pool. Never destroyed: tensors may be freed after everything else.
   static Pool& instance() {
@@ -48,14 +48,15 @@ class Pool {
   // says whether its pages are there.
   AtenTensorHandle tensor(size_t bytes, int64_t rank, const int64_t* sizes, const int64_t* strides, int32_t dtype,
                           bool& used) {
-    if (torch_from_blob == nullptr || bytes < kSmallestBlock || bytes > limit_ || !serves) return nullptr;
+    if (torch_from_blob == nullptr || bytes < kSmallestBlock || bytes > limit_ || !enabled) return nullptr;
     const Block block = take(bytes);
     if (block.data == nullptr) return nullptr;
     used = block.used;
     AtenTensorHandle handle = nullptr;
     // The deleter's context is the block's size: a number, so that nothing has to be kept for it.
-    const auto error = torch_from_blob(block.data, rank, sizes, strides, 0, dtype, aoti_torch_device_type_cpu(), -1, &handle,
-                                  aoti_torch_layout_strided(), nullptr, 0, give_back, reinterpret_cast<void*>(block.bytes));
+    const auto error = torch_from_blob(block.data, rank, sizes, strides, 0, dtype, aoti_torch_device_type_cpu(), -1,
+                                       &handle, aoti_torch_layout_strided(), nullptr, 0, give_back,
+                                       reinterpret_cast<void*>(block.bytes));
     if (error == AOTI_TORCH_SUCCESS) return handle;
     give_back(block.data, reinterpret_cast<void*>(block.bytes));
     return nullptr;

@@ -1,0 +1,98 @@
+// Which instruction set the kernels use: the best that the machine has, decided when the extension is loaded.
+#include "host/levels.hpp"
+
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+#include <vector>
+
+#include "host/strings.hpp"
+#include "loops/kernels.hpp"
+
+namespace batchnorm {
+
+#define BN_DECLARE(instruction_set) \
+  namespace instruction_set {       \
+  extern const Level level;         \
+  }
+
+#if defined(__x86_64__)
+BN_DECLARE(sse2)
+BN_DECLARE(avx2)
+BN_DECLARE(avx512)
+#else
+BN_DECLARE(generic)
+#endif
+
+namespace {
+
+// The levels that run on this machine, the best last.
+std::vector<const Level*> available() {
+#if defined(__x86_64__)
+  std::vector<const Level*> levels{&sse2::level};
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    levels.push_back(&avx2::level);
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+      levels.push_back(&avx512::level);
+  }
+  return levels;
+#else
+  return {&generic::level};
+#endif
+}
+
+const Level* current = available().back();
+
+// --- for Python ------------------------------------------------------------------------------------------------------
+
+std::string cpu_levels() {
+  std::string names;
+  for (const Level* level : available()) names.append(names.empty() ? "" : " ").append(level->name);
+  return names;
+}
+
+std::string cpu_level() { return current->name; }
+
+std::string cpu_activations() {
+  std::string names;
+  for (int i = 1; current->activations[i] != nullptr; ++i)
+    names.append(names.empty() ? "" : " ").append(current->activations[i]);
+  return names;
+}
+
+bool use_cpu_level(StringHandle name) {
+  const std::string wanted = take_string(name);
+  for (const Level* level : available())
+    if (level->name == wanted) {
+      current = level;
+      return true;
+    }
+  return false;
+}
+
+}  // namespace
+
+const Kernels& kernels(Dtype dtype) { return current->kernels[static_cast<int>(dtype)]; }
+
+int find_activation(const std::string& name) {
+  for (int i = 0; current->activations[i] != nullptr; ++i)
+    if (name == current->activations[i]) return i;
+  return -1;
+}
+
+}  // namespace batchnorm
+
+STABLE_TORCH_LIBRARY_FRAGMENT(batchnorm, m) {
+  m.def("_cpu_levels() -> str");  // separated by spaces, the best last
+  m.def("_cpu_level() -> str");   // the one in use
+  m.def("_cpu_activations() -> str");  // those that there are kernels for, separated by spaces
+  m.def("_use_cpu_level(str name) -> bool");  // false if this machine has no such level
+}
+
+STABLE_TORCH_LIBRARY_IMPL(batchnorm, CompositeExplicitAutograd, m) {
+  m.impl("_cpu_levels", TORCH_BOX(&batchnorm::cpu_levels));
+  m.impl("_cpu_level", TORCH_BOX(&batchnorm::cpu_level));
+  m.impl("_cpu_activations", TORCH_BOX(&batchnorm::cpu_activations));
+  m.impl("_use_cpu_level", TORCH_BOX(&batchnorm::use_cpu_level));
+}

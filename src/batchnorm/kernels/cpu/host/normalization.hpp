@@ -1,0 +1,109 @@
+// The numbers that the loops use, one for each channel, from statistics, weight and bias.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "host/levels.hpp"
+#include "host/strings.hpp"
+#include "host/tensors.hpp"
+#include "loops/kernels.hpp"
+
+namespace batchnorm {
+namespace {
+
+// An operator's `str? activation`.
+using OptionalString = std::optional<StringHandle>;
+
+// The index of an activation, from its name; 0 without one.
+int take_activation(const OptionalString& argument) {
+  if (!argument) return 0;
+  const std::string name = take_string(*argument);
+  const int index = find_activation(name);
+  STD_TORCH_CHECK(index > 0, "batchnorm: no native kernel for the activation ", name);
+  return index;
+}
+
+// One value for each channel, as the kernels read it: repeated for packed rows, and rounded unless x is float64.
+class Coefficient {
+ public:
+  Coefficient(const Input& input, int64_t repeat)
+      : channels_(input.extents.channels),
+        size_(channels_ * repeat),
+        exact_(input.dtype == Dtype::float64 ? size_ : 0),
+        rounded_(input.dtype == Dtype::float64 ? 0 : size_) {}
+
+  void set(int64_t c, double value) {
+    if (exact_.empty())
+      for (int64_t i = c; i < size_; i += channels_) rounded_[i] = static_cast<float>(value);
+    else
+      for (int64_t i = c; i < size_; i += channels_) exact_[i] = value;
+  }
+
+  PerChannel view() const { return {exact_.data(), rounded_.data()}; }
+
+ private:
+  int64_t channels_, size_;
+  std::vector<double> exact_;
+  std::vector<float> rounded_;
+};
+
+// The normalization of all channels, in the numbers that the kernels use.
+class Normalization {
+ public:
+  Normalization(const Input& input, int64_t repeat, const OptionalTensor& weight, const OptionalTensor& bias,
+                double eps, int activation)
+      : wide_(input.dtype == Dtype::float64),
+        weight_(read(weight, input.extents.channels, "weight", 1)),
+        bias_(read(bias, input.extents.channels, "bias", 0)),
+        eps_(eps),
+        activation_(activation),
+        invstd_(input.extents.channels),
+        mean_error_(input.extents.channels),
+        mean_(input, repeat),
+        scale_(input, repeat),
+        shift_(input, repeat) {}
+
+  void set(int64_t c, double mean, double var) {
+    const double rounded = wide_ ? mean : static_cast<float>(mean);
+    invstd_[c] = 1 / std::sqrt(var + eps_);
+    mean_error_[c] = mean - rounded;
+    mean_.set(c, rounded);
+    scale_.set(c, weight_[c] * invstd_[c]);
+    shift_.set(c, bias_[c] - mean_error_[c] * (weight_[c] * invstd_[c]));
+  }
+
+  // The variance is m2 / count; with a count of 1, m2 is the variance itself.
+  void set_all(const Tensor& mean, const Tensor& m2, double count = 1) {
+    const auto means = read(mean, invstd_.size(), "mean"), m2s = read(m2, invstd_.size(), "variance");
+    for (size_t c = 0; c < means.size(); ++c) set(c, means[c], m2s[c] / count);
+  }
+
+  Affine affine() const { return {mean_.view(), scale_.view(), shift_.view(), activation_}; }
+
+  // From sum dz (x - rounded mean) to sum dz x_hat.
+  double normalized_sum(int64_t c, double sum_dz, double sum_dz_x) const {
+    return (sum_dz_x - mean_error_[c] * sum_dz) * invstd_[c];
+  }
+
+  // The coefficients of the input's gradient.
+  void set_grad(int64_t c, double mean_dz, double mean_dz_xhat, Coefficient& slope, Coefficient& offset) const {
+    const double scale = weight_[c] * invstd_[c], exact = -scale * invstd_[c] * mean_dz_xhat;
+    slope.set(c, exact);
+    offset.set(c, -scale * mean_dz - mean_error_[c] * exact);
+  }
+
+ private:
+  bool wide_;
+  std::vector<double> weight_, bias_;
+  double eps_;
+  int activation_;
+  std::vector<double> invstd_, mean_error_;
+  Coefficient mean_, scale_, shift_;
+};
+
+}  // namespace
+}  // namespace batchnorm

@@ -1,0 +1,68 @@
+"""Every activation of the native kernels, over the whole range of z: value and derivative, kinks, and NaN."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from batchnorm.kernels import reference
+from support import oracle, tolerances
+
+native = torch.ops.batchnorm
+DTYPES = [torch.float32, torch.float64]
+KINKS = [0.0, -3.0, 3.0, 6.0]
+
+
+def activate(z: Tensor, name: str) -> Tensor:
+    """activation(z), by a normalization that leaves z as it is."""
+    zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    y: Tensor = native.normalize(z[:, None], zero, one, None, None, None, 0.0, 1, name)[:, 0]
+    return y
+
+
+def activate_grad(z: Tensor, name: str) -> Tensor:
+    """activation'(z), as the gradient of the same."""
+    zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    dy = torch.ones_like(z)[:, None]
+    dx: Tensor = native.backward_input(dy, z[:, None], zero, one, None, None, None, 0.0, 1, name, None, None)[0]
+    return dx[:, 0]
+
+
+def grid(dtype: torch.dtype) -> Tensor:
+    """From -100 to 100, densely around 0, and the kinks' neighbours."""
+    fine = torch.linspace(-1, 1, 4001, dtype=torch.float64) ** 3
+    return torch.cat([torch.linspace(-100, 100, 20_011, dtype=torch.float64), fine * 10, fine * 1e-3]).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", reference.ACTIVATIONS)
+def test_values_and_derivatives_everywhere(name: str, dtype: torch.dtype, level: str) -> None:
+    z = grid(dtype)
+    for actual, exact in ((activate(z, name), oracle.activate), (activate_grad(z, name), oracle.activate_grad)):
+        expected = exact(z.double().numpy(), name)
+        error = np.abs(actual.double().numpy() - expected) / (1 + np.abs(expected))
+        assert error.max() < tolerances.NATIVE[dtype], z[error.argmax()]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tanh_keeps_its_digits_near_zero(dtype: torch.dtype, level: str) -> None:
+    z = grid(dtype)
+    z = z[z != 0]
+    expected = np.tanh(z.double().numpy())
+    error = np.abs(activate(z, "tanh").double().numpy() / expected - 1)
+    assert error.max() < 4 * torch.finfo(dtype).eps, z[error.argmax()]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", reference.ACTIVATIONS)
+def test_kinks_and_nan_are_torchs(name: str, dtype: torch.dtype, level: str) -> None:
+    z = torch.tensor([*KINKS, float("nan")] * 8, dtype=dtype, requires_grad=True)  # whole vectors, and a part of one
+    y = reference.ACTIVATIONS[name](z)
+    (derivative,) = torch.autograd.grad(y.sum(), z)
+    bound = tolerances.NATIVE[dtype]
+    torch.testing.assert_close(activate(z.detach(), name), y.detach(), rtol=bound, atol=bound, equal_nan=True)
+    finite = ~z.detach().isnan()
+    actual = activate_grad(z.detach(), name)
+    torch.testing.assert_close(actual[finite], derivative[finite], rtol=bound, atol=bound)
