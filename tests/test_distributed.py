@@ -13,6 +13,7 @@ import recalibration_scenarios
 from batchnorm.distributed import Group
 from batchnorm.errors import OptionError
 from support import processes, tolerances
+from support.comparison import close
 from support.populations import images, layers, made
 
 Found = list[dict[str, Any]]
@@ -62,7 +63,7 @@ def test_one_answer_and_the_same_bits(found: Found, method: str) -> None:
             assert torch.equal(a, b)
             # Where there is dropout, each process draws numbers of its own.
             if method != "average" or len(a) == 6:
-                torch.testing.assert_close(a, c, rtol=tolerances.PARTS, atol=tolerances.PARTS)
+                close(a, c, tolerances.PARTS)
 
 
 def test_max_samples_is_of_each_process(found: Found) -> None:
@@ -126,7 +127,7 @@ def test_a_group_of_some(found: Found) -> None:
     for at in (f["subgroup"] for f in found[:2]):
         assert at["error"] is None
         for a, b in zip(at["statistics"], single, strict=True):
-            torch.testing.assert_close(a, b, rtol=tolerances.PARTS, atol=tolerances.PARTS)
+            close(a, b, tolerances.PARTS)
     for at in (f["subgroup"] for f in found[2:]):
         assert at["error"][0] == OptionError.__name__
         assert "a process group that this process is not in" in at["error"][1]
@@ -141,7 +142,7 @@ def test_a_checkpoint_of_each(found: Found) -> None:
         assert at["files"] == [f"progress{size}.{r}" for r in range(size)]
         assert at["ran"] == (batches - 1 if rank == 1 else 0)
         for a, b in zip(at["statistics"], single, strict=True):
-            torch.testing.assert_close(a, b, rtol=tolerances.PARTS, atol=tolerances.PARTS)
+            close(a, b, tolerances.PARTS)
 
 
 def test_a_process_that_is_killed_is_an_error_in_the_others(tmp_path: Path) -> None:

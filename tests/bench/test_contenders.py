@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from batchnorm.bench import contenders, suites
 from batchnorm.errors import UsageError
 from support import tolerances
+from support.comparison import close
 
 CASES = [
     suites.Case("test", (6, 5), suites.FIRST, "float32"),
@@ -30,7 +31,7 @@ def test_the_answer_is_that_of_the_formula(make: contenders.Callable, case: suit
     expected = [y.detach(), *torch.autograd.grad(y, inputs, dy)]
     tolerance = tolerances.BENCH_ANSWER[case.dtype]
     for actual, e in zip(rival.answer(), expected, strict=True):
-        torch.testing.assert_close(actual, e.float(), rtol=tolerance, atol=tolerance * 10)
+        close(actual, e.float(), relative=tolerance, absolute=tolerance * 10)
 
 
 @pytest.mark.parametrize("phase", contenders.PHASES)
