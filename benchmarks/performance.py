@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-RIVALS = ("torch", "compile", "jax", "tensorflow")
-OTHERS = RIVALS[1:]
+CONTENDERS = ("torch", "compile", "jax", "tensorflow")
+OTHERS = CONTENDERS[1:]
 Case = tuple[str, str]
 
 
 def cases(document: dict[str, Any], dtype: str) -> dict[Case, dict[str, dict[str, float]]]:
-    """Seconds by rival, by phase, by case."""
+    """Seconds by contender, by phase, by case."""
     found: dict[Case, dict[str, dict[str, float]]] = {}
     for row in document["rows"]:
         if row["dtype"] == dtype:
@@ -27,9 +27,9 @@ def cases(document: dict[str, Any], dtype: str) -> dict[Case, dict[str, dict[str
     return found
 
 
-def ratio(seconds: dict[str, float], rivals: Sequence[str]) -> float | None:
-    """The fastest rival's time over ours."""
-    there = [seconds[rival] for rival in rivals if rival in seconds]
+def ratio(seconds: dict[str, float], contenders: Sequence[str]) -> float | None:
+    """The fastest contender's time over ours."""
+    there = [seconds[contender] for contender in contenders if contender in seconds]
     return min(there) / seconds["ours"] if there else None
 
 
@@ -39,20 +39,20 @@ def cell(value: float | None) -> str:
 
 
 def taking_part(document: dict[str, Any]) -> list[str]:
-    """The rivals of a run."""
-    return [rival for rival in RIVALS if any(rival in row["seconds"] for row in document["rows"])]
+    """The contenders of a run."""
+    return [contender for contender in CONTENDERS if any(contender in row["seconds"] for row in document["rows"])]
 
 
 def table(document: dict[str, Any], dtype: str) -> str:
     """Every case: our times, and the others' over ours."""
-    rivals = taking_part(document)
-    heads = ["shape", "layout", "forward, ms", "x torch", "both, ms", *(f"x {rival}" for rival in rivals)]
+    contenders = taking_part(document)
+    heads = ["shape", "layout", "forward, ms", "x torch", "both, ms", *(f"x {contender}" for contender in contenders)]
     heads += ["floor", "inference, ms", "x torch"]
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for (shape, layout), phases in cases(document, dtype).items():
         forward, both, inference = (phases[phase] for phase in ("forward", "both", "inference"))
         values = [shape, layout, f"{1e3 * forward['ours']:.3f}", cell(ratio(forward, ["torch"]))]
-        values += [f"{1e3 * both['ours']:.3f}", *(cell(ratio(both, [rival])) for rival in rivals)]
+        values += [f"{1e3 * both['ours']:.3f}", *(cell(ratio(both, [contender])) for contender in contenders)]
         values += [cell(both["ours"] / both["floor"])]
         values += [f"{1e3 * inference['ours']:.3f}", cell(ratio(inference, ["torch"]))]
         lines.append(f"| {' | '.join(values)} |")
@@ -63,13 +63,13 @@ def sentences(document: dict[str, Any], dtype: str) -> list[str]:
     """Geometric means and the least ratio, forward and backward."""
     found = []
     alone = taking_part(document)
-    others = [rival for rival in OTHERS if rival in alone]
+    others = [contender for contender in OTHERS if contender in alone]
     best = [(f"the best of {', '.join(others)}", others)] if len(others) > 1 else []
-    for name, rivals in [(rival, [rival]) for rival in alone] + best:
+    for name, contenders in [(contender, [contender]) for contender in alone] + best:
         ratios = {
             case: value
             for case, phases in cases(document, dtype).items()
-            if (value := ratio(phases["both"], rivals)) is not None
+            if (value := ratio(phases["both"], contenders)) is not None
         }
         if ratios:
             mean = math.exp(sum(map(math.log, ratios.values())) / len(ratios))

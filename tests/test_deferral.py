@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
 from support import oracle, tolerances
+from support.comparison import close
 
 # Micro-batches of different sizes and places.
 CHUNKS = [torch.randn(n, 3, 4, generator=torch.Generator().manual_seed(n)) * n + n for n in (2, 5, 3, 7)]
@@ -32,8 +33,7 @@ def of_torch(*batches: Tensor, **options: Any) -> dict[str, Tensor]:
 def same(layer: nn.Module, expected: dict[str, Tensor]) -> None:
     assert list(layer.state_dict()) == list(expected)
     for key, value in layer.state_dict().items():
-        tolerance = tolerances.STATISTIC
-        torch.testing.assert_close(value, expected[key], rtol=tolerance, atol=tolerance)
+        close(value, expected[key], tolerances.STATISTIC, name=key)
 
 
 def forwards(layer: nn.Module, chunks: list[Tensor]) -> None:
@@ -61,11 +61,10 @@ def test_one_commit_of_what_one_batch_would_give(momentum: float | None) -> None
 
 
 def test_each_forward_pass_still_normalises_by_its_own_batch() -> None:
-    layer, theirs = bn.BatchNorm1d(3), nn.BatchNorm1d(3)
-    relative, absolute = tolerances.AGAINST_TORCH[torch.float32]
+    layer, expected = bn.BatchNorm1d(3), nn.BatchNorm1d(3)
     with bn.deferred(layer):
         for x in CHUNKS:
-            torch.testing.assert_close(layer(x), theirs(x), rtol=relative, atol=absolute)
+            close(layer(x), expected(x))
 
 
 def test_accumulated_gradients_in_a_network() -> None:
@@ -82,10 +81,10 @@ def test_accumulated_gradients_in_a_network() -> None:
         n, mean, m2 = oracle.moments(torch.cat(inputs).double().numpy())
         joined = pending.moments(layer)
         assert joined.count == n
-        for actual, expected in ((joined.mean, mean), (joined.m2, m2)):
-            assert (abs(actual.numpy() - expected) <= tolerances.STATISTIC * (1 + abs(expected))).all()
-        for actual, expected in ((layer.running_mean, mean * 0.1), (layer.running_var, 0.9 + 0.1 * m2 / (n - 1))):
-            assert (abs(actual.double().numpy() - expected) <= tolerances.STATISTIC * (1 + abs(expected))).all()
+        close(joined.mean, mean, tolerances.STATISTIC)
+        close(joined.m2, m2, tolerances.STATISTIC)
+        close(layer.running_mean, mean * 0.1, tolerances.STATISTIC)
+        close(layer.running_var, 0.9 + 0.1 * m2 / (n - 1), tolerances.STATISTIC)
 
 
 def test_masks_and_ghost_batches_join_by_what_counted() -> None:

@@ -9,25 +9,28 @@ import pytest
 import torch
 
 import batchnorm as bn
+import recalibration_scenarios
 from batchnorm.distributed import Group
 from batchnorm.errors import OptionError
 from support import processes, tolerances
+from support.comparison import close
 from support.populations import images, layers, made
 
 Found = list[dict[str, Any]]
-ALL = [name for name in processes.SCENARIOS if name != "killed"]
+SCRIPT = recalibration_scenarios.__file__
+ALL = [name for name in recalibration_scenarios.SCENARIOS if name != "killed"]
 
 
 @pytest.fixture(scope="module", params=[2, 3])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Found:
     """What two and three processes found, in all scenarios."""
-    return processes.run(ALL, request.param, tmp_path_factory.mktemp("ranks"), timeout=150)
+    return processes.run(ALL, request.param, tmp_path_factory.mktemp("ranks"), timeout=150, script=SCRIPT)
 
 
 def one_process(method: str) -> list[torch.Tensor]:
     model = made("residual")
     torch.manual_seed(0)
-    bn.recalibrate(model, images(*processes.SIZES), method=method)
+    bn.recalibrate(model, images(*recalibration_scenarios.SIZES), method=method)
     return [t for x in layers(model).values() for t in (x.running_mean, x.running_var)]
 
 
@@ -50,8 +53,8 @@ def test_meeting(found: Found) -> None:
 @pytest.mark.parametrize("method", ["exact", "pooled", "average", "again", "data parallel"])
 def test_one_answer_and_the_same_bits(found: Found, method: str) -> None:
     """Shares are uneven, and one is empty."""
-    n = sum(processes.SIZES)
-    counts = {"numbers": (len(processes.SIZES), n, [36 * n, 36 * n, 4 * n, n])}
+    n = sum(recalibration_scenarios.SIZES)
+    counts = {"numbers": (len(recalibration_scenarios.SIZES), n, [36 * n, 36 * n, 4 * n, n])}
     single = one_process(method if method in ("pooled", "average") else "exact")
     for at in (f[method] for f in found):
         assert at["error"] is None
@@ -60,7 +63,7 @@ def test_one_answer_and_the_same_bits(found: Found, method: str) -> None:
             assert torch.equal(a, b)
             # Where there is dropout, each process draws numbers of its own.
             if method != "average" or len(a) == 6:
-                torch.testing.assert_close(a, c, rtol=tolerances.PARTS, atol=tolerances.PARTS)
+                close(a, c, tolerances.PARTS)
 
 
 def test_max_samples_is_of_each_process(found: Found) -> None:
@@ -124,7 +127,7 @@ def test_a_group_of_some(found: Found) -> None:
     for at in (f["subgroup"] for f in found[:2]):
         assert at["error"] is None
         for a, b in zip(at["statistics"], single, strict=True):
-            torch.testing.assert_close(a, b, rtol=tolerances.PARTS, atol=tolerances.PARTS)
+            close(a, b, tolerances.PARTS)
     for at in (f["subgroup"] for f in found[2:]):
         assert at["error"][0] == OptionError.__name__
         assert "a process group that this process is not in" in at["error"][1]
@@ -133,17 +136,17 @@ def test_a_group_of_some(found: Found) -> None:
 
 def test_a_checkpoint_of_each(found: Found) -> None:
     single, size = one_process("pooled"), len(found)
-    batches = len(processes.SIZES) // size
+    batches = len(recalibration_scenarios.SIZES) // size
     for rank, at in enumerate(f["kept"] for f in found):
         assert at["first"][0] == ("LookupError" if rank == 1 else "ProcessError")
         assert at["files"] == [f"progress{size}.{r}" for r in range(size)]
         assert at["ran"] == (batches - 1 if rank == 1 else 0)
         for a, b in zip(at["statistics"], single, strict=True):
-            torch.testing.assert_close(a, b, rtol=tolerances.PARTS, atol=tolerances.PARTS)
+            close(a, b, tolerances.PARTS)
 
 
 def test_a_process_that_is_killed_is_an_error_in_the_others(tmp_path: Path) -> None:
-    found = processes.run(["killed"], 3, tmp_path, timeout=90)
+    found = processes.run(["killed"], 3, tmp_path, timeout=90, script=SCRIPT)
     assert found[1] is None
     for at in (found[0], found[2]):
         assert at is not None

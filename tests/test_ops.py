@@ -14,14 +14,14 @@ import batchnorm
 from batchnorm import activations, call, layout, ops
 from batchnorm.kernels import cpu, reference
 from support import oracle, tolerances
-from support.samples import NATIVE, Sample
+from support.samples import OperatorCase, operator_cases
 
 
 @pytest.mark.parametrize("name", ops.OPERATIONS)
-@pytest.mark.parametrize("masked", [None, torch.bool, torch.float64])
-@pytest.mark.parametrize("sample", NATIVE[::9] + NATIVE[-1:], ids=lambda s: s.name)
+@pytest.mark.parametrize("case", operator_cases(), ids=lambda case: case.name)
 @pytest.mark.filterwarnings("ignore::UserWarning:torch")  # opcheck's own tracing machinery
-def test_opcheck(sample: Sample, masked: torch.dtype | None, name: str) -> None:
+def test_opcheck(case: OperatorCase, name: str) -> None:
+    sample = case.sample
     t = sample.tensors()
     _, mean, m2 = reference.batch_moments(t["x"], sample.layout.channel_dim)
     var = m2 / (t["x"].numel() / sample.layout.channels)
@@ -31,18 +31,18 @@ def test_opcheck(sample: Sample, masked: torch.dtype | None, name: str) -> None:
         "count": torch.tensor(9),
         "running_mean": torch.zeros_like(mean),
         "running_var": torch.ones_like(mean),
-        "num_batches_tracked": torch.tensor(3),
-        "momentum": None,
+        "num_batches_tracked": torch.tensor(3) if case.optional else None,
+        "momentum": 0.1 if case.optional else None,
         "var": var,
-        "mean_dz": mean,
-        "mean_dz_xhat": var,
+        "mean_dz": mean if case.optional else None,
+        "mean_dz_xhat": var if case.optional else None,
         "eps": 1e-5,
         "channel_dim": sample.layout.channel_dim,
         "activation": sample.activation,
     }
     positions = layout.observed_shape(t["x"].shape, sample.layout.channel_dim % t["x"].dim())
-    values["mask"] = None if masked is None else (torch.rand(positions) > 0.3).to(masked)
-    values["num_batches_skipped"] = torch.zeros(mean.shape, dtype=torch.int64)
+    values["mask"] = None if case.mask is None else (torch.rand(positions) > 0.3).to(case.mask)
+    values["num_batches_skipped"] = torch.zeros(mean.shape, dtype=torch.int64) if case.optional else None
     arguments = tuple(values[key] for key in inspect.signature(getattr(reference, name)).parameters)
     result = torch.library.opcheck(getattr(torch.ops.batchnorm, name).default, arguments)
     assert set(result.values()) == {"SUCCESS"}

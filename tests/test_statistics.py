@@ -18,6 +18,7 @@ from batchnorm.call import Call
 from batchnorm.functional import batch_norm, normalize, normalize_by_running
 from batchnorm.statistics import BatchStatistics
 from support import tolerances
+from support.comparison import close
 from support.strategies import Batch, Spec, assert_running, assert_within, expected, specs
 
 MOMENTA = st.sampled_from([0.1, 1.0, None])
@@ -129,9 +130,9 @@ def test_micro_batches_under_deferred(sizes_and_spec: tuple[list[int], Spec], mo
 def assert_moments(m: bn.Moments, batch: Batch) -> None:
     n, mean, m2 = batch.moments()
     rounding = tolerances.ASSOCIATIVITY * (1 + float(batch.x.abs().max()))
-    assert float(m.count) == pytest.approx(n, rel=tolerances.ASSOCIATIVITY)
-    np.testing.assert_allclose(m.mean.numpy(), mean, rtol=0, atol=rounding)
-    np.testing.assert_allclose(m.m2.numpy(), m2, rtol=tolerances.ASSOCIATIVITY, atol=10 * rounding * (1 + n))
+    close(m.count.double(), n, relative=tolerances.ASSOCIATIVITY)
+    close(m.mean, mean, absolute=rounding)
+    close(m.m2, m2, relative=tolerances.ASSOCIATIVITY, absolute=10 * rounding * (1 + n))
 
 
 @property_test(specs(), st.lists(st.integers(0, 9), max_size=5), st.randoms())

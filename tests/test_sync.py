@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import batchnorm as bn
+import sync_scenarios
 from batchnorm.errors import OptionError
-from support import oracle, processes, sync_scenarios, tolerances
+from support import oracle, processes, tolerances
 
 Found = list[dict[str, Any]]
 SCRIPT = sync_scenarios.__file__

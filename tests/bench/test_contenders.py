@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from batchnorm.bench import contenders, suites
 from batchnorm.errors import UsageError
 from support import tolerances
+from support.comparison import close
 
 CASES = [
     suites.Case("test", (6, 5), suites.FIRST, "float32"),
@@ -18,30 +19,30 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("make", [contenders.ours, contenders.theirs], ids=["ours", "theirs"])
+@pytest.mark.parametrize("make", [contenders.ours, contenders.torch_nn], ids=["ours", "torch_nn"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_answer_is_that_of_the_formula(make: contenders.Callable, case: suites.Case) -> None:
-    rival = contenders.Torch("test", make)
-    assert rival.load(case)
+    contender = contenders.TorchModule("test", make)
+    assert contender.load(case)
     x, dy, weight, bias = (t.double() for t in case.tensors())
     inputs = [x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()]
     swapped = x.movedim(case.channel_dim, 1)
     y = F.relu(F.batch_norm(swapped, None, None, weight, bias, training=True)).movedim(1, case.channel_dim)
     expected = [y.detach(), *torch.autograd.grad(y, inputs, dy)]
     tolerance = tolerances.BENCH_ANSWER[case.dtype]
-    for actual, e in zip(rival.answer(), expected, strict=True):
-        torch.testing.assert_close(actual, e.float(), rtol=tolerance, atol=tolerance * 10)
+    for actual, e in zip(contender.answer(), expected, strict=True):
+        close(actual, e.float(), relative=tolerance, absolute=tolerance * 10)
 
 
 @pytest.mark.parametrize("phase", contenders.PHASES)
 def test_every_phase_takes_time_and_leaves_inference_alone(phase: str) -> None:
-    rival = contenders.Torch("test", contenders.ours)
-    rival.load(CASES[0])
-    assert rival.run(phase) > 0
-    assert rival._layers[1].num_batches_tracked == 0
-    assert (rival._layers[0].num_batches_tracked > 0) == (phase != "inference")
-    rival.close()
-    assert vars(rival).keys() == {"name", "_make"}
+    contender = contenders.TorchModule("test", contenders.ours)
+    contender.load(CASES[0])
+    assert contender.run(phase) > 0
+    assert contender._layers[1].num_batches_tracked == 0
+    assert (contender._layers[0].num_batches_tracked > 0) == (phase != "inference")
+    contender.close()
+    assert vars(contender).keys() == {"name", "_make"}
 
 
 def test_a_peer_that_is_not_there(tmp_path: Path) -> None:

@@ -42,8 +42,8 @@ def test_json_has_the_machine_the_versions_and_the_date(rows: list[measure.Row],
     assert [row["phase"] for row in document["rows"]] == list(contenders.PHASES)
 
 
-class Wrong(contenders.Torch):
-    """A rival whose weights' gradient is off."""
+class Wrong(contenders.TorchModule):
+    """A contender whose gradient of the weight is off."""
 
     def answer(self) -> list[torch.Tensor]:
         y, dx, dweight, dbias = super().answer()
@@ -51,9 +51,9 @@ class Wrong(contenders.Torch):
 
 
 def test_a_wrong_answer_stops_the_run() -> None:
-    right, wrong = contenders.Torch("ours", contenders.ours), Wrong("wrong", contenders.theirs)
-    for rival in (right, wrong):
-        rival.load(CASE)
+    right, wrong = contenders.TorchModule("ours", contenders.ours), Wrong("wrong", contenders.torch_nn)
+    for contender in (right, wrong):
+        contender.load(CASE)
     measure.compare(CASE, [right, right])
     with pytest.raises(measure.AnswersDifferError, match=r"wrong on .* dweight differs"):
         measure.compare(CASE, [right, wrong])

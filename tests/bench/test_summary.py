@@ -21,7 +21,7 @@ def test_the_sentences_follow_from_the_rows() -> None:
     assert "warm outputs" in summary.section(rows, warm=True).tables[0].caption
 
 
-def test_a_rival_that_sat_a_case_out_leaves_a_gap() -> None:
+def test_a_contender_that_sat_a_case_out_leaves_a_gap() -> None:
     rows = [row((2, 3), "both", 0.001, 0.004)]
     rows[0].seconds["jax"] = 0.002
     rows.append(row((4, 5), "both", 0.002, 0.002))

@@ -16,6 +16,7 @@ import batchnorm as bn
 import consistency
 from consistency_networks import Architecture, crops
 from support import oracle, tolerances
+from support.comparison import close
 from support.populations import images, inputs, layers, made
 
 
@@ -23,14 +24,14 @@ from support.populations import images, inputs, layers, made
 def test_moments(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3 + 100
     for actual, expected in zip(consistency.moments(x), oracle.moments(x.double().numpy()), strict=True):
-        np.testing.assert_allclose(actual, expected, rtol=tolerances.ASSOCIATIVITY)
+        close(actual, expected, relative=tolerances.ASSOCIATIVITY)
 
 
 def test_joined_is_of_all_rows() -> None:
     a, b = images(2, 7)
     together = consistency.joined(consistency.moments(a), consistency.moments(b))
     for actual, expected in zip(together, oracle.moments(torch.cat([a, b]).double().numpy()), strict=True):
-        np.testing.assert_allclose(actual, expected, rtol=tolerances.ASSOCIATIVITY)
+        close(actual, expected, relative=tolerances.ASSOCIATIVITY)
 
 
 def test_the_gap_is_the_worst_layers_worst_channels() -> None:
@@ -85,7 +86,7 @@ def test_a_row() -> None:
 def test_logits(output: str) -> None:
     x = torch.randn(2, 10, 3, 3)
     actual = consistency.logits({"tensor": x, "dict": {"out": x, "aux": x + 1}}[output])
-    np.testing.assert_allclose(actual, x.double().mean((2, 3)), atol=tolerances.OUTPUT)
+    close(actual, x.double().mean((2, 3)).numpy(), absolute=tolerances.OUTPUT)
     assert torch.equal(consistency.logits((x[:, :, 0, 0], x)), x[:, :, 0, 0])
 
 

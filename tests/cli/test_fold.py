@@ -14,7 +14,7 @@ from torch import Tensor
 import batchnorm as bn
 from batchnorm.cli.main import main
 from cli.commands import fails
-from support import tolerances
+from support.comparison import close
 
 CODE = """
 import torch
@@ -66,11 +66,6 @@ def expected(x: Tensor) -> Tensor:
     return output
 
 
-def close(actual: Tensor, x: Tensor) -> None:
-    relative, absolute = tolerances.AGAINST_TORCH[torch.float32]
-    torch.testing.assert_close(actual, expected(x), rtol=relative, atol=absolute)
-
-
 @pytest.mark.parametrize("example", ["2,3,8,8", "2x3x8x8", "my.py:data", "x.npz"])
 def test_a_program_that_runs_by_itself(example: str, capsys: pytest.CaptureFixture[str]) -> None:
     """For batches of another size than the example's, too."""
@@ -82,7 +77,7 @@ def test_a_program_that_runs_by_itself(example: str, capsys: pytest.CaptureFixtu
     program = torch.export.load("folded.pt2").module()
     assert not any("norm" in str(node.target) for node in torch.export.load("folded.pt2").graph.nodes)
     for n in (2, 5, 7):
-        close(program(images(n)), images(n))
+        close(program(images(n)), expected(images(n)))
     assert {path.name for path in Path().iterdir()} - {"__pycache__"} == {"my.py", "x.npz", "folded.pt2"}
 
 
@@ -90,7 +85,7 @@ def test_onnx() -> None:
     assert main(["fold", "my.py:net", "--output", "folded.onnx", "--example", "2,3,8,8"]) == 0
     session = onnxruntime.InferenceSession("folded.onnx", providers=["CPUExecutionProvider"])
     (y,) = session.run(None, {session.get_inputs()[0].name: images().numpy()})
-    close(torch.from_numpy(y), images())
+    close(torch.from_numpy(y), expected(images()))
 
 
 @pytest.mark.parametrize("name", ["folded.safetensors", "folded.pt"])
@@ -101,7 +96,7 @@ def test_weights(name: str) -> None:
     exec(CODE, names)
     folded = bn.fold(names["net"](), images())  # type: ignore[operator]
     folded.load_state_dict(state)
-    close(folded(images()).detach(), images())
+    close(folded(images()), expected(images()))
 
 
 def test_weights_to_begin_with() -> None:
@@ -113,13 +108,13 @@ def test_weights_to_begin_with() -> None:
     torch.save(model.state_dict(), "other.pt")
     command = ["fold", "my.py:net", "--weights", "other.pt", "--output", "folded.pt2", "--example", "2,3,8,8"]
     assert main(command) == 0
-    close(torch.export.load("folded.pt2").module()(images()) - 3, images())
+    close(torch.export.load("folded.pt2").module()(images()) - 3, expected(images()))
 
 
 def test_an_example_of_one_sample_stays_one() -> None:
     assert main(["fold", "my.py:net", "--output", "folded.pt2", "--example", "1,3,8,8"]) == 0
     program = torch.export.load("folded.pt2").module()
-    close(program(images(1)), images(1))
+    close(program(images(1)), expected(images(1)))
     with pytest.raises(AssertionError):
         program(images(2))
 

@@ -19,6 +19,7 @@ import batchnorm as bn
 from batchnorm.cli.main import main
 from cli.commands import fails, start
 from support import tolerances
+from support.comparison import close
 from support.populations import assert_consistent, images, made
 
 CODE = """
@@ -72,10 +73,10 @@ def by_hand(**options: Any) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], relative: float = 0) -> None:
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        torch.testing.assert_close(tensor, other[name], rtol=relative, atol=relative)
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 0) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in actual.items():
+        close(tensor, expected[name], tolerance, name=name)
 
 
 def test_the_weights_are_those_of_the_function(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from batchnorm.kernels import cpu
 from support import oracle, tolerances
-from support.samples import LAYOUTS, NATIVE, Layout, Sample
+from support.samples import KINKS, LAYOUTS, NATIVE, Layout, Sample
 
 EPS = 1e-5
-KINKS = {"relu": [0.0], "relu6": [0.0, 6.0], "leaky_relu": [0.0], "elu": [0.0], "hardswish": [-3.0, 3.0]}
 native = torch.ops.batchnorm
 
 
@@ -37,7 +36,7 @@ def close_rounded(actual: Tensor, expected: oracle.Array, dtype: torch.dtype) ->
 
 def away_from_the_kinks(sample: Sample, dy: Tensor, z: oracle.Array) -> Tensor:
     """dy, but 0 where float32 cannot tell on which side of a kink z is: there the derivative jumps."""
-    kinks = KINKS.get(sample.activation or "", [])
+    kinks = KINKS.get(sample.activation or "", ())
     unclear = torch.zeros(z.shape, dtype=torch.bool)
     for kink in kinks:
         unclear |= torch.from_numpy(np.abs(z - kink) < tolerances.OUTPUT * 8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from batchnorm.activations import ACTIVATIONS
+
 
 @dataclass(frozen=True)
 class Layout:
-    """A shape, the place of its channels, and how it lies in memory."""
+    """A shape, the dimension of its channels, and how it lies in memory."""
 
     name: str
     shape: tuple[int, ...]
@@ -102,18 +105,100 @@ class Sample:
         return arrays
 
 
-# Every memory order in float32, then every activation in every dtype on three of them, with whole vectors and tails.
+KINKS = {name: row.kinks for name, row in ACTIVATIONS.items()}
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Whole vectors and tails of them, in each of the three orders that the kernels have loops for.
+THREE = (LAYOUTS[1], LAYOUTS[6], LAYOUTS[7])
+
+
+def every_activation() -> list[Sample]:
+    """Every activation in every dtype, with a residual and without, and so that each is in all of the three layouts."""
+    combinations = itertools.product((None, *ACTIVATIONS), DTYPES, (False, True))
+    # An activation has 8 combinations, among which 3 layouts in turn are two or three times each.
+    return [
+        Sample(layout, activation, residual, dtype)
+        for (activation, dtype, residual), layout in zip(combinations, itertools.cycle(THREE), strict=False)
+    ]
+
+
+# Every memory order in float32, then every activation, then samples without weight and bias.
 NATIVE = [
     Sample(layout, activation, residual)
     for layout, activation, residual in itertools.product(LAYOUTS, (None, "relu"), (False, True))
 ]
-NATIVE += [
-    Sample(layout, activation, residual, dtype)
-    for layout, activation, residual, dtype in itertools.product(
-        (LAYOUTS[1], LAYOUTS[6], LAYOUTS[7]),
-        (None, "relu", "relu6", "leaky_relu", "elu", "silu", "gelu", "hardswish", "mish", "sigmoid", "tanh"),
-        (False, True),
-        (torch.float32, torch.float64, torch.bfloat16, torch.float16),
+NATIVE += [sample for sample in every_activation() if sample not in NATIVE]
+NATIVE += [Sample(LAYOUTS[0], None, False, affine=False), Sample(LAYOUTS[7], "relu", True, affine=False)]
+
+
+@dataclass(frozen=True)
+class OperatorCase:
+    """What the operators' schemas, fakes and derivatives are checked with."""
+
+    sample: Sample
+    mask: torch.dtype | None
+    optional: bool  # whether counters, a momentum and means of gradients are given, or None
+
+    @property
+    def name(self) -> str:
+        mask = "" if self.mask is None else f", {str(self.mask).removeprefix('torch.')} mask"
+        return self.sample.name + mask + ", all given" * self.optional
+
+
+def pairwise(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Few combinations of values, one of each axis, in which any two values of two axes come together at least once."""
+    open_pairs = {
+        ((i, a), (j, b)): None
+        for (i, axis), (j, other) in itertools.combinations(enumerate(axes), 2)
+        for a, b in itertools.product(axis, other)
+    }
+    combinations = []
+    while open_pairs:
+        chosen = dict(next(iter(open_pairs)))  # by axis
+        for i, axis in enumerate(axes):
+            if i not in chosen:
+                gains = [
+                    sum(tuple(sorted([(i, value), pair], key=lambda p: p[0])) in open_pairs for pair in chosen.items())
+                    for value in axis
+                ]
+                chosen[i] = axis[gains.index(max(gains))]
+        combination = sorted(chosen.items())
+        for pair in itertools.combinations(combination, 2):
+            open_pairs.pop(pair, None)
+        combinations.append(tuple(value for _, value in combination))
+    return combinations
+
+
+# One for every way in which strides come about.
+OPERATOR_LAYOUTS = [
+    layout
+    for layout in LAYOUTS
+    if layout.name
+    in (
+        "(N, C)",
+        "(N, L, C)",
+        "(C, N)",
+        "(N, C, H, W)",
+        "(N, C, H, W) channels_last",
+        "(N, C, H, W) permuted",
+        "(N, C, H, W) with gaps",
+        "(N, C, H, W) expanded",
+        "(N, C, D, H, W) channels_last_3d",
     )
 ]
-NATIVE += [Sample(LAYOUTS[0], None, False, affine=False), Sample(LAYOUTS[7], "relu", True, affine=False)]
+
+
+def operator_cases() -> list[OperatorCase]:
+    """Pairwise what decides which results an operator returns and of which dtypes; layouts in turn.
+
+    An activation with a residual has one gradient more, weight and bias give theirs a dtype, and a mask gives one to
+    the count: no operator looks at more than two of these at once.
+    """
+    choices = pairwise(
+        DTYPES, (None, torch.bool, torch.float64), (None, "silu"), (False, True), (True, False), (False, True)
+    )
+    return [
+        OperatorCase(Sample(layout, activation, residual, dtype, affine), mask, optional)
+        for (dtype, mask, activation, residual, affine, optional), layout in zip(
+            choices, itertools.cycle(OPERATOR_LAYOUTS), strict=False
+        )
+    ]

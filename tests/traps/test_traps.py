@@ -9,7 +9,7 @@ import pytest
 from traps.kits import OURS, TORCH, expect
 from traps.table import TRAPS, Trap, observed
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 EVERY_TRAP = pytest.mark.parametrize("trap", TRAPS, ids=lambda trap: trap.title)
 # Under vmap, torch runs some operations in a loop, and says so.
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")

@@ -1,1 +1,1 @@
-"""Ours beside the others: the same work, in one run, interleaved, with the answers compared."""
+"""Our layer beside other libraries: the same work, in one run, in turns, with the answers compared."""

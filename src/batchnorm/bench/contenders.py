@@ -1,4 +1,4 @@
-"""Those that are measured: each does the same work on the same case, and tells how long it took.
+"""What is measured: each contender does the same work on the same case, and tells how long it took.
 
 The work is batch normalization with ReLU: "forward" and "inference" give y; "backward" gives the gradients of x,
 weight and bias from a forward pass done before; "both" is a forward and a backward pass.
@@ -26,7 +26,7 @@ PHASES = ("forward", "backward", "both", "inference")
 WORKER = Path(__file__).with_name("worker.py")
 
 
-class Rival(Protocol):
+class Contender(Protocol):
     """One library, holding one case at a time."""
 
     name: str
@@ -41,11 +41,11 @@ class Rival(Protocol):
         """Y, dx, dweight and dbias, as float32 in the layout of the case."""
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Free the tensors of the case."""
 
 
-class Torch:
-    """A torch module on the case's tensors: ours, torch.nn's, or torch.nn's compiled."""
+class TorchModule:
+    """A torch module on the case's tensors: our layer, torch.nn's, or torch.nn's compiled."""
 
     def __init__(self, name: str, make: Callable[[Case], nn.Module]) -> None:
         self.name = name
@@ -84,7 +84,7 @@ class Torch:
         return [t.detach().float() for t in (y, *torch.autograd.grad(y, self._inputs, self._dy))]
 
     def close(self) -> None:
-        """Let the tensors and compiled code go."""
+        """Free the tensors and compiled code."""
         self.__dict__ = {"name": self.name, "_make": self._make}
         torch.compiler.reset()
 
@@ -106,20 +106,20 @@ class _Transposed(nn.Module):
         return y
 
 
-def theirs(case: Case) -> nn.Module:
+def torch_nn(case: Case) -> nn.Module:
     """torch.nn's layer, then ReLU."""
     layer = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[len(case.shape)](case.channels)
     return nn.Sequential(_Transposed(layer) if case.layout == AXIS else layer, nn.ReLU())
 
 
-def compiled(case: Case) -> nn.Module:
+def torch_compile(case: Case) -> nn.Module:
     """The same, compiled."""
-    module: Any = torch.compile(theirs(case), dynamic=False)
+    module: Any = torch.compile(torch_nn(case), dynamic=False)
     return module  # type: ignore[no-any-return]  # torch.compile's result is typed as a callable
 
 
 class Peer:
-    """TensorFlow or JAX in a process and an environment of its own, spoken to in lines of JSON."""
+    """TensorFlow or JAX in a process and an environment of its own; requests and replies are lines of JSON."""
 
     def __init__(self, name: str, environments: Path) -> None:
         python = environments / name / "bin" / "python"
@@ -155,7 +155,7 @@ class Peer:
         return loaded
 
     def run(self, phase: str) -> float | None:
-        """Do the work once, timed over there."""
+        """Do the work once, timed in that process."""
         seconds: float | None = self._ask(do="run", phase=phase)
         return seconds
 
@@ -167,7 +167,7 @@ class Peer:
         return [t.movedim(-1, 1) if self._last and t.dim() > 1 else t for t in results]
 
     def close(self) -> None:
-        """Let the case go; the process stays for the next."""
+        """Nothing to do: the next case takes this one's place."""
 
     def stop(self) -> None:
         """End the process."""

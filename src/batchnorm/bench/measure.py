@@ -10,7 +10,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,20 +19,21 @@ import torch
 from torch import Tensor
 
 import batchnorm
-from batchnorm.bench.contenders import PHASES, Peer, Rival, Torch, compiled, ours, theirs
+from batchnorm.bench.contenders import PHASES, Contender, Peer, TorchModule, ours, torch_compile, torch_nn
 from batchnorm.bench.suites import Case
 from batchnorm.errors import BatchNormError
 
-# A case gets repeats until it has used this much time, within bounds.
+# A case is measured for about this many seconds, in at least and at most so many turns.
 SECONDS, FEWEST, MOST = 1.5, 7, 301
+# Seconds of a contender's turn. Short work is repeated in it: its code is then in the cache, as in a training loop.
 TURN = 2e-3
-# Values whose ReLU may fall on either side of 0 in another rounding, of all values; and what the others may be off.
+# The share of values whose ReLU may fall on either side of 0 in another rounding; and how far the others may be off.
 KINKS = 1e-3
 TOLERANCE = {"float32": 2e-3, "bfloat16": 6e-2}
 
 
 class AnswersDifferError(BatchNormError):
-    """A rival's answer is not ours, so its time means nothing."""
+    """Contenders computed different answers, so their times cannot be compared."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,9 @@ class Row:
         layout: the case's layout.
         dtype: the case's dtype.
         phase: one of `PHASES`.
-        seconds: of each rival, the median; ours under "ours", the floor under "floor".
-        peak_bytes: memory that the process had at most beyond what it had before, of the rivals in this process; None
-            where the system does not tell.
+        seconds: of each contender, the median; ours under "ours", the floor under "floor".
+        peak_bytes: of the contenders in this process, the most memory that it had beyond what it had before; None where
+            the system does not tell.
     """
 
     suite: str
@@ -58,9 +59,9 @@ class Row:
     seconds: dict[str, float]
     peak_bytes: dict[str, int | None]
 
-    def ratio(self, rival: str) -> float | None:
-        """The rival's time over ours: above 1, ours is faster."""
-        return self.seconds[rival] / self.seconds["ours"] if rival in self.seconds else None
+    def ratio(self, contender: str) -> float | None:
+        """The contender's time over ours: above 1, ours is faster."""
+        return self.seconds[contender] / self.seconds["ours"] if contender in self.seconds else None
 
 
 def run(
@@ -74,54 +75,72 @@ def run(
         compile: whether torch.compile takes part.
         warm: keep freed memory in the process, so that outputs lie in memory that was used before. For the rest of
             this process.
-        advance: called with every row when it is there.
+        advance: called with each row as soon as it is measured.
 
     Raises:
-        AnswersDifferError: a rival computes something else.
+        AnswersDifferError: a contender computes another answer than ours.
         UsageError: a peer's environment is missing.
     """
     if warm:
         keep_freed_memory()
-    rivals: list[Rival] = [Torch("ours", ours), Torch("torch", theirs)]
-    rivals += [Torch("compile", compiled)] if compile else []
+    contenders: list[Contender] = [TorchModule("ours", ours), TorchModule("torch", torch_nn)]
+    contenders += [TorchModule("compile", torch_compile)] if compile else []
     started = [Peer(name, peers) for name in ("jax", "tensorflow")] if peers is not None else []
     rows = []
     try:
         for case in cases:
-            taking_part = [rival for rival in (*rivals, *started) if rival.load(case)]
+            taking_part = [contender for contender in (*contenders, *started) if contender.load(case)]
             compare(case, taking_part)
             for phase in PHASES:
                 row = measure(case, phase, taking_part)
                 rows.append(row)
                 advance(row)
-            for rival in taking_part:
-                rival.close()
+            for contender in taking_part:
+                contender.close()
     finally:
         for peer in started:
             peer.stop()
     return rows
 
 
-def measure(case: Case, phase: str, rivals: Sequence[Rival]) -> Row:
-    """One row: every rival and the floor in turn, until there is time for no more."""
-    works: dict[str, Callable[[], float | None]] = {rival.name: partial(rival.run, phase) for rival in rivals}
+def measure(case: Case, phase: str, contenders: Sequence[Contender]) -> Row:
+    """One row: every contender and the floor in turn."""
+    works: dict[str, Callable[[], float | None]] = {c.name: partial(c.run, phase) for c in contenders}
     works["floor"] = floor(case, phase)
     peaks = {name: peak(work) if name in ("ours", "torch", "compile") else None for name, work in works.items()}
-    first = {name: seconds for name, work in works.items() if (seconds := work()) is not None}
-    # Short work is done a few times in a turn: as in a training loop, its code is then in the cache.
-    turns = {name: min(MOST, max(1, int(TURN / seconds))) for name, seconds in first.items()}
-    total = sum(seconds * turns[name] for name, seconds in first.items())
-    repeats = min(MOST, max(FEWEST, int(SECONDS / total)))
-    times: dict[str, list[float]] = {name: [] for name in first}
-    for _ in range(repeats):
-        for name, values in times.items():
-            values.append(statistics.fmean(works[name]() or 0.0 for _ in range(turns[name])))
+    able = {name: partial(_repeated, work) for name, work in works.items() if work() is not None}
+    times = take_turns(able, seconds=SECONDS, turn=TURN)
     medians = {name: statistics.median(values) for name, values in times.items()}
     return Row(case.suite, case.shape, case.layout, case.dtype, phase, medians, peaks)
 
 
+def _repeated(work: Callable[[], float | None], count: int) -> float:
+    return statistics.fmean(work() or 0.0 for _ in range(count))
+
+
+def take_turns(works: Mapping[str, Callable[[int], float]], *, seconds: float, turn: float) -> dict[str, list[float]]:
+    """Time several works in turn, so that what else the machine does falls on all of them.
+
+    Args:
+        works: from a number of repetitions to the mean seconds of one.
+        seconds: about how long all of it may take.
+        turn: seconds to fill with repetitions in one turn.
+
+    Returns:
+        The mean of each turn, by work.
+    """
+    first = {name: work(1) for name, work in works.items()}
+    repetitions = {name: min(MOST, max(1, int(turn / once))) for name, once in first.items()}
+    total = sum(once * repetitions[name] for name, once in first.items())
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(min(MOST, max(FEWEST, int(seconds / total)))):
+        for name, work in works.items():
+            times[name].append(work(repetitions[name]))
+    return times
+
+
 def floor(case: Case, phase: str) -> Callable[[], float]:
-    """The same bytes moved by the fastest copy or addition, into new tensors, as the rivals'.
+    """The same bytes moved by the fastest copy or addition, into new tensors, as the contenders'.
 
     Forward reads x and writes y; backward reads x and dy and writes dx.
     """
@@ -139,20 +158,21 @@ def floor(case: Case, phase: str) -> Callable[[], float]:
     return move
 
 
-def compare(case: Case, rivals: Sequence[Rival]) -> None:
-    """Every rival's answer is the first one's.
+def compare(case: Case, contenders: Sequence[Contender]) -> None:
+    """Check that every contender's answer is the first one's.
 
     Raises:
         AnswersDifferError: one is not.
     """
-    expected = rivals[0].answer()
+    expected = contenders[0].answer()
     scale = math.sqrt(expected[0].numel() / case.channels)  # of a sum over the observations
-    for rival in rivals[1:]:
-        for name, a, e in zip(("y", "dx", "dweight", "dbias"), rival.answer(), expected, strict=True):
+    for contender in contenders[1:]:
+        for name, a, e in zip(("y", "dx", "dweight", "dbias"), contender.answer(), expected, strict=True):
             wrong = wrong_share(a, e, TOLERANCE[case.dtype] * (scale if a.dim() == 1 else 1))
             if wrong > (KINKS if a.dim() > 1 else 0):
                 raise AnswersDifferError(
-                    f"{rival.name} on {case}: {name} differs from ours in {wrong:.2%} of the values"
+                    f"{contender.name} on {case}: {name} differs from that of {contenders[0].name} in {wrong:.2%} of "
+                    "the values"
                 )
 
 
@@ -165,7 +185,7 @@ def peak(work: Callable[[], float | None]) -> int | None:
     """Bytes that this process needed at most while `work` ran, beyond what it had; None where Linux does not tell."""
     try:
         with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # the high-water mark starts anew
+            file.write("5")  # resets the high-water mark
     except OSError:
         return None
     before = _status("VmRSS")
@@ -197,8 +217,17 @@ def geometric_mean(values: Sequence[float]) -> float:
 def write_json(path: Path, rows: Sequence[Row], *, warm: bool) -> None:
     """All rows, with the machine, the versions and the date."""
     document = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **run_information(),
         "outputs": "warm" if warm else "fresh",
+        "rows": [asdict(row) for row in rows],
+    }
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def run_information() -> dict[str, object]:
+    """The date, the machine and the versions, for a file of results."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": {
             "processor": _processor(),
             "cores": os.cpu_count(),
@@ -211,9 +240,7 @@ def write_json(path: Path, rows: Sequence[Row], *, warm: bool) -> None:
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
-        "rows": [asdict(row) for row in rows],
     }
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def _processor() -> str:
