@@ -26,7 +26,7 @@ def require(extra: str, feature: str, *modules: str) -> None:
     Args:
         extra: its name.
         feature: what needs it, as the message's subject.
-        modules: which of its modules; all unless told.
+        modules: which of its modules; all of them by default.
 
     Raises:
         UsageError: one does not import.

@@ -54,7 +54,7 @@ def batch_norm(
         momentum: the weight of the new value in the running statistics.
         eps: added to the variance; > 0 in training, >= 0 in inference.
         channel_dim: the dimension of the channels; -1 for channels last.
-        mask: in training, which positions the statistics are taken from: bool, or weights >= 0. Of input's shape
+        mask: in training, which positions the statistics are taken from: bool, or sample weights >= 0. Of input's shape
             without the channel dimension (a size of 1 broadcasts), or (N,): one value for each sample. The output is
             there for all positions. A mask is a constant to the gradient, and has no effect in inference.
         residual: of input's shape and dtype, added before the activation.
@@ -75,7 +75,7 @@ def batch_norm(
             statistics.
         DTypeError: an input that is not floating, or a residual of another dtype.
         CountError: training with one value for each channel.
-        OptionError: eps, activation, virtual_batch_size or a weight of the mask outside what they may be.
+        OptionError: eps, activation, virtual_batch_size or a value of the mask outside what they may be.
 
     Source: Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate
     Shift", 2015, algorithms 1 and 2.

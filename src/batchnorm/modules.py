@@ -93,8 +93,8 @@ class BatchNorm(BatchNormBase):
 
     Shapes:
         input, residual, output: (N, C, *S), or with the channels in `channel_dim`.
-        mask: the input's shape without the channels (a size of 1 broadcasts), or (N,). Bool, or weights >= 0: which
-            positions the statistics are taken from in training. The output is there for all.
+        mask: the input's shape without the channels (a size of 1 broadcasts), or (N,). Bool, or sample weights >= 0:
+            which positions the statistics are taken from in training. The output is there for all.
 
     Attributes:
         num_batches_skipped: (C,) int64, not in the state_dict: of how many batches a channel's statistics were not
@@ -182,7 +182,8 @@ class BatchNorm(BatchNormBase):
         buffers = self._buffers
         mean, var = buffers["running_mean"], buffers["running_var"]
         training, frozen = self.training, self.frozen
-        moves = self.track_running_stats and not frozen.statistics
+        # Of an empty batch nothing is proposed, unless other processes have parts of it.
+        moves = self.track_running_stats and not frozen.statistics and (input.numel() > 0 or self.sync)
         by_running = mean is not None and var is not None and (not training or frozen.normalization)
         if frozen.affine:
             weight, bias = (None if t is None else t.detach() for t in (weight, bias))
@@ -195,7 +196,7 @@ class BatchNorm(BatchNormBase):
                 if not training:
                     return functional.normalize_by_running(call, mean, var, inplace=self.inplace)
                 output = functional.normalize_by_running(call, mean, var)
-                if not frozen.statistics:
+                if moves:
                     self._propose(functional.batch_moments(call, self._statistics()))
                 return output
             if not training:  # without running statistics
@@ -208,7 +209,7 @@ class BatchNorm(BatchNormBase):
             output, moments = functional.normalize(call, self._statistics())
         except BatchNormError as error:
             raise error.within(f"{type(self).__name__}({self.num_features})") from None
-        if moves and (self.sync or input.numel()):  # of an empty batch nothing is proposed, unless others have parts
+        if moves:
             self._propose(moments)
         return output
 

@@ -32,7 +32,7 @@ class Moments:
     which never subtracts two large numbers. `sum(many, start=Moments.empty(C))` joins any number.
 
     Attributes:
-        count: () int64, or float64 where observations carry weights.
+        count: () int64, or float64 with sample weights.
         mean: (C,) float64, in the activations' unit; 0 for the empty set.
         m2: (C,) float64, in the activations' unit squared.
     """
@@ -51,13 +51,13 @@ class Moments:
     def of(cls, x: Tensor, *, channel_dim: int = 1, mask: Tensor | None = None) -> Moments:
         r"""The moments of one tensor.
 
-        With weights w: count = \sum w, mean = \sum w x / count, m2 = \sum w (x - mean)^2. What a mask leaves out
+        With sample weights w: count = \sum w, mean = \sum w x / count, m2 = \sum w (x - mean)^2. What a mask leaves out
         has no influence whatever its value is, NaN included. Differentiable.
 
         Args:
             x: (N, C, *S) of any dtype, channels in dimension `channel_dim`.
             channel_dim: the dimension of the channels.
-            mask: which positions count: bool, or weights >= 0. Of x's shape without the channel dimension (a
+            mask: which positions count: bool, or sample weights >= 0. Of x's shape without the channel dimension (a
                 size of 1 broadcasts), or (N,): one value for each sample.
 
         Returns:
@@ -65,7 +65,7 @@ class Moments:
 
         Raises:
             ShapeError: rank below 2, or a mask that does not fit.
-            OptionError: a negative weight.
+            OptionError: a sample weight that is negative or not finite.
         """
         axis = layout.channel_axis(x.dim(), channel_dim)
         if mask is not None:

@@ -46,7 +46,7 @@ class Renorm:
         )
 
     def limits(self, num_batches_tracked: Tensor | None) -> tuple[float, float]:
-        """Rmax and dmax at this step."""
+        """The limits rmax and dmax at this step."""
         if isinstance(self.rmax, int | float) and isinstance(self.dmax, int | float):
             return self.rmax, self.dmax
         step = 0 if num_batches_tracked is None else int(num_batches_tracked.item())
@@ -83,7 +83,7 @@ def check_renorm(renorm: object, virtual_batch_size: int | None, track_running_s
 def corrections(
     moments: Moments, running_mean: Tensor, running_var: Tensor, eps: float, rmax: float, dmax: float
 ) -> tuple[Tensor, Tensor]:
-    """R and d, (C,) each, constants to the gradient."""
+    """The corrections r and d, (C,) each, constants to the gradient."""
     count = torch.where(moments.count > 0, moments.count, 1)
     std_batch = (moments.m2 / count + eps).sqrt()
     std = (running_var.to(std_batch.dtype) + eps).sqrt()

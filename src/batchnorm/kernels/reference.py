@@ -46,14 +46,12 @@ def batch_moments(x: Tensor, channel_dim: int, mask: Tensor | None = None) -> tu
         mean = values.mean(dims) if n else values.sum(dims)
         m2 = (values - layout.per_channel(mean, rank, axis)).square().sum(dims)
         return torch.full((), n, device=x.device), mean, m2
-    weights = _with_rank(mask, x, axis)
-    counted = weights.dtype == torch.bool
-    weights = weights.to(values.dtype)
-    values = torch.where(weights > 0, values, 0)
-    total = weights.sum() if weights.shape[axis] == 1 else weights.sum(dims)
-    mean = (weights * values).sum(dims) / torch.where(total > 0, total, 1)
-    m2 = (weights * (values - layout.per_channel(mean, rank, axis)).square()).sum(dims)
-    return total.to(torch.int64) if counted else total, mean, m2
+    w = _with_rank(mask, x, axis).to(values.dtype)
+    values = torch.where(w > 0, values, 0)
+    total = w.sum() if w.shape[axis] == 1 else w.sum(dims)
+    mean = (w * values).sum(dims) / torch.where(total > 0, total, 1)
+    m2 = (w * (values - layout.per_channel(mean, rank, axis)).square()).sum(dims)
+    return total.to(torch.int64) if mask.dtype == torch.bool else total, mean, m2
 
 
 def normalize(
@@ -168,8 +166,8 @@ def backward_input(
         x_hat = _preactivation(x, mean, var, None, None, None, eps, channel_dim)
         through = layout.per_channel(mean_dz, x.dim(), axis) + x_hat * layout.per_channel(mean_dz_xhat, x.dim(), axis)
         if mask is not None:
-            weights = _with_rank(mask, x, axis)
-            through = torch.where(weights > 0, through * weights, 0)
+            w = _with_rank(mask, x, axis)
+            through = torch.where(w > 0, through * w, 0)
         inner = dz - through
     scale = (var.to(dz.dtype) + eps).rsqrt()
     if weight is not None:
