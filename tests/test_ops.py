@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -207,3 +209,31 @@ assert sys.argv[1] != "graphs" or (seen and not [name for name in seen if "batch
 def test_without_kernels_a_compiled_graph_is_plain_torch_and_can_be_fused(how: str) -> None:
     run = subprocess.run([sys.executable, "-c", FUSED, how], capture_output=True, text=True, timeout=500, check=False)
     assert run.returncode == 0, run.stderr
+
+
+def calls_before_the_operator(layer: batchnorm.BatchNorm, x: Tensor) -> list[str]:
+    """The Python functions that a call of a layer goes through up to its first operator, that one's own included."""
+    layer(x)
+    called: list[str] = []
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and not (called and called[-1].startswith("_ops.py")):
+            called.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_code.co_name}")
+
+    sys.setprofile(note)
+    try:
+        layer(x)
+    finally:
+        sys.setprofile(None)
+    return called
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_few_calls_lie_between_a_layer_and_its_operator(training: bool, gradients: bool) -> None:
+    """Each takes a tenth of a microsecond or more, and small inputs feel ten of them."""
+    layer, x = batchnorm.BatchNorm1d(4, activation="relu").train(training), torch.randn(8, 4)
+    with torch.set_grad_enabled(gradients):
+        called = calls_before_the_operator(layer, x)
+    assert called[-1].startswith("_ops.py"), called
+    assert len(called) <= (12 if training or not gradients else 15), called
