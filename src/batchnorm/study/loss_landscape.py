@@ -18,7 +18,7 @@ Loss = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
-class Along:
+class AlongStep:
     """How loss and gradient change from where a step starts to points along it.
 
     With the loss L and its gradient g at the weights w, and points w - eta g:
@@ -37,7 +37,7 @@ class Along:
     smoothness: float
 
 
-def along(parameters: Sequence[nn.Parameter], loss: Loss, rates: Sequence[float]) -> Along:
+def measure_along_step(parameters: Sequence[nn.Parameter], loss: Loss, rates: Sequence[float]) -> AlongStep:
     """Look at the points that the gradient step reaches at several rates; the parameters are left as they were.
 
     Args:
@@ -59,7 +59,7 @@ def along(parameters: Sequence[nn.Parameter], loss: Loss, rates: Sequence[float]
         # At a minimum there is no step, and nothing changes along it.
         ratios.append(change / (rate * _norm(gradients)) if _norm(gradients) else 0.0)
     finite = all(math.isfinite(value) for value in losses)
-    return Along(
+    return AlongStep(
         bounded(max(losses) - min(losses) if finite else math.inf),
         max(map(bounded, changes)),
         max(map(bounded, ratios)),
@@ -99,16 +99,16 @@ class _Moved:
 
     def __init__(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor], rate: float) -> None:
         self._parameters, self._gradients, self._rate = parameters, gradients, rate
-        self._kept: list[Tensor] = []
+        self._saved: list[Tensor] = []
 
     def __enter__(self) -> None:
-        self._kept = [parameter.detach().clone() for parameter in self._parameters]
+        self._saved = [parameter.detach().clone() for parameter in self._parameters]
         descend(self._parameters, self._gradients, self._rate)
 
     def __exit__(self, *_: object) -> None:
         with torch.no_grad():
-            for parameter, kept in zip(self._parameters, self._kept, strict=True):
-                parameter.copy_(kept)
+            for parameter, saved in zip(self._parameters, self._saved, strict=True):
+                parameter.copy_(saved)
 
 
 def descend(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor], rate: float) -> None:
