@@ -126,7 +126,7 @@ def study(
     ]
     facts = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-        "took": f"{time.time() - started:.0f} s for {len(tasks)} of {sum(map(len, grids))} tasks, the others were stored",
+        "took": f"{time.time() - started:.0f} s for {len(tasks)} of {sum(map(len, grids))} tasks; the rest was stored",
         "data": f"{setting.data.name} ({setting.data.digest})",
         "layers": layers,
         **software(),

@@ -92,16 +92,20 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
     }
     chance = setting.data.chance
     target = chance + plan.reach * (max(accuracy.values()) - chance)
-    reached = {args: training.first_step(run["steps"], run["test_accuracy"], target) for args, run in results.items()}
+    first = Results(
+        {
+            args: {"steps": training.first_step(run["steps"], run["test_accuracy"], target)}
+            for args, run in results.items()
+        }
+    )
     cells = []
     for (network, rate), mean in accuracy.items():
-        steps = tuple(reached[network, rate, seed] for seed in range(plan.seeds))
+        steps = tuple(run["steps"] for run in first.runs(network, rate))
         count = len(steps) - steps.count(None)
         cells.append({"network": network, "rate": rate, "accuracy": mean, "reached": count, "steps": steps})
-    first = Results({args: {"steps": steps or plan.steps} for args, steps in reached.items()})
-    best = {network: best_rates(first, network) for network in NETWORKS}
-    fair = _compare(first, best)
-    same = _compare(first, dict.fromkeys(NETWORKS, best[WITHOUT]))
+    best = {network: best_rates(plan, first, network) for network in NETWORKS}
+    fair = _compare(plan, first, best)
+    same = _compare(plan, first, dict.fromkeys(NETWORKS, best[WITHOUT]))
     return Conclusion(
         numbers={"target": target, "cells": cells, "best_rates": fair.record(), "same_rate": same.record()},
         findings=[BEST.judge(fair.ratio), SAME.judge(same.ratio)],
@@ -118,14 +122,14 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
     )
 
 
-def best_rates(steps: Results, network: str) -> tuple[float, ...]:
+def best_rates(plan: Plan, first: Results, network: str) -> tuple[float, ...]:
     """Each seed's rate: where the other seeds were quickest to the target, by their mean logarithm."""
-    return steps.best(lambda run: -math.log(run["steps"]), network)[0]
+    return first.best(lambda run: -math.log(run["steps"] or plan.steps), network)[0]
 
 
-def _compare(first: Results, rates: dict[str, tuple[float, ...]]) -> Comparison:
+def _compare(plan: Plan, first: Results, rates: dict[str, tuple[float, ...]]) -> Comparison:
     steps = {
-        network: tuple(first[network, rate, seed]["steps"] for seed, rate in enumerate(rates[network]))
+        network: tuple(first[network, rate, seed]["steps"] or plan.steps for seed, rate in enumerate(rates[network]))
         for network in NETWORKS
     }
     return Comparison(rates, steps, Paired(steps[WITHOUT], steps[WITH]).ratio())
