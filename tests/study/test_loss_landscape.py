@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import math
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from batchnorm.study.loss_landscape import bounded, descend, disturbance, measure_along_step
+from batchnorm.study.loss_landscape import descend, disturbance, measure_along_step
 from support import tolerances
 
 
@@ -50,13 +49,6 @@ def test_what_has_no_bound_is_bounded() -> None:
     assert (found.loss_range, found.gradient_change) == (1e6, 1e6)
     flat = measure_along_step([parameter], lambda: (0 * parameter).sum(), (0.1,))
     assert (flat.loss_range, flat.gradient_change, flat.smoothness) == (1e-6, 1e-6, 1e-6)
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"), [(2.5, 2.5), (0, 1e-6), (-1, 1e-6), (1e9, 1e6), (math.nan, 1e6), (math.inf, 1e6)]
-)
-def test_bounded(value: float, expected: float) -> None:
-    assert bounded(value) == expected
 
 
 def test_disturbance_is_what_the_definition_says() -> None:

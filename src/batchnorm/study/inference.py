@@ -28,22 +28,15 @@ RECALIBRATED = {AVERAGE: "average", POOLED: "pooled", EXACT: "exact"}
 POPULATION = (RUNNING, *RECALIBRATED)
 
 # Half: by then more of what was learnt is gone than left.
-_LOST = "share of what was learnt beyond chance that is lost, against the running average"
 MEANINGLESS = {
-    PERCEPTRON: Claim(
-        "own-statistics-perceptron",
+    network: Claim(
+        f"own-statistics-{network}",
         "M7",
-        "A single observation's own statistics mean nothing: a perceptron",
-        _LOST,
+        f"A single observation's own statistics mean nothing: a {name}",
+        "share of what was learnt beyond chance that is lost, against the running average",
         0.5,
-    ),
-    RESIDUAL: Claim(
-        "own-statistics-residual",
-        "M7",
-        "A single observation's own statistics mean nothing: a residual net",
-        _LOST,
-        0.5,
-    ),
+    )
+    for network, name in ((PERCEPTRON, "perceptron"), (RESIDUAL, "residual net"))
 }
 # One in a hundred: more than a change of the arithmetic's rounding could explain.
 COMPANY = Claim(

@@ -28,24 +28,16 @@ PERCEPTRON, RESIDUAL = "perceptron", "residual network"
 # One point: less than that nobody would change the order of their layers for. A difference in either direction counts
 # against the claim.
 _MARGIN = 1.0
-_MEASURE = f"{_MARGIN:g} point minus the difference in mean test accuracy, whichever is better"
 CLAIMS = {
-    PERCEPTRON: Claim(
-        "placement-perceptron",
+    network: Claim(
+        f"placement-{key}",
         "M1",
-        "Before or after the activation: no matter in a deep perceptron",
-        _MEASURE,
+        f"Before or after the activation: no matter in a {name}",
+        f"{_MARGIN:g} point minus the difference in mean test accuracy, whichever is better",
         0.0,
         "percentage points",
-    ),
-    RESIDUAL: Claim(
-        "placement-residual",
-        "M1",
-        "Before or after the activation: no matter in a residual network",
-        _MEASURE,
-        0.0,
-        "percentage points",
-    ),
+    )
+    for network, key, name in ((PERCEPTRON, "perceptron", "deep perceptron"), (RESIDUAL, "residual", RESIDUAL))
 }
 
 

@@ -9,7 +9,7 @@ import random
 import shlex
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -51,23 +51,21 @@ class Study:
 
 @dataclass(frozen=True)
 class _Task:
-    """Which experiment, by its position in the table, and which arguments."""
+    """One task of an experiment."""
 
-    experiment: int
+    run: Callable[..., dict[str, Any]]
+    plan: Any
     args: Args
 
 
 @dataclass(frozen=True)
-class _Work:
-    """What workers do; sent to each once, with the data."""
+class _Worker:
+    """What workers do with a task; sent to each once, with the data."""
 
     setting: Setting
-    runs: tuple[Any, ...]
-    plans: tuple[Any, ...]
 
     def __call__(self, task: _Task) -> dict[str, Any]:
-        run, plan = self.runs[task.experiment], self.plans[task.experiment]
-        return run(self.setting, plan, *task.args)  # type: ignore[no-any-return]  # as Experiment.run says
+        return task.run(self.setting, task.plan, *task.args)
 
 
 def study(
@@ -104,29 +102,33 @@ def study(
     started = time.time()
     setting = Setting(dataset.digits() if data is None else dataset.load(data), LAYERS[layers])
     plans = [experiment.quick if quick else experiment.full for experiment in experiments]
+    rows = list(zip(experiments, plans, strict=True))
     with _writing(out):
-        caches = [
-            ResultCache(out / TASKS, experiment, plan, setting)
-            for experiment, plan in zip(experiments, plans, strict=True)
-        ]
-    grids = [experiment.grid(plan).tasks() for experiment, plan in zip(experiments, plans, strict=True)]
-    tasks = [_Task(i, args) for i, grid in enumerate(grids) for args in grid if caches[i].get(args) is None]
+        caches = [ResultCache(out / TASKS, experiment, plan, setting) for experiment, plan in rows]
+    tasks = [
+        (cache, _Task(experiment.run, plan, args))
+        for (experiment, plan), cache in zip(rows, caches, strict=True)
+        for args in experiment.grid(plan).tasks()
+    ]
+    missing = [(cache, task) for cache, task in tasks if cache.get(task.args) is None]
     # In a mixed order, so that the time left can be told from the first ones. Results do not depend on the order.
-    random.Random(0).shuffle(tasks)
-    work = _Work(setting, tuple(experiment.run for experiment in experiments), tuple(plans))
-    with text.progress(console, "study", len(tasks)) as advance:
-        for position, result in compute(work, tasks, processes or cores()):
+    random.Random(0).shuffle(missing)
+    with text.progress(console, "study", len(missing)) as advance:
+        for position, result in compute(_Worker(setting), [task for _, task in missing], processes or cores()):
+            cache, task = missing[position]
             with _writing(out):
-                caches[tasks[position].experiment].put(tasks[position].args, result)
+                cache.put(task.args, result)
             advance(1)
     # Read back, new ones too, so that a number is the same whether it is of this run or of one before.
     conclusions = [
-        experiment.conclude(setting, plan, Results({args: _stored(cache, args) for args in grid}))
-        for experiment, plan, cache, grid in zip(experiments, plans, caches, grids, strict=True)
+        experiment.conclude(
+            setting, plan, Results({args: _stored(cache, args) for args in experiment.grid(plan).tasks()})
+        )
+        for (experiment, plan), cache in zip(rows, caches, strict=True)
     ]
     facts = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-        "took": f"{time.time() - started:.0f} s for {len(tasks)} of {sum(map(len, grids))} tasks; the rest was stored",
+        "took": f"{time.time() - started:.0f} s for {len(missing)} of {len(tasks)} tasks; the rest was stored",
         "data": f"{setting.data.name} ({setting.data.digest})",
         "layers": layers,
         **software(),

@@ -25,14 +25,13 @@ from batchnorm.study.formatting import cell, in_points, interval_curve
 from batchnorm.study.grid import Grid, Results, Run
 from batchnorm.study.measured import Measured, Paired
 from batchnorm.study.networks import Placement
-from batchnorm.study.statistics import Interval, mean_interval
+from batchnorm.study.statistics import SMALLEST, Interval, bounded, mean_interval
 from batchnorm.study.verdict import Claim, Verdict
 
 LINEAR = "linear"
 PLAIN, WITH = "plain", "batch norm"
 NETWORKS: dict[str, Placement] = {PLAIN: "none", WITH: "before"}
-# A network that diverges shifts without bound, one that is dead not at all; both have to have a logarithm.
-_SMALLEST, _LARGEST = 1e-6, 1e3
+_LARGEST = 1e3  # of a network that diverges
 
 # float64 carries 15.9 digits; twelve leave room for the sum of a thousand terms.
 EXPANDED = Claim(
@@ -176,21 +175,17 @@ def shift(before: Tensor, after: Tensor) -> float:
         At least 1e-6 and at most 1e3; what is not a finite number counts as 1e3.
     """
     moved = float((after.mean(0) - before.mean(0)).square().mean().sqrt())
-    return _bounded(moved / max(_width(before), _SMALLEST))
+    return bounded(moved / max(_width(before), SMALLEST), _LARGEST)
 
 
 def width_change(before: Tensor, after: Tensor) -> float:
     """How much their width changed: `|log(width' / width)|`, where the width is the root of the mean variance."""
-    width, new = (max(_width(x), _SMALLEST) for x in (before, after))
-    return _bounded(abs(math.log(new / width)))
+    width, new = (max(_width(x), SMALLEST) for x in (before, after))
+    return bounded(abs(math.log(new / width)), _LARGEST)
 
 
 def _width(x: Tensor) -> float:
     return float(x.var(0, correction=0).mean().sqrt())
-
-
-def _bounded(value: float) -> float:
-    return min(max(value, _SMALLEST), _LARGEST) if math.isfinite(value) else _LARGEST
 
 
 def _geometric(rows: Iterable[Sequence[float]]) -> list[float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import Enum
 
 from batchnorm.report.document import Judged, Outcome
@@ -109,19 +109,6 @@ class Finding:
 
     def record(self) -> dict[str, object]:
         """What results.json holds: the criterion beside the numbers."""
-        claim = self.claim
-        return {
-            "claim": claim.key,
-            "mission": claim.mission,
-            "statement": claim.statement,
-            "measure": claim.measure,
-            "threshold": claim.threshold,
-            "unit": claim.unit,
-            "counted": claim.counted,
-            "count": self.measured.count,
-            "estimate": self.interval.estimate,
-            "low": self.interval.low,
-            "high": self.interval.high,
-            "effect": self.measured.effect,
-            "verdict": self.verdict.value,
-        }
+        claim = asdict(self.claim)
+        measured = {"count": self.measured.count, **asdict(self.interval), "effect": self.measured.effect}
+        return {"claim": claim.pop("key"), **claim, **measured, "verdict": self.verdict.value}
