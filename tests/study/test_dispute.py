@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from batchnorm.study import dispute, training
-from batchnorm.study.dataset import digits
 from batchnorm.study.dispute import (
     CLAIMS,
     EXPLAINS,
@@ -38,11 +37,6 @@ from study.plans import TINY, carried_out, runs_as_printed
 from support import tolerances
 
 PLAN = TINY["dispute"]
-
-
-@pytest.fixture(scope="module")
-def setting() -> Setting:
-    return Setting(digits(), OURS)
 
 
 def weights(model: nn.Module) -> list[torch.Tensor]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from batchnorm.study import dropout, training
-from batchnorm.study.dataset import Part, digits
+from batchnorm.study.dataset import Part
 from batchnorm.study.dropout import (
     BOTH,
     DROPOUT,
@@ -38,11 +38,6 @@ PLAN = TINY["dropout"]
 SEEN = replace(PLAN, steps=12, hidden=(8, 8))  # long enough for one training to end otherwise than another
 RATE = 0.3
 YES, NO, OPEN = Verdict.SUPPORTED, Verdict.NOT_SUPPORTED, Verdict.INCONCLUSIVE
-
-
-@pytest.fixture(scope="module")
-def setting() -> Setting:
-    return Setting(digits(), OURS)
 
 
 def test_every_combination_once() -> None:

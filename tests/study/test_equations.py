@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.study import equations
-from batchnorm.study.dataset import digits
 from batchnorm.study.equations import BIAS, STANDARD, TUNED, WRITTEN, Plan, agreeing_digits, compare, conclude, run
 from batchnorm.study.experiment import Setting
 from batchnorm.study.networks import OURS, TORCH, Layers
@@ -20,11 +19,6 @@ from study.plans import TINY, carried_out, runs_as_printed
 from support import tolerances
 
 PLAN = TINY["equations"]
-
-
-@pytest.fixture(scope="module")
-def setting() -> Setting:
-    return Setting(digits(), OURS)
 
 
 def drawn(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:

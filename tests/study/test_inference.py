@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.study import inference, training
-from batchnorm.study.dataset import digits
 from batchnorm.study.experiment import Conclusion, Setting
 from batchnorm.study.grid import Results
 from batchnorm.study.inference import (
@@ -39,11 +38,6 @@ from study.plans import TINY, carried_out, runs_as_printed
 from support import tolerances
 
 PLAN = TINY["inference"]
-
-
-@pytest.fixture(scope="module")
-def setting() -> Setting:
-    return Setting(digits(), OURS)
 
 
 @pytest.mark.parametrize("layers", [OURS, TORCH], ids=lambda layers: layers.name)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from batchnorm.study import noise
-from batchnorm.study.dataset import digits
 from batchnorm.study.equations import preactivations
 from batchnorm.study.experiment import Setting
 from batchnorm.study.grid import Results
@@ -24,11 +23,6 @@ from study.plans import TINY, carried_out, runs_as_printed
 from support import tolerances
 
 PLAN = TINY["noise"]
-
-
-@pytest.fixture(scope="module")
-def setting() -> Setting:
-    return Setting(digits(), OURS)
 
 
 def rms(x: Any) -> float:

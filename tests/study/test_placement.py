@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from batchnorm.study import placement, training
-from batchnorm.study.dataset import Data, digits
+from batchnorm.study.dataset import Data
 from batchnorm.study.experiment import Conclusion, Setting
 from batchnorm.study.grid import Results
 from batchnorm.study.networks import OURS, TORCH, Layers, Placement, perceptron, residual
@@ -27,11 +27,6 @@ PLAN = TINY["placement"]
 SEEN = replace(PLAN, steps=12, hidden=(8, 8))  # long enough for one training to end otherwise than another
 RATE = 0.3
 YES, NO, OPEN = Verdict.SUPPORTED, Verdict.NOT_SUPPORTED, Verdict.INCONCLUSIVE
-
-
-@pytest.fixture(scope="module")
-def setting() -> Setting:
-    return Setting(digits(), OURS)
 
 
 def test_every_combination_once() -> None:

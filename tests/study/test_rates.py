@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from batchnorm.study import rates, training
-from batchnorm.study.dataset import Data, Part, digits
 from batchnorm.study.experiment import Conclusion, Setting
 from batchnorm.study.grid import Results
 from batchnorm.study.networks import OURS, TORCH, Layers, perceptron
@@ -27,18 +26,6 @@ PLAN = TINY["rates"]
 SEEN = replace(PLAN, steps=12, hidden=(8, 8))  # long enough for one training to end otherwise than another
 RATE = 0.3
 YES, NO, OPEN = Verdict.SUPPORTED, Verdict.NOT_SUPPORTED, Verdict.INCONCLUSIVE
-
-
-@pytest.fixture(scope="module")
-def setting() -> Setting:
-    return Setting(digits(), OURS)
-
-
-@pytest.fixture(scope="module")
-def four() -> Setting:
-    """Data of four classes, one sample each to test: always the same answer is right in a quarter of cases."""
-    part = Part(torch.arange(4), torch.zeros(4, 2), torch.arange(4))
-    return Setting(Data(part, part, (2,), 4, "numbers"), OURS)
 
 
 def test_every_combination_once() -> None:

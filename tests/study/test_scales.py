@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from batchnorm.study import scales, training
-from batchnorm.study.dataset import Data, Part, digits
+from batchnorm.study.dataset import Data, Part
 from batchnorm.study.experiment import Setting
 from batchnorm.study.grid import Results
 from batchnorm.study.networks import OURS, TORCH, perceptron
@@ -34,11 +34,6 @@ from study.plans import TINY, carried_out, runs_as_printed
 from support import tolerances
 
 PLAN = TINY["scales"]
-
-
-@pytest.fixture(scope="module")
-def setting() -> Setting:
-    return Setting(digits(), OURS)
 
 
 def small(features: int = 4, rows: int = 30) -> Data:

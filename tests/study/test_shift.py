@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from batchnorm.study import shift, training
-from batchnorm.study.dataset import digits
 from batchnorm.study.experiment import Setting
 from batchnorm.study.grid import Results
 from batchnorm.study.networks import OURS, TORCH, Layers, perceptron
@@ -38,11 +37,6 @@ from study.plans import TINY, carried_out, runs_as_printed
 from support import tolerances
 
 PLAN = TINY["shift"]
-
-
-@pytest.fixture(scope="module")
-def setting() -> Setting:
-    return Setting(digits(), OURS)
 
 
 @pytest.mark.parametrize("weights", [[2.0], [1.0, 3.0], [0.5, -1.0, 2.0], [1.1, 0.9, 1.2, 0.8, 1.0, 1.3, -0.7]])
