@@ -95,16 +95,18 @@ def test_the_fingerprint_names_all_that_a_result_depends_on(monkeypatch: pytest.
     assert len({*prints.values(), fingerprint(run, Plan(), SETTING)}) == len(prints) + 1
 
 
-MODULES = [
-    (dispute, "dispute loss_landscape noise_injection shift equations training networks dataset measured grid"),
-    (noise, "noise equations"),
-    (shift, "shift equations training"),
-    (placement, "placement training networks dataset"),
-]
+IMPORTED = {
+    dispute: "dispute loss_landscape noise_injection shift equations training networks dataset measured grid",
+    noise: "noise equations",
+    shift: "shift equations training",
+    placement: "placement training networks dataset",
+}
 
 
 @pytest.mark.parametrize(
-    ("experiment", "edited"), [(module, name) for module, names in MODULES for name in names.split()], ids=str
+    ("experiment", "edited"),
+    [(module, name) for module, names in IMPORTED.items() for name in names.split()],
+    ids=lambda value: value.__name__.split(".")[-1] if isinstance(value, ModuleType) else value,
 )
 def test_an_edit_of_a_module_that_an_experiment_imports_changes_the_fingerprint(
     experiment: ModuleType, edited: str, monkeypatch: pytest.MonkeyPatch
