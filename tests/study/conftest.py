@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from batchnorm.study import training
-from batchnorm.study.dataset import Part
+from batchnorm.study.dataset import Data, Part, digits
+from batchnorm.study.experiment import Setting
+from batchnorm.study.networks import OURS
 from batchnorm.study.training import one_thread
 from study.plans import Start
 
@@ -20,6 +22,19 @@ def on_one_core() -> Iterator[None]:
     """As the study's tasks are computed: networks this small are slower on two, by far where others compute as well."""
     with one_thread():
         yield
+
+
+@pytest.fixture(scope="session")
+def setting() -> Setting:
+    """The digits and our layers."""
+    return Setting(digits(), OURS)
+
+
+@pytest.fixture(scope="session")
+def four() -> Setting:
+    """Data of four classes, one sample each to test: always the same answer is right in a quarter of cases."""
+    part = Part(torch.arange(4), torch.zeros(4, 2), torch.arange(4))
+    return Setting(Data(part, part, (2,), 4, "numbers"), OURS)
 
 
 @pytest.fixture

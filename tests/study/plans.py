@@ -12,6 +12,7 @@ from torch import Tensor
 from batchnorm.study import dispute, dropout, equations, inference, noise, placement, rates, scales, shift, speed
 from batchnorm.study.dataset import Part
 from batchnorm.study.experiment import Conclusion, Experiment, Setting
+from batchnorm.study.grid import Results
 from batchnorm.study.training import one_thread
 
 TINY: dict[str, Any] = {
@@ -39,13 +40,13 @@ class Start(NamedTuple):
 
 
 def carried_out(experiment: Experiment[Any], setting: Setting, plan: Any) -> Conclusion:
-    """All tasks one after the other, their results through JSON as when they are kept, and the conclusion."""
+    """All tasks one after the other, their results through JSON as when they are stored, and the conclusion."""
     with one_thread():
         results = {
             args: json.loads(json.dumps(experiment.run(setting, plan, *args), allow_nan=False))
-            for args in experiment.tasks(plan)
+            for args in experiment.grid(plan).tasks()
         }
-    return experiment.conclude(setting, plan, results)
+    return experiment.conclude(setting, plan, Results(results))
 
 
 def runs_as_printed(code: str) -> str:

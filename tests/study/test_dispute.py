@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from batchnorm.study import dispute, training
-from batchnorm.study.dataset import digits
 from batchnorm.study.dispute import (
     CLAIMS,
     EXPLAINS,
@@ -30,6 +29,7 @@ from batchnorm.study.dispute import (
     run,
 )
 from batchnorm.study.experiment import Setting
+from batchnorm.study.grid import Results
 from batchnorm.study.networks import OURS, TORCH, Layers
 from batchnorm.study.noise_injection import Noise
 from batchnorm.study.verdict import Verdict
@@ -37,11 +37,6 @@ from study.plans import TINY, carried_out, runs_as_printed
 from support import tolerances
 
 PLAN = TINY["dispute"]
-
-
-@pytest.fixture(scope="module")
-def setting() -> Setting:
-    return Setting(digits(), OURS)
 
 
 def weights(model: nn.Module) -> list[torch.Tensor]:
@@ -144,35 +139,35 @@ def changed(kind: str, **values: float) -> dict[str, dict[str, float]]:
 def test_each_account_has_its_numbers(
     setting: Setting, networks: dict[str, dict[str, float]], fails: set[Any], words: str
 ) -> None:
-    results = {(kind, seed): made(**networks[kind]) for kind in NETWORKS for seed in range(6)}
-    found = conclude(setting, Plan(seeds=6), results)
+    results: dict[Any, Any] = {(kind, seed): made(**networks[kind]) for kind in NETWORKS for seed in range(6)}
+    found = conclude(setting, Plan(seeds=6), Results(results))
     assert [finding.claim for finding in found.findings] == list(CLAIMS)
     assert {f.claim for f in found.findings if f.verdict is Verdict.NOT_SUPPORTED} == fails
     assert {f.claim for f in found.findings if f.verdict is Verdict.SUPPORTED} == set(CLAIMS) - fails
-    assert words in " ".join(found.section.summary)
+    assert words in " ".join(found.summary)
 
 
 def test_measures(setting: Setting) -> None:
-    results = {(kind, seed): made(**THE_SCEPTICS[kind]) for kind in NETWORKS for seed in range(6)}
-    found = {f.claim: f.interval.estimate for f in conclude(setting, Plan(seeds=6), results).findings}
+    results: dict[Any, Any] = {(kind, seed): made(**THE_SCEPTICS[kind]) for kind in NETWORKS for seed in range(6)}
+    found = {f.claim: f.interval.estimate for f in conclude(setting, Plan(seeds=6), Results(results)).findings}
     expected = {NOISIER: 2, EXPLAINS: -0.05, STILL: 0.15, GRADIENTS: 0, LOSS: 2, PREDICTIVE: 4, SMOOTH: 3}
     assert found == pytest.approx(expected)
 
 
 def test_where_it_cannot_be_told_that_is_said(setting: Setting) -> None:
-    results = {
+    results: dict[Any, Any] = {
         (kind, seed): made(**THE_SCEPTICS[kind] | ({"learning": 0.6 + 0.04 * seed} if kind == NOISY else {}))
         for kind in NETWORKS
         for seed in range(6)
     }
-    found = conclude(setting, Plan(seeds=6), results)
-    assert "cannot be told" in " ".join(found.section.summary)
+    found = conclude(setting, Plan(seeds=6), Results(results))
+    assert "cannot be told" in " ".join(found.summary)
 
 
 @pytest.mark.parametrize("layers", [OURS, TORCH], ids=lambda layers: layers.name)
 def test_it_runs_with_either_layer(setting: Setting, layers: Layers) -> None:
     found = carried_out(dispute.EXPERIMENT, Setting(setting.data, layers), PLAN)
-    assert len(found.section.charts) == 4
+    assert len(found.charts) == 4
     assert all(0 <= run["test"] <= 1 for run in found.numbers["runs"])
 
 

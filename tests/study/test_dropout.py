@@ -7,13 +7,14 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from batchnorm.study import dropout, training
-from batchnorm.study.dataset import Part, digits
+from batchnorm.study.dataset import Part
 from batchnorm.study.dropout import (
     BOTH,
     DROPOUT,
@@ -25,9 +26,9 @@ from batchnorm.study.dropout import (
     Plan,
     conclude,
     run,
-    tasks,
 )
 from batchnorm.study.experiment import Conclusion, Setting
+from batchnorm.study.grid import Results
 from batchnorm.study.networks import OURS, TORCH, Layers, perceptron
 from batchnorm.study.verdict import Verdict
 from study.plans import TINY, Start, carried_out, runs_as_printed
@@ -39,15 +40,10 @@ RATE = 0.3
 YES, NO, OPEN = Verdict.SUPPORTED, Verdict.NOT_SUPPORTED, Verdict.INCONCLUSIVE
 
 
-@pytest.fixture(scope="module")
-def setting() -> Setting:
-    return Setting(digits(), OURS)
-
-
 def test_every_combination_once() -> None:
     names = "plain", "dropout", "batch norm", "batch norm and dropout"
     expected = itertools.product(names, (0.1, 0.2), (0, 1, 2))
-    assert sorted(tasks(Plan(seeds=3, rates=(0.1, 0.2)))) == sorted(expected)
+    assert sorted(dropout.EXPERIMENT.grid(Plan(seeds=3, rates=(0.1, 0.2))).tasks()) == sorted(expected)
 
 
 @pytest.mark.parametrize("layers", [OURS, TORCH], ids=lambda layers: layers.name)
@@ -132,12 +128,12 @@ AS_CLAIMED: Accuracies = {
 def concluded(setting: Setting, changed: Accuracies, seeds: int = 6) -> Conclusion:
     """At a single rate."""
     accuracies = {**AS_CLAIMED, **changed}
-    results = {
+    results: dict[Any, Any] = {
         (network, 0.1, seed): {"train": accuracies[network][0][seed], "test": accuracies[network][1][seed]}
         for network in NETWORKS
         for seed in range(seeds)
     }
-    return conclude(setting, Plan(seeds=seeds, rates=(0.1,)), results)
+    return conclude(setting, Plan(seeds=seeds, rates=(0.1,)), Results(results))
 
 
 @pytest.mark.parametrize(
@@ -179,8 +175,8 @@ def test_the_effects(setting: Setting) -> None:
     """Gaps smaller by 10, 20 and 30 points: mean 20, standard deviation 10. Dropout costs 1, 0 and 2: mean and so 1."""
     gaps = {PLAIN: ([1.0] * 3, [0.8, 0.7, 0.6]), NORM: ([1.0] * 3, [0.9] * 3), BOTH: ([0.9] * 3, [0.89, 0.9, 0.88])}
     gap, redundant = concluded(setting, gaps, seeds=3).findings
-    assert gap.effect == pytest.approx(2)
-    assert redundant.effect == pytest.approx(1)
+    assert gap.measured.effect == pytest.approx(2)
+    assert redundant.measured.effect == pytest.approx(1)
     assert redundant.interval.estimate == pytest.approx(1)
 
 
@@ -188,23 +184,23 @@ def test_the_rate_is_chosen_by_the_other_seeds_on_the_test_samples(setting: Sett
     """Seed 0 is best at 0.1 by far, and alone makes the others choose it; the diverged rate nobody chooses."""
     tests = {0.1: [0.9, 0.5, 0.5], 0.2: [0.6, 0.6, 0.6], 9.0: [0.0, 0.0, 0.0]}
     trains = {0.1: [0.95, 0.55, 0.65], 0.2: [1.0, 1.0, 1.0], 9.0: [0.0, 0.0, 0.0]}
-    results = {
+    results: dict[Any, Any] = {
         (network, rate, seed): {"train": trains[rate][seed], "test": tests[rate][seed]}
         for network, rate, seed in itertools.product(NETWORKS, tests, range(3))
     }
-    found = conclude(setting, Plan(seeds=3, rates=tuple(tests)), results)
+    found = conclude(setting, Plan(seeds=3, rates=tuple(tests)), Results(results))
     assert [c["network"] for c in found.numbers["networks"]] == list(NETWORKS)
     for c in found.numbers["networks"]:
         assert c["rates"] == (0.2, 0.1, 0.1)
         assert c["train"] == (1.0, 0.55, 0.65)
         assert c["test"] == (0.6, 0.5, 0.5)
     # Means of 73.3 and 53.3 %; gaps of 40, 5 and 15 points.
-    assert found.section.tables[0].rows[0] == ("plain", "0.1 or 0.2", "73.3", "53.3", "20.0")
+    assert found.tables[0].rows[0] == ("plain", "0.1 or 0.2", "73.3", "53.3", "20.0")
 
 
 def test_gaps() -> None:
-    cell = dropout.Cell(PLAIN, (0.1, 0.1), (1.0, 0.75), (0.5, 0.875))
-    assert cell.gaps == (0.5, -0.125)
+    network = dropout.AtBestRates(PLAIN, (0.1, 0.1), (1.0, 0.75), (0.5, 0.875))
+    assert network.gaps == (0.5, -0.125)
 
 
 @pytest.mark.parametrize(
@@ -218,21 +214,21 @@ def test_gaps() -> None:
     ],
 )
 def test_whether_there_was_anything_to_replace(setting: Setting, tests: list[float], change: str, words: str) -> None:
-    sentence = concluded(setting, {DROPOUT: ([0.95] * 6, tests)}).section.summary[2]
+    sentence = concluded(setting, {DROPOUT: ([0.95] * 6, tests)}).summary[2]
     assert sentence.startswith(f"Dropout changed the test accuracy by {change} percentage points (95 % interval ")
     assert f" without batch normalization, {words}" in sentence
 
 
 def test_what_is_said_and_shown(setting: Setting) -> None:
     found = concluded(setting, {BOTH: ([0.95] * 6, [0.86, 0.88] * 3)})
-    opening, gap, _, besides = found.section.summary
+    opening, gap, _, besides = found.summary
     assert "learnt from 300 samples only" in opening
     assert gap == (
         "The generalisation gap, accuracy on the samples learnt from minus test accuracy, was 20.0 points without "
         "batch normalization and 10.0 with: a difference of +10.00 percentage points (95 % interval +10.00 to +10.00)."
     )
     assert besides.startswith("With batch normalization, it changed it by -3.00 percentage points (95 % interval -")
-    accuracies, gains = found.section.tables
+    accuracies, gains = found.tables
     assert accuracies.rows == [
         ("plain", "0.1", "100.0", "80.0", "20.0"),
         ("dropout", "0.1", "95.0", "85.0", "10.0"),
@@ -249,7 +245,7 @@ def test_what_is_said_and_shown(setting: Setting) -> None:
 
 
 def test_what_is_drawn(setting: Setting) -> None:
-    (chart,) = concluded(setting, {BOTH: ([0.95] * 6, [0.86, 0.88] * 3)}).section.charts
+    (chart,) = concluded(setting, {BOTH: ([0.95] * 6, [0.86, 0.88] * 3)}).charts
     assert chart.names == ((0, "plain"), (1, "dropout"), (2, "batch norm"), (3, "batch norm and dropout"))
     learnt, test = chart.curves
     assert (learnt.label, test.label) == ("learnt from", "test")

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.study import equations
-from batchnorm.study.dataset import digits
-from batchnorm.study.equations import BIAS, STANDARD, TUNED, WRITTEN, Plan, compare, conclude, digits_of, run, tasks
+from batchnorm.study.equations import BIAS, STANDARD, TUNED, WRITTEN, Plan, agreeing_digits, compare, conclude, run
 from batchnorm.study.experiment import Setting
 from batchnorm.study.networks import OURS, TORCH, Layers
 from batchnorm.study.verdict import Verdict
@@ -20,11 +19,6 @@ from study.plans import TINY, carried_out, runs_as_printed
 from support import tolerances
 
 PLAN = TINY["equations"]
-
-
-@pytest.fixture(scope="module")
-def setting() -> Setting:
-    return Setting(digits(), OURS)
 
 
 def drawn(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -126,24 +120,26 @@ def test_the_example_is_the_first_mini_batch_step_by_step(setting: Setting) -> N
 def test_every_mini_batch_of_an_epoch_counts(setting: Setting) -> None:
     found = carried_out(equations.EXPERIMENT, setting, PLAN)
     each = len(setting.data.train.labels) // PLAN.batch_size
-    assert len(tasks(PLAN)) == PLAN.seeds
-    assert {finding.count for finding in found.findings} == {each * PLAN.seeds}
+    assert len(equations.EXPERIMENT.grid(PLAN).tasks()) == PLAN.seeds
+    assert {finding.measured.count for finding in found.findings} == {each * PLAN.seeds}
 
 
 def test_the_worst_mini_batch_decides(setting: Setting) -> None:
-    results = {args: dict(run(setting, PLAN, *args)) for args in tasks(PLAN)}
+    results: dict[Any, Any] = {
+        args: dict(run(setting, PLAN, *args)) for args in equations.EXPERIMENT.grid(PLAN).tasks()
+    }
     results[(1,)]["tuned"] = 0.01
     found = conclude(setting, PLAN, results)
     by_claim = {finding.claim: finding for finding in found.findings}
     assert by_claim[TUNED].interval.estimate == pytest.approx(2)
     assert by_claim[TUNED].verdict is Verdict.NOT_SUPPORTED
     assert by_claim[WRITTEN].verdict is Verdict.SUPPORTED
-    assert "3 of the 4 statements held" in " ".join(found.section.summary)
+    assert "3 of the 4 statements held" in " ".join(found.summary)
 
 
 @pytest.mark.parametrize(("error", "expected"), [(1e-3, 3), (0.5, 0.30103), (10, -1), (0, 16)])
-def test_digits_of(error: float, expected: float) -> None:
-    assert digits_of(error) == pytest.approx(expected)
+def test_agreeing_digits(error: float, expected: float) -> None:
+    assert agreeing_digits(error) == pytest.approx(expected)
 
 
 def test_the_allowance_is_needed() -> None:

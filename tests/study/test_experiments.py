@@ -16,6 +16,8 @@ from rich.console import Console
 from batchnorm.study.experiment import Experiment
 from batchnorm.study.experiments import EXPERIMENTS
 from batchnorm.study.runner import study
+from batchnorm.study.verdict import Verdict
+from study import example
 from study.plans import TINY
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -93,6 +95,21 @@ def test_every_claim_has_a_finding_in_order(results: dict[str, Any]) -> None:
         assert [finding["claim"] for finding in findings] == [claim.key for claim in row.claims]
 
 
+def test_a_new_experiment_is_one_file_and_one_row(tmp_path: Path) -> None:
+    """The example is run, judged, stored and reported beside another experiment."""
+    rows = (example.EXPERIMENT, SMALL[0])
+    outcome = study(tmp_path, console=Console(file=io.StringIO()), quick=True, experiments=rows, processes=1)
+    content = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["experiments"]
+    assert list(content) == ["longer", SMALL[0].name]
+    assert outcome.findings[0].verdict is Verdict.SUPPORTED
+    assert [run["seed"] for run in content["longer"]["numbers"]["runs"]] == [seed for seed in range(6) for _ in "ab"]
+    html = outcome.page.read_text(encoding="utf-8")
+    for part in ("Does longer training help?", example.LONGER.statement, "Plain gradient descent.", "print("):
+        assert part in html
+    assert (tmp_path / "figures" / "longer-1.svg").exists()
+    assert len(Path(example.__file__).read_text(encoding="utf-8").splitlines()) < 150
+
+
 def test_names_and_claims_are_unlike_each_other() -> None:
     claims = [claim for row in EXPERIMENTS for claim in row.claims]
     for names in ([row.name for row in EXPERIMENTS], [c.key for c in claims], [c.statement for c in claims]):
@@ -109,7 +126,7 @@ def test_a_row(row: Experiment[Any]) -> None:
         assert len(claim.statement) <= 75, "one line of the summary"
     for plan in (row.full, row.quick):
         assert is_dataclass(plan)
-        tasks = row.tasks(plan)
+        tasks = row.grid(plan).tasks()
         assert len(set(tasks)) == len(tasks)
         assert [tuple(task) for task in json.loads(json.dumps(tasks))] == list(tasks)
         json.dumps(asdict(plan), allow_nan=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.study import inference, training
-from batchnorm.study.dataset import digits
-from batchnorm.study.experiment import Setting
+from batchnorm.study.experiment import Conclusion, Setting
+from batchnorm.study.grid import Results
 from batchnorm.study.inference import (
     ALONE,
     AVERAGE,
@@ -30,7 +31,6 @@ from batchnorm.study.inference import (
     by_own_statistics,
     conclude,
     run,
-    tasks,
 )
 from batchnorm.study.networks import OURS, TORCH, Layers, perceptron, residual
 from batchnorm.study.verdict import Verdict
@@ -38,11 +38,6 @@ from study.plans import TINY, carried_out, runs_as_printed
 from support import tolerances
 
 PLAN = TINY["inference"]
-
-
-@pytest.fixture(scope="module")
-def setting() -> Setting:
-    return Setting(digits(), OURS)
 
 
 @pytest.mark.parametrize("layers", [OURS, TORCH], ids=lambda layers: layers.name)
@@ -153,6 +148,12 @@ def made(
     }
 
 
+def concluded(setting: Setting, made_for: Callable[[str], dict[str, Any]]) -> Conclusion:
+    """From the same numbers for six seeds, by the network."""
+    results = Results({(network, seed): made_for(network) for seed in range(6) for network in MEANINGLESS})
+    return conclude(setting, Plan(seeds=6), results)
+
+
 @pytest.mark.parametrize(
     ("change", "fails"),
     [
@@ -165,8 +166,7 @@ def made(
     ],
 )
 def test_each_claim_has_its_own_number(setting: Setting, change: dict[str, float], fails: set[Any]) -> None:
-    plan = Plan(seeds=6)
-    found = conclude(setting, plan, {args: made(**change) for args in tasks(plan)})
+    found = concluded(setting, lambda _: made(**change))
     assert {f.claim for f in found.findings if f.verdict is Verdict.NOT_SUPPORTED} == fails
     assert {f.claim for f in found.findings if f.verdict is Verdict.SUPPORTED} == {
         *MEANINGLESS.values(),
@@ -177,27 +177,25 @@ def test_each_claim_has_its_own_number(setting: Setting, change: dict[str, float
 
 
 def test_networks_are_judged_apart(setting: Setting) -> None:
-    plan = Plan(seeds=6)
-    found = conclude(setting, plan, {args: made(own=0.1 if args[0] == PERCEPTRON else 0.85) for args in tasks(plan)})
+    found = concluded(setting, lambda network: made(own=0.1 if network == PERCEPTRON else 0.85))
     verdicts = {finding.claim: finding.verdict for finding in found.findings}
     assert verdicts[MEANINGLESS[PERCEPTRON]] is Verdict.SUPPORTED
     assert verdicts[MEANINGLESS[RESIDUAL]] is Verdict.NOT_SUPPORTED
     chance = setting.data.chance
     lost = next(f.interval.estimate for f in found.findings if f.claim is MEANINGLESS[RESIDUAL])
     assert lost == pytest.approx(0.05 / (0.9 - chance))
-    assert "The residual network answered 85.0 % rightly by the sample's own" in " ".join(found.section.summary)
+    assert "The residual network answered 85.0 % rightly by the sample's own" in " ".join(found.summary)
 
 
 def test_where_nothing_was_learnt_nothing_is_lost(setting: Setting) -> None:
-    plan = Plan(seeds=6)
-    found = conclude(setting, plan, {args: made(own=0.1, running=0.05, exact=0.05) for args in tasks(plan)})
+    found = concluded(setting, lambda _: made(own=0.1, running=0.05, exact=0.05))
     assert found.findings[0].interval.estimate == 0
 
 
 @pytest.mark.parametrize("layers", [OURS, TORCH], ids=lambda layers: layers.name)
 def test_it_runs_with_either_layer(setting: Setting, layers: Layers) -> None:
     found = carried_out(inference.EXPERIMENT, Setting(setting.data, layers), PLAN)
-    assert len(found.section.tables[0].rows) == 2 * 5
+    assert len(found.tables[0].rows) == 2 * 5
     assert len(found.numbers["runs"]) == 2 * PLAN.seeds
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import math
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from batchnorm.study.loss_landscape import along, bounded, descend, disturbance
+from batchnorm.study.loss_landscape import descend, disturbance, measure_along_step
 from support import tolerances
 
 
@@ -25,7 +24,7 @@ def test_along_a_quadratic_bowl() -> None:
     a, w = np.array([2.0, 0.5]), np.array([3.0, -4.0])
     parameters, curvatures = quadratic(a.tolist(), w.tolist())
     rates = (0.1, 0.4, 1.5)
-    found = along(parameters, lambda: (curvatures * torch.cat(list(parameters)) ** 2).sum() / 2, rates)
+    found = measure_along_step(parameters, lambda: (curvatures * torch.cat(list(parameters)) ** 2).sum() / 2, rates)
     losses = [np.sum(a * w**2) / 2, *(np.sum(a * ((1 - r * a) * w) ** 2) / 2 for r in rates)]
     changes = [np.linalg.norm(r * a * a * w) for r in rates]
     assert found.loss_range == pytest.approx(max(losses) - min(losses))
@@ -38,7 +37,7 @@ def test_along_a_quadratic_bowl() -> None:
 def test_along_a_quartic_the_largest_ratio_counts() -> None:
     """L = w^4: the gradient is 4 w^3, and falls fastest in the first step."""
     parameter = nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
-    found = along([parameter], lambda: (parameter**4).sum(), (0.05, 0.1))
+    found = measure_along_step([parameter], lambda: (parameter**4).sum(), (0.05, 0.1))
     ratios = [abs(4 * (1 - 4 * r) ** 3 - 4) / (4 * r) for r in (0.05, 0.1)]
     assert found.smoothness == pytest.approx(max(ratios))
     assert ratios[0] > ratios[1]
@@ -46,17 +45,10 @@ def test_along_a_quartic_the_largest_ratio_counts() -> None:
 
 def test_what_has_no_bound_is_bounded() -> None:
     parameter = nn.Parameter(torch.tensor([50.0]))
-    found = along([parameter], lambda: torch.exp(parameter**2).sum(), (0.1,))
+    found = measure_along_step([parameter], lambda: torch.exp(parameter**2).sum(), (0.1,))
     assert (found.loss_range, found.gradient_change) == (1e6, 1e6)
-    flat = along([parameter], lambda: (0 * parameter).sum(), (0.1,))
+    flat = measure_along_step([parameter], lambda: (0 * parameter).sum(), (0.1,))
     assert (flat.loss_range, flat.gradient_change, flat.smoothness) == (1e-6, 1e-6, 1e-6)
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"), [(2.5, 2.5), (0, 1e-6), (-1, 1e-6), (1e9, 1e6), (math.nan, 1e6), (math.inf, 1e6)]
-)
-def test_bounded(value: float, expected: float) -> None:
-    assert bounded(value) == expected
 
 
 def test_disturbance_is_what_the_definition_says() -> None:
@@ -116,7 +108,7 @@ def test_parameters_come_back_after_an_error() -> None:
         return (parameter**2).sum()
 
     with pytest.raises(ZeroDivisionError):
-        along([parameter], fails, (0.25,))
+        measure_along_step([parameter], fails, (0.25,))
     assert calls == [1.0, 0.5]
     assert parameter.item() == 1.0
 

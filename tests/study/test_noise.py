@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from batchnorm.study import noise
-from batchnorm.study.dataset import digits
 from batchnorm.study.equations import preactivations
 from batchnorm.study.experiment import Setting
+from batchnorm.study.grid import Results
 from batchnorm.study.networks import OURS, TORCH, Layers
 from batchnorm.study.noise import FAR, GHOST, JOINED, LAW, conclude, draw, exponent, predicted, run
 from batchnorm.study.verdict import Verdict
@@ -23,11 +23,6 @@ from study.plans import TINY, carried_out, runs_as_printed
 from support import tolerances
 
 PLAN = TINY["noise"]
-
-
-@pytest.fixture(scope="module")
-def setting() -> Setting:
-    return Setting(digits(), OURS)
 
 
 def rms(x: Any) -> float:
@@ -112,10 +107,10 @@ def made(mean: float = 0.35, slope: float = -0.5, ghost: float = 0.43, joined: f
     ],
 )
 def test_each_claim_has_its_own_number(setting: Setting, change: dict[str, float], claim: Any, words: str) -> None:
-    found = conclude(setting, PLAN, {(seed,): made(**change) for seed in range(6)})
+    found = conclude(setting, PLAN, Results({(seed,): made(**change) for seed in range(6)}))
     for finding in found.findings:
         assert (finding.verdict is Verdict.NOT_SUPPORTED) == (finding.claim is claim)
-    assert words in " ".join(found.section.summary)
+    assert words in " ".join(found.summary)
 
 
 def test_what_the_digits_say(setting: Setting) -> None:
@@ -123,9 +118,9 @@ def test_what_the_digits_say(setting: Setting) -> None:
     verdicts = {finding.claim: finding.verdict for finding in found.findings}
     assert verdicts[FAR] is Verdict.SUPPORTED
     assert verdicts[LAW] is Verdict.SUPPORTED
-    assert "by hand" not in " ".join(found.section.notes)
+    assert "by hand" not in " ".join(found.notes)
     theirs = carried_out(noise.EXPERIMENT, Setting(setting.data, TORCH), PLAN)
-    assert "by hand" in " ".join(theirs.section.notes)
+    assert "by hand" in " ".join(theirs.notes)
 
 
 def test_a_seed_gives_the_same_numbers_again(setting: Setting) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from batchnorm.study.networks import OURS, TORCH, Layers, perceptron
-from batchnorm.study.noise_injection import Noise, noisy
+from batchnorm.study.noise_injection import Noise, add_noise
 
 
 def passes(count: int, features: int = 4, rows: int = 2000) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,7 +53,7 @@ def test_the_network_is_the_same_but_for_the_noise(layers: Layers) -> None:
 
     x = torch.randn(32, 6, generator=torch.Generator().manual_seed(1))
     quiet = made()
-    loud = noisy(made(), layers, 0)
+    loud = add_noise(made(), layers, 0)
     assert len(list(loud.parameters())) == len(list(quiet.parameters()))
     assert not torch.allclose(loud(x), quiet(x), atol=0.1)
     noises = {id(module) for module in loud.modules() if isinstance(module, Noise)}

@@ -7,16 +7,18 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from batchnorm.study import placement, training
-from batchnorm.study.dataset import Data, digits
+from batchnorm.study.dataset import Data
 from batchnorm.study.experiment import Conclusion, Setting
+from batchnorm.study.grid import Results
 from batchnorm.study.networks import OURS, TORCH, Layers, Placement, perceptron, residual
-from batchnorm.study.placement import CLAIMS, PERCEPTRON, PLACEMENTS, RESIDUAL, Plan, conclude, run, tasks
+from batchnorm.study.placement import CLAIMS, PERCEPTRON, PLACEMENTS, RESIDUAL, Plan, conclude, run
 from batchnorm.study.verdict import Verdict
 from study.plans import TINY, Start, carried_out, runs_as_printed
 from support import tolerances
@@ -27,15 +29,10 @@ RATE = 0.3
 YES, NO, OPEN = Verdict.SUPPORTED, Verdict.NOT_SUPPORTED, Verdict.INCONCLUSIVE
 
 
-@pytest.fixture(scope="module")
-def setting() -> Setting:
-    return Setting(digits(), OURS)
-
-
 def test_every_combination_once() -> None:
     plan = Plan(seeds=3, rates=(0.1, 0.2))
     expected = itertools.product(("perceptron", "residual network"), ("before", "after", "none"), (0.1, 0.2), (0, 1, 2))
-    assert sorted(tasks(plan)) == sorted(expected)
+    assert sorted(placement.EXPERIMENT.grid(plan).tasks()) == sorted(expected)
 
 
 @pytest.mark.parametrize("network", CLAIMS)
@@ -88,13 +85,13 @@ def concluded(
     setting: Setting, of_perceptron: Accuracies, of_residual: Accuracies = ALIKE, seeds: int = 6
 ) -> Conclusion:
     """At a single rate, from each seed's accuracies."""
-    results = {
+    results: dict[Any, Any] = {
         (network, kind, 0.1, seed): {"accuracy": accuracies[kind][seed]}
         for network, accuracies in ((PERCEPTRON, of_perceptron), (RESIDUAL, of_residual))
         for kind in PLACEMENTS
         for seed in range(seeds)
     }
-    return conclude(setting, Plan(seeds=seeds, rates=(0.1,)), results)
+    return conclude(setting, Plan(seeds=seeds, rates=(0.1,)), Results(results))
 
 
 @pytest.mark.parametrize(
@@ -130,25 +127,25 @@ def test_the_effect_is_of_after_minus_before(setting: Setting) -> None:
     """Differences of 1, 2 and 3 points: mean 2, standard deviation 1."""
     changed: Accuracies = {"before": [0.9, 0.8, 0.7], "after": [0.91, 0.82, 0.73], "none": [0.5, 0.5, 0.5]}
     first, second = concluded(setting, changed, seeds=3).findings
-    assert first.effect == pytest.approx(2)
+    assert first.measured.effect == pytest.approx(2)
     assert first.interval.estimate == pytest.approx(-1)
-    assert second.effect is None
+    assert second.measured.effect is None
 
 
 def test_the_rate_is_chosen_by_the_other_seeds(setting: Setting) -> None:
     """Seed 0 is best at 0.1 by far, and alone makes the others choose it; the diverged rate nobody chooses."""
     scores = {0.1: [0.9, 0.5, 0.5], 0.2: [0.6, 0.6, 0.6], 9.0: [0.0, 0.0, 0.0]}
-    results = {
+    results: dict[Any, Any] = {
         (network, kind, rate, seed): {"accuracy": scores[rate][seed]}
         for network, kind, rate, seed in itertools.product(CLAIMS, PLACEMENTS, scores, range(3))
     }
-    found = conclude(setting, Plan(seeds=3, rates=tuple(scores)), results)
+    found = conclude(setting, Plan(seeds=3, rates=tuple(scores)), Results(results))
     assert [(cell["network"], cell["placement"]) for cell in found.numbers["networks"]] == list(
         itertools.product(CLAIMS, PLACEMENTS)
     )
     for cell in found.numbers["networks"]:
         assert (cell["rates"], cell["accuracy"]) == ((0.2, 0.1, 0.1), (0.6, 0.5, 0.5))
-    assert found.section.tables[0].rows[0] == (
+    assert found.tables[0].rows[0] == (
         "perceptron",
         "before the activation",
         "0.1 or 0.2",
@@ -162,7 +159,7 @@ def test_what_is_said(setting: Setting) -> None:
     better: Accuracies = {"before": [0.7] * 6, "after": [0.75] * 6, "none": [0.8] * 6}
     found = concluded(setting, diverged, better)
     json.dumps(found.numbers, allow_nan=False)
-    _, of_perceptron, of_residual = found.section.summary
+    _, of_perceptron, of_residual = found.summary
     for sentence, network, changes in (
         (of_perceptron, "perceptron", ("-5.00", "+90.00")),
         (of_residual, "residual network", ("+5.00", "-10.00")),
@@ -172,7 +169,7 @@ def test_what_is_said(setting: Setting) -> None:
             f"In the {network}, moving it from before to after the activation changed the test accuracy by {after}; "
             f"having it before the activation rather than not at all, by {gain}."
         )
-    assert [row[1:4] for row in found.section.tables[0].rows] == [
+    assert [row[1:4] for row in found.tables[0].rows] == [
         (place, "0.1", accuracy)
         for place, accuracy in zip(
             ["before the activation", "after it", "nowhere"] * 2,
@@ -184,7 +181,7 @@ def test_what_is_said(setting: Setting) -> None:
 
 def test_what_is_drawn(setting: Setting) -> None:
     better: Accuracies = {"before": [0.7] * 6, "after": [0.65, 0.85] * 3, "none": [0.8] * 6}
-    (chart,) = concluded(setting, ALIKE, better).section.charts
+    (chart,) = concluded(setting, ALIKE, better).charts
     assert chart.names == ((0, "before the activation"), (1, "after it"), (2, "nowhere"))
     for curve, label, heights in zip(chart.curves, CLAIMS, ([90, 90, 60], [70, 75, 80]), strict=True):
         assert curve.label == label
@@ -203,7 +200,7 @@ def test_what_is_drawn(setting: Setting) -> None:
 def test_the_notes_name_the_linear_maps(setting: Setting, shape: tuple[int, ...], words: str) -> None:
     data = setting.data
     reshaped = Data(data.train, data.test, shape, data.classes, data.name)
-    assert words in concluded(Setting(reshaped, OURS), ALIKE).section.notes[0]
+    assert words in concluded(Setting(reshaped, OURS), ALIKE).notes[0]
 
 
 @pytest.mark.parametrize("layers", [OURS, TORCH], ids=lambda layers: layers.name)

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from batchnorm.study import rates, training
-from batchnorm.study.dataset import Data, Part, digits
 from batchnorm.study.experiment import Conclusion, Setting
+from batchnorm.study.grid import Results
 from batchnorm.study.networks import OURS, TORCH, Layers, perceptron
-from batchnorm.study.rates import LARGEST, NETWORKS, RANGE, WITH, WITHOUT, Plan, conclude, run, tasks
+from batchnorm.study.rates import LARGEST, NETWORKS, RANGE, WITH, WITHOUT, Plan, conclude, run
 from batchnorm.study.verdict import Verdict
 from study.plans import TINY, Start, carried_out, runs_as_printed
 from support import tolerances
@@ -28,21 +28,9 @@ RATE = 0.3
 YES, NO, OPEN = Verdict.SUPPORTED, Verdict.NOT_SUPPORTED, Verdict.INCONCLUSIVE
 
 
-@pytest.fixture(scope="module")
-def setting() -> Setting:
-    return Setting(digits(), OURS)
-
-
-@pytest.fixture(scope="module")
-def four() -> Setting:
-    """Data of four classes, one sample each to test: always the same answer is right in a quarter of cases."""
-    part = Part(torch.arange(4), torch.zeros(4, 2), torch.arange(4))
-    return Setting(Data(part, part, (2,), 4, "numbers"), OURS)
-
-
 def test_every_combination_once() -> None:
     expected = itertools.product(("batch norm", "plain"), (0.1, 0.2), (0, 1, 2))
-    assert sorted(tasks(Plan(seeds=3, rates=(0.1, 0.2)))) == sorted(expected)
+    assert sorted(rates.EXPERIMENT.grid(Plan(seeds=3, rates=(0.1, 0.2))).tasks()) == sorted(expected)
 
 
 def test_the_steps_of_the_grid_are_equal() -> None:
@@ -92,13 +80,13 @@ Accuracies = Sequence[Sequence[float]]  # each seed's, at each rate
 
 
 def concluded(setting: Setting, ours: Accuracies, plain: Accuracies, plan: Plan = GRID) -> Conclusion:
-    results = {
+    results: dict[Any, Any] = {
         (network, rate, seed): {"accuracy": accuracies[seed][i]}
         for network, accuracies in ((WITH, ours), (WITHOUT, plain))
         for i, rate in enumerate(plan.rates)
         for seed in range(plan.seeds)
     }
-    return conclude(setting, plan, results)
+    return conclude(setting, plan, Results(results))
 
 
 SMALL, LARGE, ALL, HOLE, NONE = [1, 1, 0.0], [0.3, 0.3, 1], [1, 1, 1], [1, 0.3, 1], [0.3, 0.0, 0.0]
@@ -160,13 +148,13 @@ def test_the_effects(four: Setting) -> None:
     """Decades higher: 0, 1 and 2, mean 1, standard deviation 1. Wider: 2, 1 and 1, mean 4/3, variance 1/3."""
     plain = [[0.3, 0.3, 1], SMALL, [1, 0.0, 0.0]]
     higher, wider = concluded(four, [ALL, ALL, HOLE], plain, replace(GRID, seeds=3)).findings
-    assert higher.effect == pytest.approx(1)
-    assert wider.effect == pytest.approx(4 / math.sqrt(3))
+    assert higher.measured.effect == pytest.approx(1)
+    assert wider.measured.effect == pytest.approx(4 / math.sqrt(3))
 
 
 def test_what_is_said(four: Setting) -> None:
     found = concluded(four, [ALL] * 6, [SMALL, NONE] * 3)
-    opening, largest, usable, best = found.section.summary
+    opening, largest, usable, best = found.summary
     assert "at each of 3 rates from 0.01 to 1. A rate is usable if the network ends with 62.5 %" in opening
     # Above by one decade with three seeds, by three with the others: by two on average, a factor of 100.
     assert largest.startswith(
@@ -179,25 +167,25 @@ def test_what_is_said(four: Setting) -> None:
 
 
 def test_what_is_said_of_no_difference_and_of_none_usable(four: Setting) -> None:
-    _, largest, usable, _ = concluded(four, [SMALL] * 6, [NONE] * 6).section.summary
+    _, largest, usable, _ = concluded(four, [SMALL] * 6, [NONE] * 6).summary
     assert "was 0.1 with batch normalization, none without: a factor of 100 (95 % interval 100 to 100)" in largest
     assert "2.0 decades with batch normalization, 0.0 without" in usable
-    _, largest, usable, _ = concluded(four, [SMALL, HOLE] * 3, [SMALL, HOLE] * 3).section.summary
+    _, largest, usable, _ = concluded(four, [SMALL, HOLE] * 3, [SMALL, HOLE] * 3).summary
     assert "was 0.1 or 1 with batch normalization, 0.1 or 1 without: a factor of 1 (95 % interval 1 to 1)" in largest
     assert "a difference of +0.00 decades (95 % interval +0.00 to +0.00)" in usable
-    _, largest, _, _ = concluded(four, [SMALL] * 6, [ALL] * 6).section.summary
+    _, largest, _, _ = concluded(four, [SMALL] * 6, [ALL] * 6).summary
     assert "a factor of 0.1 (95 % interval 0.1 to 0.1)" in largest
 
 
 def test_what_is_shown(four: Setting) -> None:
-    section = concluded(four, [ALL] * 6, [SMALL, NONE] * 3).section
-    assert section.tables[0].columns == ("learning rate", "batch norm", "plain")
-    assert section.tables[0].rows == [
+    found = concluded(four, [ALL] * 6, [SMALL, NONE] * 3)
+    assert found.tables[0].columns == ("learning rate", "batch norm", "plain")
+    assert found.tables[0].rows == [
         ("0.01", "100.0 (100.0-100.0)", "65.0 (30.0-100.0)"),
         ("0.1", "100.0 (100.0-100.0)", "50.0 (0.0-100.0)"),
         ("1", "100.0 (100.0-100.0)", "0.0 (0.0-0.0)"),
     ]
-    (chart,) = section.charts
+    (chart,) = found.charts
     assert chart.log_x
     assert chart.mark == 62.5
     ours, plain = chart.curves
@@ -208,7 +196,7 @@ def test_what_is_shown(four: Setting) -> None:
     assert plain.high == pytest.approx([100, 100, 0])
     assert "batch norm is best at 0.01, plain is best at 0.01" in chart.description
     assert "plain ends at 0" in chart.description
-    assert "are a factor of 10:" in section.notes[2]
+    assert "are a factor of 10:" in found.notes[2]
 
 
 @pytest.mark.parametrize("layers", [OURS, TORCH], ids=lambda layers: layers.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import stat
@@ -10,24 +11,25 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
-from batchnorm.study import result_cache
+from batchnorm.study import dispute, noise, placement, result_cache, shift
 from batchnorm.study.dataset import digits
 from batchnorm.study.experiment import Setting
 from batchnorm.study.networks import OURS, TORCH
-from batchnorm.study.result_cache import Kept, alone, fingerprint, write
+from batchnorm.study.result_cache import ResultCache, exclusive, fingerprint, source_files, write_atomically
 from study.trials import Plan, run, trial
 
 SETTING = Setting(digits(), OURS)
 ARGS = ("batch norm", 0.1, 3)
 
 
-def store(folder: Path, **options: object) -> Kept:
+def store(folder: Path, **options: object) -> ResultCache:
     experiment = trial(**options)
-    return Kept(folder, experiment, experiment.full, SETTING)
+    return ResultCache(folder, experiment, experiment.full, SETTING)
 
 
 def test_a_result_comes_back_exactly(tmp_path: Path) -> None:
@@ -86,14 +88,80 @@ def test_the_fingerprint_names_all_that_a_result_depends_on(monkeypatch: pytest.
     }
     prints = {what: fingerprint(run, Plan(), setting) for what, setting in settings.items()}
     prints["plan"] = fingerprint(run, Plan(count=7), SETTING)
-    monkeypatch.setattr(result_cache, "_SHARED", ("data", "networks"))
-    prints["code"] = fingerprint(run, Plan(), SETTING)
-    monkeypatch.undo()
     monkeypatch.setattr(torch, "__version__", "1.2.3")
     prints["torch"] = fingerprint(run, Plan(), SETTING)
     monkeypatch.undo()
     assert prints.pop("same") == fingerprint(run, Plan(), SETTING)
     assert len({*prints.values(), fingerprint(run, Plan(), SETTING)}) == len(prints) + 1
+
+
+IMPORTED = {
+    dispute: "dispute loss_landscape noise_injection shift equations training networks dataset measured grid",
+    noise: "noise equations",
+    shift: "shift equations training",
+    placement: "placement training networks dataset",
+}
+
+
+@pytest.mark.parametrize(
+    ("experiment", "edited"),
+    [(module, name) for module, names in IMPORTED.items() for name in names.split()],
+    ids=lambda value: value.__name__.split(".")[-1] if isinstance(value, ModuleType) else value,
+)
+def test_an_edit_of_a_module_that_an_experiment_imports_changes_the_fingerprint(
+    experiment: ModuleType, edited: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = experiment.EXPERIMENT
+    before = fingerprint(row.run, row.quick, SETTING)
+    edit(monkeypatch, edited)
+    assert fingerprint(row.run, row.quick, SETTING) != before
+
+
+@pytest.mark.parametrize("edited", ["dispute", "noise_injection", "runner", "workers", "result_cache", "experiments"])
+def test_an_edit_of_another_module_does_not(edited: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = placement.EXPERIMENT
+    before = fingerprint(row.run, row.quick, SETTING)
+    edit(monkeypatch, edited)
+    assert fingerprint(row.run, row.quick, SETTING) == before
+
+
+def edit(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+    """Pretend that a module of the study has another line."""
+    read = Path.read_bytes
+
+    def edited(path: Path) -> bytes:
+        return read(path) + (b"# another line\n" if path.parts[-2:] == ("study", f"{module}.py") else b"")
+
+    monkeypatch.setattr(Path, "read_bytes", edited)
+
+
+def test_what_the_layers_compute_with_is_among_the_sources() -> None:
+    names = {file.name for file in source_files(placement.run)}
+    assert {"modules.py", "functional.py", "autograd.py"} <= names
+
+
+IMPORTS = """
+import json, batchnorm.one
+from batchnorm.folder import two, name_in_the_folder
+from batchnorm.three import name_in_the_module
+from elsewhere import four
+
+def later():
+    import batchnorm.five as five
+"""
+
+
+def test_every_form_of_import_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(result_cache, "_FOLDER", tmp_path)
+    files = ["one.py", "folder/__init__.py", "folder/two.py", "three.py", "four.py", "five.py", "six.py", "seven.py"]
+    (tmp_path / "folder").mkdir()
+    for name in files:
+        (tmp_path / name).write_text("from batchnorm import six" if name == "five.py" else "")
+    (tmp_path / "started.py").write_text(IMPORTS)
+    monkeypatch.setattr(inspect, "getsourcefile", lambda _: str(tmp_path / "started.py"))
+    found = [str(file.relative_to(tmp_path)) for file in source_files(run)]
+    expected = ["five.py", "folder/__init__.py", "folder/two.py", "one.py", "six.py", "started.py", "three.py"]
+    assert found == expected
 
 
 @pytest.mark.long
@@ -106,29 +174,29 @@ def test_another_process_makes_the_same_fingerprint() -> None:
 
 
 def test_files_are_for_whom_the_user_says(tmp_path: Path) -> None:
-    write(tmp_path / "results.json", "new")
+    write_atomically(tmp_path / "results.json", "new")
     (tmp_path / "by hand").write_text("x")
     modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
     assert len(modes) == 1
 
 
 def test_an_old_file_stays_until_the_new_one_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path / "results.json", "old")
+    write_atomically(tmp_path / "results.json", "old")
 
     def refuse(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(OSError, match="No space"):
-        write(tmp_path / "results.json", "new")
+        write_atomically(tmp_path / "results.json", "new")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"results.json": "old"}
 
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from batchnorm.study.result_cache import alone
-with alone(Path(sys.argv[1])):
+from batchnorm.study.result_cache import exclusive
+with exclusive(Path(sys.argv[1])):
     print("in", flush=True)
     time.sleep(60)
 """
@@ -141,7 +209,7 @@ def test_one_at_a_time_and_a_killed_one_lets_go(tmp_path: Path) -> None:
     entered = threading.Event()
 
     def enter() -> None:
-        with alone(tmp_path):
+        with exclusive(tmp_path):
             entered.set()
 
     waiting = threading.Thread(target=enter)

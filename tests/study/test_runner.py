@@ -50,7 +50,7 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
     out = tmp_path / "a" / "b"
     assert sorted(path.name for path in out.iterdir() if not path.name.startswith(".")) == LEFT
     assert outcome.page == out / "report.html"
-    assert [finding.count for finding in outcome.findings] == [8, 6]
+    assert [finding.measured.count for finding in outcome.findings] == [8, 6]
     content = results(out)
     assert list(content["experiments"]) == ["one", "two"]
     two = content["experiments"]["two"]
@@ -175,13 +175,13 @@ def start(script: Path, out: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, str(script), str(out)], env=os.environ | {"PYTHONPATH": path})
 
 
-def kept(out: Path) -> int:
+def stored(out: Path) -> int:
     return len(list(out.glob("tasks/*/*.json")))
 
 
 def wait_for(out: Path, number: int) -> None:
     end = time.monotonic() + 120
-    while kept(out) < number:
+    while stored(out) < number:
         assert time.monotonic() < end, "no results"
         time.sleep(0.02)
 
@@ -196,7 +196,7 @@ def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_been(tmp_path: Path) ->
         process.wait()
         assert not (out / "results.json").exists()
     time.sleep(0.5)
-    assert enough <= kept(out) < 16
+    assert enough <= stored(out) < 16
     assert start(script, out).wait(120) == 0
     whole = tmp_path / "whole"
     go(whole, trial(count=16, trouble="slow"))
@@ -212,7 +212,7 @@ def test_two_runs_at_once_use_one_directory(tmp_path: Path) -> None:
     assert [process.wait(240) for process in both] == [0, 0]
     go(tmp_path / "alone", trial(count=16, trouble="slow"))
     assert (out / "results.json").read_bytes() == (tmp_path / "alone" / "results.json").read_bytes()
-    assert kept(out) == 16
+    assert stored(out) == 16
 
 
 @pytest.mark.parametrize("inside", [False, True])
@@ -253,6 +253,6 @@ def test_an_error_of_the_page_is_no_usage_error(tmp_path: Path, monkeypatch: pyt
 
 
 def test_results_that_something_removes_are_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("batchnorm.study.result_cache.Kept.put", lambda *_: None)
+    monkeypatch.setattr("batchnorm.study.result_cache.ResultCache.put", lambda *_: None)
     with pytest.raises(UsageError, match="is gone; something else removes files"):
         go(tmp_path)

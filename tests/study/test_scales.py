@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from batchnorm.study import scales, training
-from batchnorm.study.dataset import Data, Part, digits
+from batchnorm.study.dataset import Data, Part
 from batchnorm.study.experiment import Setting
+from batchnorm.study.grid import Results
 from batchnorm.study.networks import OURS, TORCH, perceptron
 from batchnorm.study.scales import (
     INPUTS,
@@ -22,22 +23,17 @@ from batchnorm.study.scales import (
     SLOWER,
     STANDARDISED,
     Plan,
+    at_best_rates,
     conclude,
     rescale,
     run,
     standardise,
-    summarize,
 )
 from batchnorm.study.verdict import Verdict
 from study.plans import TINY, carried_out, runs_as_printed
 from support import tolerances
 
 PLAN = TINY["scales"]
-
-
-@pytest.fixture(scope="module")
-def setting() -> Setting:
-    return Setting(digits(), OURS)
 
 
 def small(features: int = 4, rows: int = 30) -> Data:
@@ -120,14 +116,15 @@ def test_the_rate_is_chosen_by_the_other_seeds() -> None:
     """Seed 2 is quickest at the first rate, the two others at the second."""
     plan = Plan(seeds=3, rates=(0.1, 0.2), steps=100)
     runs = [made([40, 20], [0.9, 0.95]), made([40, 10], [0.9, 0.95]), made([5, 80], [0.9, 0.95])]
-    row = summarize(plan, RAW, runs)
+    row = at_best_rates(plan, RAW, Results({(RAW, seed): run for seed, run in enumerate(runs)}))
     assert row.rates == (0.1, 0.1, 0.2)
     assert row.steps == (40, 40, 80)
 
 
 def test_of_rates_that_never_get_there_the_one_that_gets_furthest() -> None:
     plan = Plan(seeds=2, rates=(0.1, 0.2, 0.3), steps=100)
-    row = summarize(plan, RAW, [made([None] * 3, [0.3, 0.6, 0.5])] * 2)
+    never = made([None] * 3, [0.3, 0.6, 0.5])
+    row = at_best_rates(plan, RAW, Results({(RAW, 0): never, (RAW, 1): never}))
     assert row.rates == (0.2, 0.2)
     assert (row.steps, row.reached) == ((100, 100), 0)
     assert row.training.estimate == pytest.approx(0.6)
@@ -148,10 +145,10 @@ def test_verdicts(setting: Setting, raw: int | None, layer: int, verdicts: tuple
     plan = Plan(seeds=6, rates=(0.1,), steps=100)
     steps = {RAW: raw, STANDARDISED: 20, LAYER: layer}
     results: Any = {(inputs, seed): made([steps[inputs]], [0.8]) for inputs in INPUTS for seed in range(6)}
-    found = conclude(setting, plan, results)
+    found = conclude(setting, plan, Results(results))
     assert tuple(finding.verdict for finding in found.findings) == verdicts
     assert [finding.claim for finding in found.findings] == [SLOWER, SAME]
-    assert words in " ".join(found.section.summary)
+    assert words in " ".join(found.summary)
     ratio = found.findings[1].interval.estimate
     assert ratio == pytest.approx(math.log(1.5) - abs(math.log(layer / 20)))
 
@@ -159,7 +156,7 @@ def test_verdicts(setting: Setting, raw: int | None, layer: int, verdicts: tuple
 @pytest.mark.parametrize("layers", [OURS, TORCH], ids=lambda layers: layers.name)
 def test_it_runs_with_either_layer(setting: Setting, layers: Any) -> None:
     found = carried_out(scales.EXPERIMENT, Setting(setting.data, layers), PLAN)
-    assert [row[0] for row in found.section.tables[0].rows] == list(INPUTS)
+    assert [row[0] for row in found.tables[0].rows] == list(INPUTS)
 
 
 def test_a_seed_gives_the_same_numbers_again(setting: Setting) -> None:

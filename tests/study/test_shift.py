@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from batchnorm.study import shift, training
-from batchnorm.study.dataset import digits
 from batchnorm.study.experiment import Setting
+from batchnorm.study.grid import Results
 from batchnorm.study.networks import OURS, TORCH, Layers, perceptron
 from batchnorm.study.shift import (
     DEEPER,
@@ -30,18 +30,13 @@ from batchnorm.study.shift import (
     expand,
     layer_inputs,
     run,
-    spread,
+    width_change,
 )
 from batchnorm.study.verdict import Verdict
 from study.plans import TINY, carried_out, runs_as_printed
 from support import tolerances
 
 PLAN = TINY["shift"]
-
-
-@pytest.fixture(scope="module")
-def setting() -> Setting:
-    return Setting(digits(), OURS)
 
 
 @pytest.mark.parametrize("weights", [[2.0], [1.0, 3.0], [0.5, -1.0, 2.0], [1.1, 0.9, 1.2, 0.8, 1.0, 1.3, -0.7]])
@@ -80,15 +75,15 @@ def test_the_linear_example_is_a_gradient_step(setting: Setting) -> None:
         assert example["error"] < 1e-14
 
 
-def test_shift_and_spread() -> None:
+def test_shift_and_width_change() -> None:
     generator = np.random.default_rng(0)
     before, after = generator.normal(size=(50, 4)), 1.5 * generator.normal(size=(50, 4)) + 3
     moved = np.sqrt(np.mean((after.mean(0) - before.mean(0)) ** 2))
     widths = [np.sqrt(np.mean(x.var(0))) for x in (before, after)]
     a, b = torch.tensor(before), torch.tensor(after)
     assert shift.shift(a, b) == pytest.approx(moved / widths[0])
-    assert spread(a, b) == pytest.approx(np.log(widths[1] / widths[0]))
-    assert spread(b, a) == pytest.approx(np.log(widths[1] / widths[0]))
+    assert width_change(a, b) == pytest.approx(np.log(widths[1] / widths[0]))
+    assert width_change(b, a) == pytest.approx(np.log(widths[1] / widths[0]))
 
 
 def test_a_dead_layer_and_a_diverged_one_have_bounds() -> None:
@@ -96,7 +91,7 @@ def test_a_dead_layer_and_a_diverged_one_have_bounds() -> None:
     assert shift.shift(dead, dead) == 1e-6
     assert shift.shift(dead, gone) == 1e3
     assert shift.shift(dead, dead + 1) == 1e3
-    assert spread(dead, dead) == 1e-6
+    assert width_change(dead, dead) == 1e-6
 
 
 @pytest.mark.parametrize("layers", [OURS, TORCH], ids=lambda layers: layers.name)
@@ -167,7 +162,7 @@ def test_verdicts(setting: Setting, plain: list[float], ours: list[float], fails
     for seed in range(6):
         results[LINEAR, seed] = run(setting, plan, LINEAR, seed)
         results[PLAIN, seed], results[WITH, seed] = made(plain), made(ours)
-    found = conclude(setting, plan, results)
+    found = conclude(setting, plan, Results(results))
     assert {f.claim for f in found.findings if f.verdict is Verdict.NOT_SUPPORTED} == fails
     assert {f.claim for f in found.findings if f.verdict is Verdict.SUPPORTED} == {
         EXPANDED,
@@ -175,7 +170,7 @@ def test_verdicts(setting: Setting, plain: list[float], ours: list[float], fails
         DEEPER,
         LESS,
     } - fails
-    assert words in " ".join(found.section.summary)
+    assert words in " ".join(found.summary)
     ratio = next(f.interval for f in found.findings if f.claim is LESS)
     assert ratio.estimate == pytest.approx(np.prod(np.divide(plain, ours)) ** (1 / 3))
 
@@ -184,10 +179,10 @@ def test_with_few_seeds_nothing_is_said(setting: Setting) -> None:
     found = carried_out(shift.EXPERIMENT, setting, PLAN)
     by_claim = {finding.claim: finding.verdict for finding in found.findings}
     assert by_claim[LESS] is Verdict.INCONCLUSIVE
-    assert "cannot be told" in " ".join(found.section.summary)
+    assert "cannot be told" in " ".join(found.summary)
     assert by_claim[EXPANDED] is Verdict.SUPPORTED
-    assert [row[0] for row in found.section.tables[0].rows] == [str(depth) for depth in range(1, 11)]
-    assert [row[1] for row in found.section.tables[0].rows][:3] == ["1", "3", "7"]
+    assert [row[0] for row in found.tables[0].rows] == [str(depth) for depth in range(1, 11)]
+    assert [row[1] for row in found.tables[0].rows][:3] == ["1", "3", "7"]
 
 
 def test_a_seed_gives_the_same_numbers_again(setting: Setting) -> None:

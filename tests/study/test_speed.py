@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from batchnorm.study import speed, training
-from batchnorm.study.dataset import Data, Part, digits
 from batchnorm.study.experiment import Conclusion, Setting
+from batchnorm.study.grid import Results
 from batchnorm.study.networks import OURS, TORCH, Layers, perceptron
-from batchnorm.study.speed import BEST, NETWORKS, SAME, WITH, WITHOUT, Plan, conclude, run, tasks
+from batchnorm.study.speed import BEST, NETWORKS, SAME, WITH, WITHOUT, Plan, best_rates, conclude, run
 from batchnorm.study.verdict import Verdict
 from study.plans import TINY, Start, carried_out, runs_as_printed
 from support import tolerances
@@ -28,21 +28,9 @@ RATE = 0.3
 YES, NO, OPEN = Verdict.SUPPORTED, Verdict.NOT_SUPPORTED, Verdict.INCONCLUSIVE
 
 
-@pytest.fixture(scope="module")
-def setting() -> Setting:
-    return Setting(digits(), OURS)
-
-
-@pytest.fixture(scope="module")
-def four() -> Setting:
-    """Data of four classes, one sample each to test: always the same answer is right in a quarter of cases."""
-    part = Part(torch.arange(4), torch.zeros(4, 2), torch.arange(4))
-    return Setting(Data(part, part, (2,), 4, "numbers"), OURS)
-
-
 def test_every_combination_once() -> None:
     expected = itertools.product(("batch norm", "plain"), (0.1, 0.2), (0, 1, 2))
-    assert sorted(tasks(Plan(seeds=3, rates=(0.1, 0.2)))) == sorted(expected)
+    assert sorted(speed.EXPERIMENT.grid(Plan(seeds=3, rates=(0.1, 0.2))).tasks()) == sorted(expected)
 
 
 @pytest.mark.parametrize("layers", [OURS, TORCH], ids=lambda layers: layers.name)
@@ -99,12 +87,12 @@ def made(first: First) -> dict[str, Any]:
 
 
 def concluded(setting: Setting, trainings: Trainings, plan: Plan = MADE) -> Conclusion:
-    results = {
+    results: dict[Any, Any] = {
         (network, rate, seed): made(first)
         for (network, rate), firsts in trainings.items()
         for seed, first in enumerate(firsts)
     }
-    return conclude(setting, plan, results)
+    return conclude(setting, plan, Results(results))
 
 
 def alike(ours: tuple[First, First], plain: tuple[First, First], seeds: int = 6) -> Trainings:
@@ -161,20 +149,22 @@ def test_the_ratio_is_the_geometric_mean(four: Setting) -> None:
     found = concluded(four, {(WITH, 0.1): [10] * 3, (WITHOUT, 0.1): [10, 20, 40]}, plan)
     for finding in found.findings:
         assert finding.interval.estimate == pytest.approx(2)
-        assert finding.effect == pytest.approx(1)
+        assert finding.measured.effect == pytest.approx(1)
 
 
-def cell(rate: float, *steps: First) -> speed.Cell:
-    return speed.Cell(WITH, rate, 0.9, len(steps) - steps.count(None), steps)
+def chosen(slow: Sequence[First], fast: int) -> tuple[float, ...]:
+    """The rates that are chosen for three seeds, whose trainings take so long at 0.1, and equally long at 0.5."""
+    steps = {0.1: slow, 0.5: [fast] * 3}
+    first = Results({(WITH, rate, seed): {"steps": steps[rate][seed]} for seed in range(3) for rate in steps})
+    return best_rates(Plan(seeds=3, steps=90), first, WITH)
 
 
 def test_the_rate_is_chosen_by_the_other_seeds_mean_logarithm() -> None:
     """10 and 40 are 20 in the geometric mean, 25 in the arithmetic one: quicker than 22. Seed 1 leaves 40 and 40."""
-    plan = Plan(seeds=3, steps=90)
-    assert speed._best(plan, [cell(0.1, 40, 10, 40), cell(0.5, 22, 22, 22)], WITH) == (0.1, 0.5, 0.1)
+    assert chosen([40, 10, 40], 22) == (0.1, 0.5, 0.1)
     # One that never got there counts as 90 steps, and is 30 together with 10.
-    assert speed._best(plan, [cell(0.1, None, 10, None), cell(0.5, 31, 31, 31)], WITH) == (0.1, 0.5, 0.1)
-    assert speed._best(plan, [cell(0.1, None, 10, None), cell(0.5, 29, 29, 29)], WITH) == (0.5, 0.5, 0.5)
+    assert chosen([None, 10, None], 31) == (0.1, 0.5, 0.1)
+    assert chosen([None, 10, None], 29) == (0.5, 0.5, 0.5)
 
 
 def test_each_seed_is_compared_at_its_rate(four: Setting) -> None:
@@ -189,12 +179,12 @@ def test_each_seed_is_compared_at_its_rate(four: Setting) -> None:
 def test_the_target_is_half_of_the_way_from_chance_to_the_best_mean(four: Setting) -> None:
     """The best mean at the end is 0.75, of the plain network at the first rate: from a quarter, that makes 0.5."""
     ends = {(WITH, 0.1): (0.5, 0.5), (WITH, 0.5): (0.49, 0.6), (WITHOUT, 0.1): (0.5, 1.0), (WITHOUT, 0.5): (0.0, 0.9)}
-    results = {
+    results: dict[Any, Any] = {
         (network, rate, seed): {"steps": (10, 20), "test_accuracy": [0.45 + 0.5 * seed, end], "training_loss": [1, 1]}
         for (network, rate), both in ends.items()
         for seed, end in enumerate(both)
     }
-    found = conclude(four, Plan(seeds=2, steps=20, rates=(0.1, 0.5), reach=0.5), results).numbers
+    found = conclude(four, Plan(seeds=2, steps=20, rates=(0.1, 0.5), reach=0.5), Results(results)).numbers
     assert found["target"] == 0.5
     assert [(c["network"], c["rate"], c["reached"], c["steps"]) for c in found["cells"]] == [
         ("batch norm", 0.1, 2, (20, 10)),  # at the target is enough, and so is the first time
@@ -207,7 +197,7 @@ def test_the_target_is_half_of_the_way_from_chance_to_the_best_mean(four: Settin
 
 def test_what_is_said(four: Setting) -> None:
     trainings = {**alike((30, 10), (20, None)), (WITHOUT, 0.1): [10, 20, 20, 20, 20, 30]}
-    opening, best, same = concluded(four, trainings).section.summary
+    opening, best, same = concluded(four, trainings).summary
     assert "until they classified 62.5 % of the test samples rightly" in opening
     assert best.startswith(
         "Each at the learning rate that suits it best (0.5 with, 0.1 without), the network with batch normalization "
@@ -222,15 +212,15 @@ def test_what_is_said(four: Setting) -> None:
 
 def test_what_is_shown(four: Setting) -> None:
     trainings = {**alike((30, 10), (20, None)), (WITH, 0.1): [10, 10, 20, None, None, None], (WITH, 0.5): [10, 20] * 3}
-    section = concluded(four, trainings).section
-    assert section.tables[0].rows == [
+    found = concluded(four, trainings)
+    assert found.tables[0].rows == [
         ("batch norm", "0.1", "> 40", "3/6", "50.0"),
         ("batch norm", "0.5", "15", "6/6", "100.0"),
         ("plain", "0.1", "20", "6/6", "100.0"),
         ("plain", "0.5", "never", "0/6", "0.0"),
     ]
-    assert "62.5 %" in section.tables[0].caption
-    (chart,) = section.charts
+    assert "62.5 %" in found.tables[0].caption
+    (chart,) = found.charts
     assert chart.mark == 62.5
     ours, plain = chart.curves
     assert (ours.label, plain.label) == ("batch norm", "plain")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from batchnorm.study.statistics import Interval, best_of_the_others, effect_size, mean_interval, within
+from batchnorm.study.statistics import Interval, best_of_the_others, bounded, effect_size, mean_interval, within
 
 VALUES = [0.3, 1.9, -0.4, 2.2, 0.8, 1.1, 5.0, 0.1, 0.9, 1.6]
 
@@ -103,3 +103,10 @@ def test_a_seeds_own_score_has_no_say() -> None:
 
 def test_the_first_of_equals() -> None:
     assert best_of_the_others({0.1: [1.0, 1.0], 0.3: [1.0, 1.0]}) == (0.1, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(2.5, 2.5), (0, 1e-6), (-1, 1e-6), (1e9, 1e6), (math.nan, 1e6), (math.inf, 1e6)]
+)
+def test_bounded(value: float, expected: float) -> None:
+    assert bounded(value, 1e6) == expected

@@ -115,7 +115,7 @@ def data() -> Data:
 
 def trained(
     network: nn.Module, data: Data, *, steps: int, rate: float = 0.5, evaluate_every: int = 4
-) -> training.Curve:
+) -> training.LearningCurve:
     return training.train(
         network,
         data,
@@ -237,6 +237,7 @@ def test_a_training_settles_at_the_mean_of_its_end(steps: int, evaluated: list[i
 def test_inference_gives_the_outputs_in_order_and_without_gradient() -> None:
     inputs = torch.arange(10.0)[:, None]
     linear = nn.Linear(1, 2)
+    linear.load_state_dict({"weight": torch.tensor([[2.0], [-3.0]]), "bias": torch.tensor([1.0, 5.0])})  # no rounding
     outputs = infer(linear, inputs, 3)
     assert not outputs.requires_grad
     assert torch.equal(outputs, linear(inputs).detach())

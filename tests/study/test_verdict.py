@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from batchnorm.study.measured import Measured
 from batchnorm.study.statistics import Interval
 from batchnorm.study.verdict import FEWEST, Claim, Verdict
 
@@ -21,15 +22,15 @@ CLAIM = Claim("quicker", "M11", "It is quicker", "the ratio of steps", 1.0, "tim
     ],
 )
 def test_the_whole_interval_decides(low: float, high: float, verdict: Verdict) -> None:
-    found = CLAIM.judge(Interval((low + high) / 2, low, high), 0.8, 10)
+    found = CLAIM.judge(Measured(Interval((low + high) / 2, low, high), 10, 0.8))
     assert found.verdict is verdict
-    assert (found.claim, found.effect, found.count) == (CLAIM, 0.8, 10)
+    assert (found.claim, found.measured.effect, found.measured.count) == (CLAIM, 0.8, 10)
 
 
 @pytest.mark.parametrize("interval", [Interval(3.0, 2.0, 4.0), Interval(0.2, 0.1, 0.3)])
 def test_few_values_decide_nothing(interval: Interval) -> None:
-    assert CLAIM.judge(interval, None, FEWEST - 1).verdict is Verdict.INCONCLUSIVE
-    assert CLAIM.judge(interval, None, FEWEST).verdict is not Verdict.INCONCLUSIVE
+    assert CLAIM.judge(Measured(interval, FEWEST - 1)).verdict is Verdict.INCONCLUSIVE
+    assert CLAIM.judge(Measured(interval, FEWEST)).verdict is not Verdict.INCONCLUSIVE
     assert 2.0 ** (1 - FEWEST) < 0.05 < 2.0 ** (2 - FEWEST), "all of one sign by chance"
 
 
@@ -42,7 +43,7 @@ def test_few_values_decide_nothing(interval: Interval) -> None:
     ],
 )
 def test_the_row_of_a_report(interval: Interval, outcome: str, verdict: str) -> None:
-    row = CLAIM.judge(interval, 0.8, 10).judged()
+    row = CLAIM.judge(Measured(interval, 10, 0.8)).judged()
     assert (row.claim, row.outcome, row.verdict) == ("It is quicker", outcome, verdict)
     assert row.evidence == f"{interval.estimate} times ({interval.low} to {interval.high}, 10 seeds)"
     assert row.criterion == (
@@ -53,11 +54,11 @@ def test_the_row_of_a_report(interval: Interval, outcome: str, verdict: str) -> 
 
 def test_what_has_no_interval_shows_none() -> None:
     claim = Claim("exact", "M2", "It is so", "the bound over the error", 1.0, counted="mini-batches")
-    assert claim.judge(Interval.exact(4.0), None, 1234).evidence == "4 (1,234 mini-batches)"
+    assert claim.judge(Measured.exact(4.0, 1234)).evidence == "4 (1,234 mini-batches)"
 
 
 def test_the_record_holds_criterion_and_numbers() -> None:
-    assert CLAIM.judge(Interval(1.25, 1.1, 1.4), None, 10).record() == {
+    assert CLAIM.judge(Measured(Interval(1.25, 1.1, 1.4), 10)).record() == {
         "claim": "quicker",
         "mission": "M11",
         "statement": "It is quicker",

@@ -22,19 +22,19 @@ class Square:
     def __init__(self, held: torch.Tensor) -> None:
         self.held = held
 
-    def __call__(self, job: int) -> tuple[float, int, int]:
-        if job == -1:
+    def __call__(self, task: int) -> tuple[float, int, int]:
+        if task == -1:
             raise ArithmeticError("minus one")
-        if job == -2:
+        if task == -2:
             os.kill(os.getpid(), signal.SIGKILL)
-        return float(self.held.sum()) * job**2, os.getpid(), torch.get_num_threads()
+        return float(self.held.sum()) * task**2, os.getpid(), torch.get_num_threads()
 
 
 WORK = Square(torch.ones(3))
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_every_job_is_done_once_on_one_core(processes: int) -> None:
+def test_every_task_is_done_once_on_one_core(processes: int) -> None:
     done = dict(compute(WORK, range(9), processes))
     assert {position: value for position, (value, _, _) in done.items()} == {i: 3.0 * i**2 for i in range(9)}
     assert {threads for _, _, threads in done.values()} == {1}
@@ -79,6 +79,22 @@ def test_a_worker_that_dies_is_an_error_that_says_so() -> None:
         list(compute(WORK, [1, 2, -2, 3, 4], 2))
 
 
+class Unreadable:
+    """Work that ends the process that unpickles it, before that reads its first task."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os._exit, (3,)
+
+    def __call__(self, task: int) -> int:
+        return task
+
+
+@pytest.mark.long
+def test_a_worker_that_dies_before_it_reads_its_task_is_such_an_error_too() -> None:
+    with pytest.raises(ProcessError, match="ended with exit code 3 "):
+        list(compute(Unreadable(), [1, 2], 2))
+
+
 @pytest.mark.long
 def test_stopping_early_stops_the_workers() -> None:
     results = compute(WORK, list(range(1000)), 2)
@@ -91,7 +107,7 @@ ORPHANS = """
 import os, time
 from batchnorm.study.workers import compute
 
-def slow(job):
+def slow(task):
     print(os.getpid(), flush=True)
     time.sleep(0.3)
 

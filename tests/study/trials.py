@@ -6,15 +6,14 @@ import os
 import signal
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from batchnorm.report.document import Section
-from batchnorm.study.experiment import Args, Conclusion, Experiment, Results, Setting
-from batchnorm.study.statistics import mean_interval
+from batchnorm.study.experiment import Conclusion, Experiment, Setting
+from batchnorm.study.grid import Grid, Results
+from batchnorm.study.measured import Measured
 from batchnorm.study.verdict import Claim
 
 CLAIM = Claim("positive", "M1", "It is positive", "the mean", 0.0)
@@ -28,10 +27,6 @@ class Plan:
     said: str = ""
     trouble: str = ""
     at: int = 5
-
-
-def tasks(plan: Plan) -> list[Args]:
-    return [("draw", number) for number in range(plan.count)]
 
 
 def run(setting: Setting, plan: Plan, what: str, number: int) -> dict[str, Any]:
@@ -48,13 +43,17 @@ def run(setting: Setting, plan: Plan, what: str, number: int) -> dict[str, Any]:
     return {"value": mean + 0.1 * number, "list": [number, None]}
 
 
-def conclude(name: str, setting: Setting, plan: Plan, results: Results) -> Conclusion:
+def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
     values = [result["value"] for result in results.values()]
-    interval = mean_interval(values)
-    section = Section(name, "Is it positive?", [f"The mean is {interval.estimate:.3f} with {setting.layers.name}."])
-    return Conclusion({"values": values}, [CLAIM.judge(interval, None, len(values))], section)
+    mean = Measured.mean(values)
+    summary = [f"The mean is {mean.interval.estimate:.3f} with {setting.layers.name}."]
+    return Conclusion({"values": values}, [CLAIM.judge(mean)], summary)
+
+
+def grid(plan: Plan) -> Grid:
+    return Grid(plan.count, what=["draw"])
 
 
 def trial(name: str = "trial", **options: object) -> Experiment[Plan]:
     plan = Plan(**options)  # type: ignore[arg-type]
-    return Experiment(name, (CLAIM,), plan, plan, tasks, run, partial(conclude, name))
+    return Experiment(name, "Is it positive?", (CLAIM,), plan, plan, grid, run, conclude)

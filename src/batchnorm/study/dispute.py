@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,14 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.population.recalibrate import recalibrate
-from batchnorm.report.document import Chart, Curve, Section, Table
+from batchnorm.report.document import Chart, Curve, Table
 from batchnorm.study import training
-from batchnorm.study.experiment import Args, Conclusion, Experiment, Results, Setting
-from batchnorm.study.loss_landscape import Loss, along, descend, disturbance
-from batchnorm.study.networks import Placement, perceptron
-from batchnorm.study.noise_injection import Noise, noisy
+from batchnorm.study.experiment import Conclusion, Experiment, Setting
+from batchnorm.study.formatting import cell
+from batchnorm.study.grid import Grid, Results, Run
+from batchnorm.study.loss_landscape import Loss, descend, disturbance, measure_along_step
+from batchnorm.study.measured import Measured, Paired
+from batchnorm.study.networks import Placement
+from batchnorm.study.noise_injection import Noise, add_noise
 from batchnorm.study.shift import layer_inputs, shift
-from batchnorm.study.statistics import Interval, effect_size, mean_interval
+from batchnorm.study.statistics import Interval, mean_interval
 from batchnorm.study.verdict import Claim, Finding, Verdict
 
 PLAIN, WITH, NOISY = "plain", "batch norm", "noisy batch norm"
@@ -93,47 +96,23 @@ SMOOTH = Claim(
 
 @dataclass(frozen=True)
 class Plan:
-    """What is trained, and how.
+    """What is trained, and how."""
 
-    Attributes:
-        seeds: how many of each network; their seeds are 0, 1, ...
-        steps: optimiser steps of each training.
-        every: steps from one measured step to the next.
-        learning_rate: of every step, the same for all networks.
-        factors: the points along the step that are looked at, in learning rates.
-        batch_size: samples in a step.
-        hidden: features of each hidden layer.
-        watched: training samples whose way through the layers is watched.
-    """
-
-    seeds: int
-    steps: int = 300
-    every: int = 15
-    learning_rate: float = 0.1
-    factors: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
-    batch_size: int = 32
-    hidden: tuple[int, ...] = (64,) * 8
-    watched: int = 256
-
-
-def tasks(plan: Plan) -> Sequence[Args]:
-    """A task for each network and seed."""
-    return [(network, seed) for seed in range(plan.seeds) for network in NETWORKS]
+    seeds: int  # how many of each network
+    steps: int = 300  # optimiser steps of each training
+    every: int = 15  # steps from one measured step to the next
+    learning_rate: float = 0.1  # of every step, the same for all networks
+    factors: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)  # the points along the step, in learning rates
+    batch_size: int = 32  # samples in a step
+    hidden: tuple[int, ...] = (64,) * 8  # features of each hidden layer
+    watched: int = 256  # training samples whose way through the layers is watched
 
 
 def network(setting: Setting, plan: Plan, kind: str, seed: int) -> tuple[nn.Sequential, torch.Generator]:
     """One of the three, and the generator that goes on to draw the order of the samples."""
-    data = setting.data
     generator = torch.Generator().manual_seed(seed)
-    made = perceptron(
-        data.features,
-        plan.hidden,
-        data.classes,
-        placement=NETWORKS[kind],
-        layers=setting.layers,
-        generator=generator,
-    )
-    return (noisy(made, setting.layers, seed) if kind == NOISY else made), generator
+    quiet = setting.perceptron(plan.hidden, NETWORKS[kind], generator)
+    return (add_noise(quiet, setting.layers, seed) if kind == NOISY else quiet), generator
 
 
 def run(setting: Setting, plan: Plan, kind: str, seed: int) -> dict[str, Any]:
@@ -145,7 +124,7 @@ def run(setting: Setting, plan: Plan, kind: str, seed: int) -> dict[str, Any]:
         at: the measured steps.
         curve: the mean accuracy on the mini-batches since the measured step before.
         shift: at each measured step, the geometric mean over the layers of `shift.shift`.
-        disturbance, loss_range, gradient_change, smoothness: at each measured step, see `landscape`.
+        disturbance, loss_range, gradient_change, smoothness: at each measured step, see `loss_landscape`.
     """
     train = setting.data.train
     model, generator = network(setting, plan, kind, seed)
@@ -169,7 +148,7 @@ def run(setting: Setting, plan: Plan, kind: str, seed: int) -> dict[str, Any]:
             descend(parameters, gradients, plan.learning_rate)
             continue
         found = {
-            **asdict(along(parameters, again, rates)),
+            **asdict(measure_along_step(parameters, again, rates)),
             "disturbance": disturbance(model, again, plan.learning_rate),
         }
         descend(parameters, gradients, plan.learning_rate)
@@ -199,44 +178,36 @@ def _repeatable(model: nn.Module, x: Tensor, y: Tensor) -> Loss:
 
 def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
     """Judge both accounts over the seeds."""
-    runs = {kind: [results[kind, seed] for seed in range(plan.seeds)] for kind in NETWORKS}
+    runs = {kind: results.runs(kind) for kind in NETWORKS}
     learning = {kind: [run["learning"] for run in runs[kind]] for kind in NETWORKS}
-    gains = {kind: _differences(learning[kind], learning[PLAIN]) for kind in (WITH, NOISY)}
-    gone = [0.5 * ours - noisy for ours, noisy in zip(gains[WITH], gains[NOISY], strict=True)]
     disturbed = {kind: [statistics.fmean(run["disturbance"]) for run in runs[kind]] for kind in NETWORKS}
-    calmer = _differences(disturbed[WITH], disturbed[PLAIN])
-    levels = {
+    # Logarithms of the means over the measured steps, so that differences of them are ratios.
+    logs = {
         name: {kind: [math.log(statistics.geometric_mean(run[name])) for run in runs[kind]] for kind in NETWORKS}
         for name in ("shift", "loss_range", "gradient_change", "smoothness")
     }
-    ratios = {
-        NOISIER: _differences(levels["shift"][NOISY], levels["shift"][PLAIN]),
-        LOSS: _differences(levels["loss_range"][PLAIN], levels["loss_range"][WITH]),
-        PREDICTIVE: _differences(levels["gradient_change"][PLAIN], levels["gradient_change"][WITH]),
-        SMOOTH: _differences(levels["smoothness"][PLAIN], levels["smoothness"][WITH]),
+    gains = {kind: Paired(learning[kind], learning[PLAIN]).differences() for kind in (WITH, NOISY)}
+    gone = [0.5 * ours - noisy for ours, noisy in zip(gains[WITH], gains[NOISY], strict=True)]
+    measured = {
+        NOISIER: _ratio(logs["shift"], NOISY, PLAIN),
+        EXPLAINS: Measured.mean_difference(gone),
+        STILL: Measured.mean_difference(gains[NOISY]),
+        GRADIENTS: Paired(disturbed[WITH], disturbed[PLAIN]).difference(),
+        LOSS: _ratio(logs["loss_range"], PLAIN, WITH),
+        PREDICTIVE: _ratio(logs["gradient_change"], PLAIN, WITH),
+        SMOOTH: _ratio(logs["smoothness"], PLAIN, WITH),
     }
-    plain = {EXPLAINS: gone, STILL: gains[NOISY], GRADIENTS: calmer}
-    judged = {
-        **{
-            claim: claim.judge(mean_interval(values).map(math.exp), effect_size(values), plan.seeds)
-            for claim, values in ratios.items()
-        },
-        **{
-            claim: claim.judge(mean_interval(values), effect_size(values), plan.seeds)
-            for claim, values in plain.items()
-        },
-    }
-    findings = [judged[claim] for claim in CLAIMS]
+    findings = {claim: claim.judge(measured[claim]) for claim in CLAIMS}
     means = {
         name: {kind: mean_interval(values).map(math.exp) for kind, values in by_kind.items()}
-        for name, by_kind in levels.items()
+        for name, by_kind in logs.items()
     }
     means["learning"] = {kind: mean_interval(values) for kind, values in learning.items()}
     means["disturbance"] = {kind: mean_interval(values) for kind, values in disturbed.items()}
     means["test"] = {kind: mean_interval([run["test"] for run in runs[kind]]) for kind in NETWORKS}
-    section = Section(
-        key="dispute",
-        title="Why does it work? The dispute",
+    return Conclusion(
+        numbers={"runs": results.records("network", "seed")},
+        findings=list(findings.values()),
         summary=[
             "The article explains batch normalization by less covariate shift, and ends by saying that this is "
             "disputed: sceptics hold that the shift is not the cause, and that a smoother landscape of the loss is "
@@ -244,21 +215,18 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
             "noise after each batch normalization, whose mean and variance change with every step.",
             f"Shift of the layers' inputs in one step, in standard deviations: {_three(means['shift'], '.4f')}. "
             f"Training accuracy, mean over the training, in per cent: {_three(means['learning'], '.1f', 100)}.",
-            _account(judged),
+            _account(findings),
             f"Batch normalization changed the range of the loss along the step by a factor of "
-            f"{1 / judged[LOSS].interval.estimate:.2f}, the gradient's change by "
-            f"{1 / judged[PREDICTIVE].interval.estimate:.2f}, and effective beta-smoothness by "
-            f"{1 / judged[SMOOTH].interval.estimate:.2f} (below 1 is smoother). {_smoothness(judged)}",
+            f"{1 / findings[LOSS].interval.estimate:.2f}, the gradient's change by "
+            f"{1 / findings[PREDICTIVE].interval.estimate:.2f}, and effective beta-smoothness by "
+            f"{1 / findings[SMOOTH].interval.estimate:.2f} (below 1 is smoother). {_smoothness(findings)}",
         ],
-        judged=[finding.judged() for finding in findings],
         tables=[_table(means)],
         charts=[
             _chart(runs, "curve", "Training accuracy", "accuracy on mini-batches", log=False),
-            _chart(runs, "shift", "Covariate shift", "shift (standard deviations)", log=True),
-            _chart(runs, "loss_range", "Range of the loss along the step", "range of the loss", log=True),
-            _chart(
-                runs, "gradient_change", "Change of the gradient along the step", "change of the gradient", log=True
-            ),
+            _chart(runs, "shift", "Covariate shift", "shift (standard deviations)"),
+            _chart(runs, "loss_range", "Range of the loss along the step", "range of the loss"),
+            _chart(runs, "gradient_change", "Change of the gradient along the step", "change of the gradient"),
         ],
         notes=[
             f"Networks of {len(plan.hidden)} hidden layers of {plan.hidden[0]}, all from the same weights, plain "
@@ -273,23 +241,20 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
             "and it has not: the paper's own definition of internal covariate shift.",
             "Test accuracy: without noise, with the statistics of the whole training set.",
         ],
-        code=CODE,
     )
-    numbers = {"runs": [{"network": kind, "seed": seed, **result} for (kind, seed), result in results.items()]}
-    return Conclusion(numbers, findings, section)
 
 
-def _differences(a: Sequence[float], b: Sequence[float]) -> list[float]:
-    return [x - y for x, y in zip(a, b, strict=True)]
+def _ratio(logs: Mapping[str, list[float]], a: str, b: str) -> Measured:
+    return Paired(logs[a], logs[b]).difference().map(math.exp)
 
 
 def _three(by_kind: dict[str, Interval], form: str, times: float = 1) -> str:
     return ", ".join(f"{kind} {times * interval.estimate:{form}}" for kind, interval in by_kind.items())
 
 
-def _account(judged: dict[Claim, Finding]) -> str:
+def _account(findings: dict[Claim, Finding]) -> str:
     """What noisy batch norm says about covariate shift as the cause."""
-    shifts, goes, still = (judged[claim].verdict for claim in (NOISIER, EXPLAINS, STILL))
+    shifts, goes, still = (findings[claim].verdict for claim in (NOISIER, EXPLAINS, STILL))
     if shifts is not Verdict.SUPPORTED:
         return "The noise did not surely bring back more shift than the plain network has, so it tests nothing here."
     if goes is Verdict.SUPPORTED:
@@ -302,9 +267,9 @@ def _account(judged: dict[Claim, Finding]) -> str:
     return "How much of the gain is left when the shift is brought back cannot be told from these numbers."
 
 
-def _smoothness(judged: dict[Claim, Finding]) -> str:
+def _smoothness(findings: dict[Claim, Finding]) -> str:
     """How many of the three measures say smoother."""
-    verdicts = [judged[claim].verdict for claim in (LOSS, PREDICTIVE, SMOOTH)]
+    verdicts = [findings[claim].verdict for claim in (LOSS, PREDICTIVE, SMOOTH)]
     return f"{verdicts.count(Verdict.SUPPORTED)} of these 3 measures support the sceptics' account, " + (
         f"{verdicts.count(Verdict.NOT_SUPPORTED)} speak against it."
     )
@@ -326,19 +291,13 @@ def _table(means: dict[str, dict[str, Interval]]) -> Table:
         "Means over seeds and measured steps (geometric for shift, loss and gradient) with 95 % intervals",
         ["Measure", *NETWORKS],
         [
-            [
-                label,
-                *(
-                    f"{times * i.estimate:{form}} ({times * i.low:{form}} to {times * i.high:{form}})"
-                    for i in (means[name][kind] for kind in NETWORKS)
-                ),
-            ]
+            [label, *(cell(means[name][kind], form, times) for kind in NETWORKS)]
             for name, (label, form, times) in _NAMES.items()
         ],
     )
 
 
-def _chart(runs: dict[str, list[dict[str, Any]]], name: str, title: str, label: str, *, log: bool) -> Chart:
+def _chart(runs: dict[str, list[Run]], name: str, title: str, label: str, *, log: bool = True) -> Chart:
     curves = []
     for kind, of_kind in runs.items():
         at = list(zip(*(run[name] for run in of_kind), strict=True))
@@ -373,10 +332,12 @@ CLAIMS = (NOISIER, EXPLAINS, STILL, GRADIENTS, LOSS, PREDICTIVE, SMOOTH)
 
 EXPERIMENT = Experiment(
     name="dispute",
+    title="Why does it work? The dispute",
     claims=CLAIMS,
     full=Plan(seeds=10),
     quick=Plan(seeds=6, steps=60, hidden=(32,) * 6),
-    tasks=tasks,
+    grid=lambda plan: Grid(plan.seeds, network=NETWORKS),
     run=run,
     conclude=conclude,
+    code=CODE,
 )

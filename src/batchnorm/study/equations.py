@@ -7,17 +7,17 @@ the equations as the article writes them, done in float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from batchnorm.report.document import Chart, Curve, Section, Table
-from batchnorm.study.experiment import Args, Conclusion, Experiment, Results, Setting
-from batchnorm.study.networks import Layers, perceptron
-from batchnorm.study.statistics import Interval
+from batchnorm.report.document import Chart, Curve, Table
+from batchnorm.study.experiment import Conclusion, Experiment, Setting
+from batchnorm.study.grid import Grid, Results
+from batchnorm.study.measured import Measured
+from batchnorm.study.networks import Layers
 from batchnorm.study.training import batches
 from batchnorm.study.verdict import Claim, Verdict
 
@@ -68,24 +68,12 @@ TUNED = Claim(
 
 @dataclass(frozen=True)
 class Plan:
-    """What is compared.
+    """What is compared."""
 
-    Attributes:
-        seeds: how many layers are drawn; their seeds are 0, 1, ...
-        features: outputs of each.
-        batch_size: samples in a mini-batch.
-        shown: channels of the first mini-batch that the report shows, and samples.
-    """
-
-    seeds: int
-    features: int = 64
-    batch_size: int = 32
-    shown: int = 6
-
-
-def tasks(plan: Plan) -> Sequence[Args]:
-    """A task for each layer."""
-    return [(seed,) for seed in range(plan.seeds)]
+    seeds: int  # how many layers are drawn
+    features: int = 64  # outputs of each
+    batch_size: int = 32  # samples in a mini-batch
+    shown: int = 6  # channels of the first mini-batch that the report shows, and samples
 
 
 def run(setting: Setting, plan: Plan, seed: int) -> dict[str, Any]:
@@ -106,12 +94,9 @@ def run(setting: Setting, plan: Plan, seed: int) -> dict[str, Any]:
 
 def preactivations(setting: Setting, features: int, generator: torch.Generator) -> Tensor:
     """`z = W a` of the whole training part: (N, features), from a first layer with drawn weights."""
-    data = setting.data
-    network = perceptron(
-        data.features, (features,), data.classes, placement="before", layers=setting.layers, generator=generator
-    )
+    network = setting.perceptron((features,), "before", generator)
     with torch.no_grad():
-        flat: Tensor = network[0](data.train.inputs)
+        flat: Tensor = network[0](setting.data.train.inputs)
         z: Tensor = network[1](flat)
     return z
 
@@ -215,7 +200,7 @@ def _example(layers: Layers, z: Tensor, gamma: Tensor, beta: Tensor, shown: int)
     }
 
 
-def digits_of(error: float) -> float:
+def agreeing_digits(error: float) -> float:
     """How many decimal digits agree: -log10 of the error."""
     return -math.log10(max(error, _EXACT))
 
@@ -227,18 +212,17 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
         for name in ("equation", "mean", "std", "tuned", "bias", "gradient")
     }
     count = sum(result["batches"] for result in results.values())
-    measures = {
-        WRITTEN: digits_of(worst["equation"]),
-        STANDARD: digits_of(max(worst["mean"], worst["std"])),
-        BIAS: 1 - worst["bias"],
-        TUNED: digits_of(worst["tuned"]),
-    }
-    findings = [claim.judge(Interval.exact(value), None, count) for claim, value in measures.items()]
+    findings = [
+        WRITTEN.judge(Measured.exact(agreeing_digits(worst["equation"]), count)),
+        STANDARD.judge(Measured.exact(agreeing_digits(max(worst["mean"], worst["std"])), count)),
+        BIAS.judge(Measured.exact(1 - worst["bias"], count)),
+        TUNED.judge(Measured.exact(agreeing_digits(worst["tuned"]), count)),
+    ]
     example = next(result["example"] for result in results.values() if "example" in result)
     holds = sum(finding.verdict is Verdict.SUPPORTED for finding in findings)
-    section = Section(
-        key="equations",
-        title="What does the layer compute?",
+    return Conclusion(
+        numbers={"batches": count, "worst": worst, "example": example},
+        findings=findings,
         summary=[
             "The article normalises each channel of a mini-batch by the mini-batch's own mean and variance, "
             "then scales by gamma and shifts by beta; the mean takes away any constant that was added before.",
@@ -251,7 +235,6 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
             f"most, and its own gradient was {worst['gradient']:.1e} of the magnitudes that it is the sum of, at most. "
             "In exact arithmetic both are 0.",
         ],
-        judged=[finding.judged() for finding in findings],
         tables=[_steps_table(example), _channels_table(example)],
         charts=[_chart(example)],
         notes=[
@@ -259,9 +242,7 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
             "more the smaller the channel's variance.",
             "The variance is the biased one: the sum of squares is divided by the size of the mini-batch.",
         ],
-        code=CODE,
     )
-    return Conclusion({"batches": count, "worst": worst, "example": example}, findings, section)
 
 
 def _steps_table(example: dict[str, Any]) -> Table:
@@ -334,10 +315,12 @@ print((layer(z + 5) - layer(z)).abs().max())
 
 EXPERIMENT = Experiment(
     name="equations",
+    title="What does the layer compute?",
     claims=(WRITTEN, STANDARD, BIAS, TUNED),
     full=Plan(seeds=10),
     quick=Plan(seeds=2),
-    tasks=tasks,
+    grid=lambda plan: Grid(plan.seeds),
     run=run,
     conclude=conclude,
+    code=CODE,
 )

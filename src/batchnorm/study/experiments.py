@@ -4,18 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from batchnorm.study import (
-    dispute,
-    dropout,
-    equations,
-    inference,
-    noise,
-    placement,
-    rates,
-    scales,
-    shift,
-    speed,
-)
+from batchnorm.study import dispute, dropout, equations, inference, noise, placement, rates, scales, shift, speed
 from batchnorm.study.experiment import Experiment
 
 EXPERIMENTS: tuple[Experiment[Any], ...] = (

@@ -1,11 +1,11 @@
-"""Numbers in the words and curves that sections share."""
+"""Intervals, ranges and learning rates as the text, tables and curves of the report."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
 
-from batchnorm.report.document import Curve
+from batchnorm.report.document import Curve, percent
 from batchnorm.study.statistics import Interval
 
 
@@ -21,6 +21,12 @@ def _formatted(x: float, form: str) -> str:
     return format(0.0, form) if float(text) == 0 else text
 
 
+def cell(interval: Interval, form: str = ".1f", times: float = 1.0) -> str:
+    """An estimate with its interval in a table: "1.5 (1.2 to 1.9)"."""
+    estimate, low, high = (format(times * x, form) for x in (interval.estimate, interval.low, interval.high))
+    return f"{estimate} ({low} to {high})"
+
+
 def in_points(fraction: float) -> float:
     """A fraction in percentage points."""
     return 100 * fraction
@@ -31,15 +37,37 @@ def points(interval: Interval) -> str:
     return span(interval.map(in_points), "+.2f", "percentage points")
 
 
-def chosen(rates: Sequence[float]) -> str:
-    """Learning rates of several seeds, each once: "0.1 or 0.3"."""
-    return " or ".join(f"{rate:g}" for rate in sorted(set(rates)))
+def mean_percent(fractions: Sequence[float]) -> str:
+    """The mean of fractions in per cent: "97.5"."""
+    return percent(statistics.fmean(fractions))
 
 
-def spread(label: str, x: Sequence[float], values: Sequence[Sequence[float]], *, points: bool = False) -> Curve:
-    """Mean and range, at each x, of the values there."""
+def range_percent(fractions: Sequence[float]) -> str:
+    """The range of fractions in per cent: "95.0-98.0"."""
+    return f"{percent(min(fractions))}-{percent(max(fractions))}"
+
+
+def any_of(rates: Sequence[float], form: str = "g") -> str:
+    """Learning rates of several seeds, each named once: "0.1 or 0.3"."""
+    return " or ".join(format(rate, form) for rate in sorted(set(rates)))
+
+
+def interval_curve(label: str, x: Sequence[float], intervals: Sequence[Interval], *, points: bool = False) -> Curve:
+    """An estimate with its interval at each x."""
+    return Curve(
+        label,
+        x,
+        [interval.estimate for interval in intervals],
+        [interval.low for interval in intervals],
+        [interval.high for interval in intervals],
+        points,
+    )
+
+
+def mean_and_range(label: str, x: Sequence[float], values: Sequence[Sequence[float]]) -> Curve:
+    """The mean of the values at each x, from the smallest to the largest of them."""
     means = [statistics.fmean(at) for at in values]
-    return Curve(label, x, means, [min(at) for at in values], [max(at) for at in values], points)
+    return Curve(label, x, means, [min(at) for at in values], [max(at) for at in values])
 
 
 def ends(curves: Sequence[Curve]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -13,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.population.recalibrate import recalibrate
-from batchnorm.report.document import Chart, Curve, Section, Table, percent
+from batchnorm.report.document import Chart, Table, percent
 from batchnorm.study import training
-from batchnorm.study.experiment import Args, Conclusion, Experiment, Results, Setting
-from batchnorm.study.networks import perceptron, residual
-from batchnorm.study.statistics import Interval, effect_size, mean_interval, within
+from batchnorm.study.experiment import Conclusion, Experiment, Setting
+from batchnorm.study.formatting import in_points, interval_curve, mean_percent
+from batchnorm.study.grid import Grid, Results, Run
+from batchnorm.study.measured import Measured
+from batchnorm.study.statistics import Interval, mean_interval
 from batchnorm.study.verdict import Claim
 
 PERCEPTRON, RESIDUAL = "perceptron", "residual"
@@ -27,22 +28,15 @@ RECALIBRATED = {AVERAGE: "average", POOLED: "pooled", EXACT: "exact"}
 POPULATION = (RUNNING, *RECALIBRATED)
 
 # Half: by then more of what was learnt is gone than left.
-_LOST = "share of what was learnt beyond chance that is lost, against the running average"
 MEANINGLESS = {
-    PERCEPTRON: Claim(
-        "own-statistics-perceptron",
+    network: Claim(
+        f"own-statistics-{network}",
         "M7",
-        "A single observation's own statistics mean nothing: a perceptron",
-        _LOST,
+        f"A single observation's own statistics mean nothing: a {name}",
+        "share of what was learnt beyond chance that is lost, against the running average",
         0.5,
-    ),
-    RESIDUAL: Claim(
-        "own-statistics-residual",
-        "M7",
-        "A single observation's own statistics mean nothing: a residual net",
-        _LOST,
-        0.5,
-    ),
+    )
+    for network, name in ((PERCEPTRON, "perceptron"), (RESIDUAL, "residual net"))
 }
 # One in a hundred: more than a change of the arithmetic's rounding could explain.
 COMPANY = Claim(
@@ -72,34 +66,17 @@ EITHER = Claim(
 
 @dataclass(frozen=True)
 class Plan:
-    """What is trained, and how.
+    """What is trained, and how."""
 
-    Attributes:
-        seeds: how many of each network; their seeds are 0, 1, ...
-        steps: optimiser steps.
-        learning_rate: of every step.
-        batch_size: samples in a step.
-        hidden: features of the perceptron's hidden layers.
-        width: channels of the residual network.
-        blocks: of the residual network.
-        company: samples in the batches whose own statistics are used.
-        shown: test samples that are shown, at most.
-    """
-
-    seeds: int
-    steps: int = 400
-    learning_rate: float = 0.1
-    batch_size: int = 32
-    hidden: tuple[int, ...] = (64,) * 4
-    width: int = 16
-    blocks: int = 1
-    company: int = 8
-    shown: int = 360
-
-
-def tasks(plan: Plan) -> Sequence[Args]:
-    """A task for each network and seed."""
-    return [(network, seed) for seed in range(plan.seeds) for network in (PERCEPTRON, RESIDUAL)]
+    seeds: int  # how many of each network
+    steps: int = 400  # optimiser steps
+    learning_rate: float = 0.1  # of every step
+    batch_size: int = 32  # samples in a step
+    hidden: tuple[int, ...] = (64,) * 4  # features of the perceptron's hidden layers
+    width: int = 16  # channels of the residual network
+    blocks: int = 1  # of the residual network
+    company: int = 8  # samples in the batches whose own statistics are used
+    shown: int = 360  # test samples that are shown, at most
 
 
 def run(setting: Setting, plan: Plan, kind: str, seed: int) -> dict[str, Any]:
@@ -141,25 +118,9 @@ def run(setting: Setting, plan: Plan, kind: str, seed: int) -> dict[str, Any]:
 
 
 def _network(setting: Setting, plan: Plan, kind: str, generator: torch.Generator) -> nn.Module:
-    data = setting.data
     if kind == PERCEPTRON:
-        return perceptron(
-            data.features,
-            plan.hidden,
-            data.classes,
-            placement="before",
-            layers=setting.layers,
-            generator=generator,
-        )
-    return residual(
-        data.shape,
-        plan.width,
-        plan.blocks,
-        data.classes,
-        placement="before",
-        layers=setting.layers,
-        generator=generator,
-    )
+        return setting.perceptron(plan.hidden, "before", generator)
+    return setting.residual(plan.width, plan.blocks, "before", generator)
 
 
 def by_own_statistics(network: nn.Module, inputs: Tensor) -> Tensor:
@@ -169,7 +130,7 @@ def by_own_statistics(network: nn.Module, inputs: Tensor) -> Tensor:
     """
     network = copy.deepcopy(network).train()
     with torch.no_grad():
-        return torch.cat([network(torch.cat([one, one]))[:1] for one in torch.split(inputs, 1)])
+        return torch.cat([network(torch.cat([sample, sample]))[:1] for sample in torch.split(inputs, 1)])
 
 
 def _company(network: nn.Module, inputs: Tensor, size: int, generator: torch.Generator) -> float:
@@ -196,29 +157,27 @@ def _accuracy(outputs: Tensor, labels: Tensor) -> float:
 
 def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
     """Judge the claims over the seeds."""
-    runs = {kind: [results[kind, seed] for seed in range(plan.seeds)] for kind in MEANINGLESS}
+    runs = {kind: results.runs(kind) for kind in MEANINGLESS}
     chance = setting.data.chance
-    lost = {kind: [_lost(run["accuracy"], chance) for run in of_kind] for kind, of_kind in runs.items()}
-    pairs = list(zip(runs[PERCEPTRON], runs[RESIDUAL], strict=True))
+    pairs = list(zip(*runs.values(), strict=True))
     company = [statistics.fmean(run["company"] for run in pair) for pair in pairs]
     alike = [min(share for run in pair for share in run["alike"].values()) for pair in pairs]
     either = [statistics.fmean(run["accuracy"][EXACT] - run["accuracy"][RUNNING] for run in pair) for pair in pairs]
-    findings = [
-        *(
-            claim.judge(mean_interval(lost[kind]), effect_size(lost[kind]), plan.seeds)
-            for kind, claim in MEANINGLESS.items()
-        ),
-        COMPANY.judge(mean_interval(company), None, plan.seeds),
-        ALONE.judge(mean_interval(alike), None, plan.seeds),
-        EITHER.judge(within(0.01, mean_interval(either)), effect_size(either), plan.seeds),
-    ]
     accuracy = {
         kind: {name: mean_interval([run["accuracy"][name] for run in of_kind]) for name in (OWN, *POPULATION)}
         for kind, of_kind in runs.items()
     }
-    section = Section(
-        key="inference",
-        title="How are single observations to be normalised?",
+    return Conclusion(
+        numbers={"chance": chance, "runs": results.records("network", "seed")},
+        findings=[
+            *(
+                claim.judge(Measured.mean_difference([_lost(run["accuracy"], chance) for run in runs[kind]]))
+                for kind, claim in MEANINGLESS.items()
+            ),
+            COMPANY.judge(Measured.mean(company)),
+            ALONE.judge(Measured.mean(alike)),
+            EITHER.judge(Measured.mean_difference(either).equivalent(0.01)),
+        ],
         summary=[
             "At inference observations may arrive one at a time. The article says that their own statistics then mean "
             "nothing, that those of the test set must not be used, and that the statistics come either from the whole "
@@ -226,14 +185,13 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
             f"{plan.seeds} perceptrons and {plan.seeds} residual networks were trained; then each of "
             f"{runs[PERCEPTRON][0]['shown']:,} test samples was shown alone.",
             *(_own_sentence(kind, accuracy[kind], chance) for kind in runs),
-            f"By the statistics of test batches of {plan.company}, {percent(statistics.fmean(company))} % of the "
+            f"By the statistics of test batches of {plan.company}, {mean_percent(company)} % of the "
             "answers changed with the other samples in the batch. By population statistics, "
-            f"{percent(statistics.fmean(alike))} % of the answers were the same alone and among all.",
+            f"{mean_percent(alike)} % of the answers were the same alone and among all.",
             f"Statistics of the whole training set in place of the running average changed the accuracy by "
             f"{100 * statistics.fmean(either):+.2f} percentage points.",
         ],
-        judged=[finding.judged() for finding in findings],
-        tables=[_table(runs)],
+        tables=[_table(runs, accuracy)],
         charts=[_chart(accuracy)],
         notes=[
             "Its own statistics: the sample is shown twice, since a layer refuses to train on a single value; mean and "
@@ -243,10 +201,7 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
             '"pooled" one pass over the training set with batch statistics upstream, "exact" the moments of the whole '
             "training set as inference will see them.",
         ],
-        code=CODE,
     )
-    numbers = {"chance": chance, "runs": [{"network": k, "seed": s, **results[k, s]} for k, s in results]}
-    return Conclusion(numbers, findings, section)
 
 
 def _lost(accuracy: dict[str, float], chance: float) -> float:
@@ -264,22 +219,19 @@ def _own_sentence(kind: str, accuracy: dict[str, Interval], chance: float) -> st
     )
 
 
-def _table(runs: dict[str, list[dict[str, Any]]]) -> Table:
+Accuracy = dict[str, dict[str, Interval]]  # by network and statistics
+
+
+def _table(runs: dict[str, list[Run]], accuracy: Accuracy) -> Table:
     rows = []
     for kind, of_kind in runs.items():
-        for name in (OWN, *POPULATION):
-            accuracy = mean_interval([run["accuracy"][name] for run in of_kind])
-            row = [
-                f"{kind}, {name}",
-                percent(accuracy.estimate),
-                f"{percent(accuracy.low)} to {percent(accuracy.high)}",
-            ]
-            if name == OWN:
-                rows.append([*row, "-", "-"])
-                continue
-            loss = statistics.fmean(run["loss"][name] for run in of_kind)
-            different = 1 - statistics.fmean(run["alike"][name] for run in of_kind)
-            rows.append([*row, f"{loss:.4f}", percent(different)])
+        for name, interval in accuracy[kind].items():
+            loss, different = "-", "-"
+            if name != OWN:
+                loss = f"{statistics.fmean(run['loss'][name] for run in of_kind):.4f}"
+                different = percent(1 - statistics.fmean(run["alike"][name] for run in of_kind))
+            around = f"{percent(interval.low)} to {percent(interval.high)}"
+            rows.append([f"{kind}, {name}", percent(interval.estimate), around, loss, different])
     return Table(
         "Single test samples, by the statistics that normalise them: means over the seeds",
         ["Network, statistics", "Accuracy (%)", "95 % interval", "Loss", "Answered otherwise in a batch (%)"],
@@ -287,23 +239,13 @@ def _table(runs: dict[str, list[dict[str, Any]]]) -> Table:
     )
 
 
-def _chart(accuracy: dict[str, dict[str, Interval]]) -> Chart:
-    names = (OWN, *POPULATION)
+def _chart(accuracy: Accuracy) -> Chart:
     curves = []
     for offset, (kind, by_name) in enumerate(accuracy.items()):
-        intervals = [by_name[name] for name in names]
-        curves.append(
-            Curve(
-                kind,
-                [i + 0.12 * (2 * offset - 1) for i in range(len(names))],
-                [100 * interval.estimate for interval in intervals],
-                [100 * interval.low for interval in intervals],
-                [100 * interval.high for interval in intervals],
-                points=True,
-            )
-        )
+        x = [i + 0.12 * (2 * offset - 1) for i in range(len(by_name))]
+        curves.append(interval_curve(kind, x, [i.map(in_points) for i in by_name.values()], points=True))
     spoken = "; ".join(
-        f"{kind}: " + ", ".join(f"{name} {percent(by_name[name].estimate)}" for name in names)
+        f"{kind}: " + ", ".join(f"{name} {percent(interval.estimate)}" for name, interval in by_name.items())
         for kind, by_name in accuracy.items()
     )
     return Chart(
@@ -312,7 +254,7 @@ def _chart(accuracy: dict[str, dict[str, Interval]]) -> Chart:
         x_label="statistics",
         y_label="test accuracy (%)",
         curves=curves,
-        names=list(enumerate(names)),
+        names=list(enumerate((OWN, *POPULATION))),
     )
 
 
@@ -331,10 +273,12 @@ print(network.eval()(one))
 
 EXPERIMENT = Experiment(
     name="inference",
+    title="How are single observations to be normalised?",
     claims=(*MEANINGLESS.values(), COMPANY, ALONE, EITHER),
     full=Plan(seeds=10),
     quick=Plan(seeds=6, steps=60, hidden=(32, 32), width=4, shown=60),
-    tasks=tasks,
+    grid=lambda plan: Grid(plan.seeds, network=(PERCEPTRON, RESIDUAL)),
     run=run,
     conclude=conclude,
+    code=CODE,
 )

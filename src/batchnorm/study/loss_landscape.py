@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-# Where a training diverges these have no bound, where it stands still they are 0; both have to have a logarithm.
-_SMALLEST, _LARGEST = 1e-6, 1e6
+from batchnorm.study.statistics import bounded
+
+_LARGEST = 1e6  # where a training diverges
 
 # One forward pass: the loss at the weights as they are. It has to be the same function each time, noise included.
 Loss = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
-class Along:
+class AlongStep:
     """How loss and gradient change from where a step starts to points along it.
 
     With the loss L and its gradient g at the weights w, and points w - eta g:
@@ -37,7 +39,7 @@ class Along:
     smoothness: float
 
 
-def along(parameters: Sequence[nn.Parameter], loss: Loss, rates: Sequence[float]) -> Along:
+def measure_along_step(parameters: Sequence[nn.Parameter], loss: Loss, rates: Sequence[float]) -> AlongStep:
     """Look at the points that the gradient step reaches at several rates; the parameters are left as they were.
 
     Args:
@@ -51,7 +53,7 @@ def along(parameters: Sequence[nn.Parameter], loss: Loss, rates: Sequence[float]
     value, gradients = _gradients(parameters, loss)
     losses, changes, ratios = [value], [], []
     for rate in rates:
-        with _Moved(parameters, gradients, rate):
+        with _moved(parameters, gradients, rate):
             value, moved = _gradients(parameters, loss)
         change = _norm([b - a for a, b in zip(gradients, moved, strict=True)])
         losses.append(value)
@@ -59,10 +61,10 @@ def along(parameters: Sequence[nn.Parameter], loss: Loss, rates: Sequence[float]
         # At a minimum there is no step, and nothing changes along it.
         ratios.append(change / (rate * _norm(gradients)) if _norm(gradients) else 0.0)
     finite = all(math.isfinite(value) for value in losses)
-    return Along(
-        bounded(max(losses) - min(losses) if finite else math.inf),
-        max(map(bounded, changes)),
-        max(map(bounded, ratios)),
+    return AlongStep(
+        bounded(max(losses) - min(losses) if finite else math.inf, _LARGEST),
+        max(bounded(change, _LARGEST) for change in changes),
+        max(bounded(ratio, _LARGEST) for ratio in ratios),
     )
 
 
@@ -88,27 +90,23 @@ def disturbance(network: nn.Module, loss: Loss, rate: float) -> float:
     values = []
     for weight in weights[1:]:
         below = next(i for i, parameter in enumerate(parameters) if parameter is weight)
-        with _Moved(parameters[:below], gradients[:below], rate):
+        with _moved(parameters[:below], gradients[:below], rate):
             (after,) = torch.autograd.grad(loss(), [weight])
         values.append(1 - _cosine(gradients[below], after))
     return statistics.fmean(values)
 
 
-class _Moved:
+@contextmanager
+def _moved(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor], rate: float) -> Iterator[None]:
     """For a while, the parameters are one gradient step further."""
-
-    def __init__(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor], rate: float) -> None:
-        self._parameters, self._gradients, self._rate = parameters, gradients, rate
-        self._kept: list[Tensor] = []
-
-    def __enter__(self) -> None:
-        self._kept = [parameter.detach().clone() for parameter in self._parameters]
-        descend(self._parameters, self._gradients, self._rate)
-
-    def __exit__(self, *_: object) -> None:
+    saved = [parameter.detach().clone() for parameter in parameters]
+    descend(parameters, gradients, rate)
+    try:
+        yield
+    finally:
         with torch.no_grad():
-            for parameter, kept in zip(self._parameters, self._kept, strict=True):
-                parameter.copy_(kept)
+            for parameter, start in zip(parameters, saved, strict=True):
+                parameter.copy_(start)
 
 
 def descend(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor], rate: float) -> None:
@@ -132,8 +130,3 @@ def _cosine(a: Tensor, b: Tensor) -> float:
     lengths = _norm([a]) * _norm([b])
     cosine = float((a.double() * b.double()).sum()) / lengths if lengths else 0.0
     return cosine if math.isfinite(cosine) else 0.0
-
-
-def bounded(value: float) -> float:
-    """From 1e-6 to 1e6; what is not a finite number counts as 1e6."""
-    return min(max(value, _SMALLEST), _LARGEST) if math.isfinite(value) else _LARGEST

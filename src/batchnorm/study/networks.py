@@ -189,7 +189,7 @@ def _linear(
 def _initialised(
     module: nn.Linear | nn.Conv2d, gain: Literal["relu", "linear"], generator: torch.Generator
 ) -> nn.Module:
-    # Made without storage, lest torch's own initialisation draw from the global generator.
+    # Made without storage, so that torch's own initialisation does not draw from the global generator.
     module = module.to_empty(device="cpu")
     nn.init.kaiming_normal_(module.weight, nonlinearity=gain, generator=generator)
     if module.bias is not None:

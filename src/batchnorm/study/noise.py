@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from batchnorm.functional import batch_norm
 from batchnorm.modules import BatchNorm1d
 from batchnorm.moments import Moments
-from batchnorm.report.document import Chart, Curve, Section, Table
+from batchnorm.report.document import Chart, Curve, Table
 from batchnorm.study.equations import preactivations
-from batchnorm.study.experiment import Args, Conclusion, Experiment, Results, Setting
+from batchnorm.study.experiment import Conclusion, Experiment, Setting
+from batchnorm.study.formatting import interval_curve
+from batchnorm.study.grid import Grid, Results
+from batchnorm.study.measured import Measured, Paired
 from batchnorm.study.networks import Layers
-from batchnorm.study.statistics import Interval, effect_size, mean_interval, within
+from batchnorm.study.statistics import Interval, mean_interval
 from batchnorm.study.verdict import Claim, Finding, Verdict
 
 _EPS = 1e-5
@@ -60,30 +63,15 @@ JOINED = Claim(
 
 @dataclass(frozen=True)
 class Plan:
-    """What is drawn.
+    """What is drawn."""
 
-    Attributes:
-        seeds: how many layers; their seeds are 0, 1, ...
-        draws: mini-batches of each size, of each layer.
-        features: outputs of each layer.
-        sizes: samples in a mini-batch.
-        small: the size that ghost batches have, and the mini-batches whose statistics are joined.
-        large: the size of the batch that is made of them.
-        rounds: large batches of each kind, of each layer.
-    """
-
-    seeds: int
-    draws: int = 100
-    features: int = 64
-    sizes: tuple[int, ...] = (2, 4, 8, 16, 32, 64, 128, 256)
-    small: int = 8
-    large: int = 256
-    rounds: int = 40
-
-
-def tasks(plan: Plan) -> Sequence[Args]:
-    """A task for each layer."""
-    return [(seed,) for seed in range(plan.seeds)]
+    seeds: int  # how many layers
+    draws: int = 100  # mini-batches of each size, of each layer
+    features: int = 64  # outputs of each layer
+    sizes: tuple[int, ...] = (2, 4, 8, 16, 32, 64, 128, 256)  # samples in a mini-batch
+    small: int = 8  # the size of ghost batches, and of the mini-batches whose statistics are joined
+    large: int = 256  # the size of the batch that is made of them
+    rounds: int = 40  # large batches of each kind, of each layer
 
 
 def run(setting: Setting, plan: Plan, seed: int) -> dict[str, Any]:
@@ -199,66 +187,52 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
     """Judge the claims over the layers."""
     runs = list(results.values())
     eight = plan.sizes.index(plan.small)
-    slopes = [run["exponent"] + 0.5 for run in runs]
-    differences = {
-        GHOST: [math.log(run["output"]["ghost"] / run["output"]["small"]) for run in runs],
-        JOINED: [math.log(run["output"]["joined"] / run["output"]["large"]) for run in runs],
-    }
+    output = {kind: [run["output"][kind] for run in runs] for kind in runs[0]["output"]}
     findings = [
-        FAR.judge(mean_interval([run["mean"][eight] for run in runs]), None, len(runs)),
-        LAW.judge(within(0.05, mean_interval(slopes)), None, len(runs)),
-        *(
-            claim.judge(within(_ALIKE, mean_interval(values)), effect_size(values), len(runs))
-            for claim, values in differences.items()
-        ),
+        FAR.judge(Measured.mean([run["mean"][eight] for run in runs])),
+        LAW.judge(Measured.mean([run["exponent"] + 0.5 for run in runs]).equivalent(0.05)),
+        GHOST.judge(Paired(output["ghost"], output["small"]).log_ratio().equivalent(_ALIKE)),
+        JOINED.judge(Paired(output["joined"], output["large"]).log_ratio().equivalent(_ALIKE)),
     ]
-    spread = {
+    noise = {
         name: [mean_interval([run[name][i] for run in runs]) for i in range(len(plan.sizes))]
         for name in ("mean", "std")
     }
     law = [predicted(size, runs[0]["samples"]) for size in plan.sizes]
-    by_hand = (
-        ""
-        if issubclass(setting.layers.vectors, BatchNorm1d)
-        else (" torch.nn has no ghost batches: they were made by splitting the batch by hand.")
-    )
-    section = Section(
-        key="noise",
-        title="How far off are the statistics of a mini-batch?",
-        summary=_summary(plan, runs, spread, findings),
-        judged=[finding.judged() for finding in findings],
+    by_hand = " torch.nn has no ghost batches: they were made by splitting the batch by hand."
+    return Conclusion(
+        numbers={"samples": runs[0]["samples"], "sizes": list(plan.sizes), "predicted": law, "runs": runs},
+        findings=findings,
+        summary=_summary(plan, runs, noise, findings),
         tables=[
             Table(
                 "Noise of the statistics, in standard deviations of the channel",
                 ["Batch size", "Mean", "Predicted", "Standard deviation"],
                 [
                     [str(size), f"{mean.estimate:.3f}", f"{expected:.3f}", f"{std.estimate:.3f}"]
-                    for size, mean, std, expected in zip(plan.sizes, spread["mean"], spread["std"], law, strict=True)
+                    for size, mean, std, expected in zip(plan.sizes, noise["mean"], noise["std"], law, strict=True)
                 ],
             )
         ],
-        charts=[_chart(plan, spread, law)],
+        charts=[_chart(plan, noise, law)],
         notes=[
             "Samples are drawn without replacement, as in training; the law is corrected for that: "
             "sqrt((1 / m) (N - m) / (N - 1)).",
             f"Whatever the data, the law has {law[eight]:.2f} for {plan.small} samples; that more than "
             f"{FAR.threshold:.2f} is far is a definition.",
             "The statistics are those that the layer itself took: with momentum 1 its running statistics are the last "
-            f"mini-batch's.{by_hand}",
+            f"mini-batch's.{'' if issubclass(setting.layers.vectors, BatchNorm1d) else by_hand}",
         ],
-        code=CODE,
     )
-    numbers = {"samples": runs[0]["samples"], "sizes": list(plan.sizes), "predicted": law, "runs": runs}
-    return Conclusion(numbers, findings, section)
 
 
 def _summary(
-    plan: Plan, runs: Sequence[dict[str, Any]], spread: Mapping[str, Sequence[Interval]], findings: Sequence[Finding]
+    plan: Plan, runs: Sequence[dict[str, Any]], noise: Mapping[str, Sequence[Interval]], findings: Sequence[Finding]
 ) -> list[str]:
     eight, last = plan.sizes.index(plan.small), len(plan.sizes) - 1
     off = [
-        f"{spread['mean'][i].estimate:.2f} standard deviations off and its standard deviation "
-        f"{100 * spread['std'][i].estimate:.0f} % off"
+        f"{noise['mean'][i].estimate:.2f} standard deviations off and its standard deviation "
+        f"{100 * noise['std'][i].estimate:.0f} % off"
         for i in (eight, last)
     ]
     slope = mean_interval([run["exponent"] for run in runs])
@@ -278,18 +252,12 @@ def _summary(
     ]
 
 
-def _chart(plan: Plan, spread: Mapping[str, Sequence[Interval]], law: Sequence[float]) -> Chart:
-    first, last = spread["mean"][0].estimate, spread["mean"][-1].estimate
-    measured = [
-        Curve(
-            label,
-            plan.sizes,
-            [interval.estimate for interval in spread[name]],
-            [interval.low for interval in spread[name]],
-            [interval.high for interval in spread[name]],
-        )
-        for name, label in (("mean", "mean"), ("std", "standard deviation"))
-    ]
+_LABELS = {"mean": "mean", "std": "standard deviation"}
+
+
+def _chart(plan: Plan, noise: Mapping[str, Sequence[Interval]], law: Sequence[float]) -> Chart:
+    first, last = noise["mean"][0].estimate, noise["mean"][-1].estimate
+    measured = [interval_curve(label, plan.sizes, noise[name]) for name, label in _LABELS.items()]
     return Chart(
         title="Noise of a mini-batch's statistics",
         description=f"On logarithmic axes the noise of the mean falls from {first:.2f} at {plan.sizes[0]} samples to "
@@ -318,10 +286,12 @@ print(sum(eights, bn.Moments.empty(16)).mean - bn.Moments.of(z[:256]).mean)
 
 EXPERIMENT = Experiment(
     name="noise",
+    title="How far off are the statistics of a mini-batch?",
     claims=(FAR, LAW, GHOST, JOINED),
     full=Plan(seeds=10),
     quick=Plan(seeds=6, draws=50, rounds=20),
-    tasks=tasks,
+    grid=lambda plan: Grid(plan.seeds),
     run=run,
     conclude=conclude,
+    code=CODE,
 )

@@ -11,7 +11,7 @@ from batchnorm.study.networks import Layers, Unit
 class Noise(nn.Module):
     """Noise that changes with every pass, of no fixed mean and variance: in training it is `s x + m`, per value.
 
-    For each feature a centre mu from -0.5 to 0.5 and a scale sigma from 1 to 1.25 are drawn anew in each pass; then for
+    For each feature a centre mu from -0.5 to 0.5 and a scale sigma from 1 to 1.25 are drawn in each pass; then for
     each value m from mu - 0.1 to mu + 0.1, uniformly as the others, and s from the normal distribution around sigma
     with standard deviation 0.1. In inference it is the identity.
 
@@ -32,7 +32,7 @@ class Noise(nn.Module):
         return x * (1 + 0.25 * sigma + 0.1 * s) + (mu - 0.5 + 0.2 * (m - 0.5))
 
 
-def noisy(network: nn.Sequential, layers: Layers, seed: int) -> nn.Sequential:
+def add_noise(network: nn.Sequential, layers: Layers, seed: int) -> nn.Sequential:
     """A perceptron with batch normalization before the activation, and noise between the two in every hidden layer.
 
     Args:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
-from batchnorm.report.document import Chart, Curve, Section, Table, percent
+from batchnorm.report.document import Chart, Table
 from batchnorm.study import training
-from batchnorm.study.experiment import Args, Conclusion, Experiment, Results, Setting
-from batchnorm.study.formatting import chosen, in_points, points
-from batchnorm.study.networks import Placement, perceptron, residual
-from batchnorm.study.statistics import Interval, best_of_the_others, effect_size, mean_interval, within
-from batchnorm.study.verdict import Claim, Finding
+from batchnorm.study.experiment import Conclusion, Experiment, Setting
+from batchnorm.study.formatting import any_of, in_points, interval_curve, mean_percent, points, range_percent
+from batchnorm.study.grid import Grid, Results
+from batchnorm.study.measured import Paired
+from batchnorm.study.networks import Placement
+from batchnorm.study.statistics import mean_interval
+from batchnorm.study.verdict import Claim
 
-NAME = "placement"
 PLACEMENTS: dict[Placement, str] = {
     "before": "before the activation",
     "after": "after it",
@@ -29,161 +28,84 @@ PERCEPTRON, RESIDUAL = "perceptron", "residual network"
 # One point: less than that nobody would change the order of their layers for. A difference in either direction counts
 # against the claim.
 _MARGIN = 1.0
-_MEASURE = f"{_MARGIN:g} point minus the difference in mean test accuracy, whichever is better"
 CLAIMS = {
-    PERCEPTRON: Claim(
-        "placement-perceptron",
+    network: Claim(
+        f"placement-{key}",
         "M1",
-        "Before or after the activation: no matter in a deep perceptron",
-        _MEASURE,
+        f"Before or after the activation: no matter in a {name}",
+        f"{_MARGIN:g} point minus the difference in mean test accuracy, whichever is better",
         0.0,
         "percentage points",
-    ),
-    RESIDUAL: Claim(
-        "placement-residual",
-        "M1",
-        "Before or after the activation: no matter in a residual network",
-        _MEASURE,
-        0.0,
-        "percentage points",
-    ),
+    )
+    for network, key, name in ((PERCEPTRON, "perceptron", "deep perceptron"), (RESIDUAL, "residual", RESIDUAL))
 }
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is trained, and how.
+    """What is trained, and how."""
 
-    Attributes:
-        seeds: triples at each learning rate; their seeds are 0, 1, ...
-        steps: optimiser steps of each training.
-        rates: the learning rates.
-        hidden: features of each hidden layer of the perceptron.
-        width: channels of the residual network.
-        blocks: of the residual network, two linear maps each.
-        batch_size: samples in a step.
-    """
-
-    seeds: int = 10
-    steps: int = 250
-    rates: tuple[float, ...] = (0.03, 0.1, 0.3)
-    hidden: tuple[int, ...] = (48,) * 6
-    width: int = 8
-    blocks: int = 2
-    batch_size: int = 32
-
-
-def tasks(plan: Plan) -> list[Args]:
-    """A training for each network, placement, rate and seed."""
-    return [
-        (network, placement, rate, seed)
-        for network in CLAIMS
-        for placement in PLACEMENTS
-        for rate in plan.rates
-        for seed in range(plan.seeds)
-    ]
+    seeds: int = 10  # triples at each learning rate
+    steps: int = 250  # optimiser steps of each training
+    rates: tuple[float, ...] = (0.03, 0.1, 0.3)  # the learning rates
+    hidden: tuple[int, ...] = (48,) * 6  # features of each hidden layer of the perceptron
+    width: int = 8  # channels of the residual network
+    blocks: int = 2  # of the residual network, two linear maps each
+    batch_size: int = 32  # samples in a step
 
 
 def run(setting: Setting, plan: Plan, network: str, placement: Placement, rate: float, seed: int) -> dict[str, Any]:
     """Train one network once; the test accuracy that it settles at."""
-    data = setting.data
+    train, test = setting.data.train, setting.data.test
     generator = torch.Generator().manual_seed(seed)  # the weights first, then the order: all three draw alike
-    model = _made(setting, plan, network, placement, generator)
-    descent = training.descend(model, data.train, learning_rate=rate, batch_size=plan.batch_size, generator=generator)
-    (accuracy,) = training.settle(model, descent, plan.steps, [data.test])
+    if network == PERCEPTRON:
+        model = setting.perceptron(plan.hidden, placement, generator)
+    else:
+        model = setting.residual(plan.width, plan.blocks, placement, generator)
+    descent = training.descend(model, train, learning_rate=rate, batch_size=plan.batch_size, generator=generator)
+    (accuracy,) = training.settle(model, descent, plan.steps, [test])
     return {"accuracy": accuracy}
 
 
-def _made(setting: Setting, plan: Plan, network: str, placement: Placement, generator: torch.Generator) -> nn.Module:
-    data, layers = setting.data, setting.layers
-    if network == PERCEPTRON:
-        return perceptron(
-            data.features, plan.hidden, data.classes, placement=placement, layers=layers, generator=generator
-        )
-    return residual(
-        data.shape, plan.width, plan.blocks, data.classes, placement=placement, layers=layers, generator=generator
-    )
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One network with one placement, each seed at the learning rate that was best for the others.
-
-    Attributes:
-        network: a key of `CLAIMS`.
-        placement: a key of `PLACEMENTS`.
-        rates: each seed's learning rate.
-        accuracy: each seed's test accuracy.
-    """
-
-    network: str
-    placement: Placement
-    rates: tuple[float, ...]
-    accuracy: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Differences:
-    """Of one network's mean test accuracies.
-
-    Attributes:
-        network: a key of `CLAIMS`.
-        after: after the activation minus before it.
-        gain: before the activation minus not normalised.
-        effect: of `after`.
-    """
-
-    network: str
-    after: Interval
-    gain: Interval
-    effect: float | None
+# Of each network and placement: each seed's learning rate, the best for the other seeds, and its test accuracy there.
+Best = Mapping[tuple[str, Placement], dict[str, Any]]
 
 
 def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
     """Choose the rates, and compare the placements."""
-    cells = [_cell(plan, network, placement, results) for network in CLAIMS for placement in PLACEMENTS]
-    found = {(cell.network, cell.placement): cell.accuracy for cell in cells}
-    differences = []
+    best = {}
     for network in CLAIMS:
-        before, after, none = (found[network, placement] for placement in PLACEMENTS)
-        moved = [a - b for a, b in zip(after, before, strict=True)]
-        gained = [a - b for a, b in zip(before, none, strict=True)]
-        differences.append(Differences(network, mean_interval(moved), mean_interval(gained), effect_size(moved)))
-    findings = [
-        CLAIMS[d.network].judge(within(_MARGIN, d.after.map(in_points)), d.effect, plan.seeds) for d in differences
-    ]
-    numbers = {"networks": [asdict(cell) for cell in cells], "differences": [asdict(d) for d in differences]}
-    return Conclusion(numbers, findings, _section(setting, plan, cells, differences, findings))
-
-
-def _cell(plan: Plan, network: str, placement: Placement, results: Results) -> Cell:
-    scores = {
-        rate: [results[network, placement, rate, seed]["accuracy"] for seed in range(plan.seeds)] for rate in plan.rates
-    }
-    rates = best_of_the_others(scores)
-    return Cell(network, placement, rates, tuple(scores[rate][seed] for seed, rate in enumerate(rates)))
-
-
-def _section(
-    setting: Setting, plan: Plan, cells: Sequence[Cell], differences: Sequence[Differences], findings: Sequence[Finding]
-) -> Section:
+        for placement in PLACEMENTS:
+            rates, runs = results.best(lambda run: run["accuracy"], network, placement)
+            best[network, placement] = {"rates": rates, "accuracy": tuple(run["accuracy"] for run in runs)}
+    before, after, none = (
+        {network: best[network, placement]["accuracy"] for network in CLAIMS} for placement in PLACEMENTS
+    )
+    moved = {network: Paired(after[network], before[network]).difference() for network in CLAIMS}
+    gains = {network: Paired(before[network], none[network]).difference().interval for network in CLAIMS}
     maps = "3x3 convolutions" if len(setting.data.shape) == 3 else "linear layers"
-    return Section(
-        key=NAME,
-        title="Before the activation, or after it?",
+    return Conclusion(
+        numbers={
+            "networks": [{"network": n, "placement": p, **chosen} for (n, p), chosen in best.items()],
+            "differences": [
+                {"network": n, "after": asdict(m.interval), "gain": asdict(gains[n]), "effect": m.effect}
+                for n, m in moved.items()
+            ],
+        },
+        findings=[claim.judge(moved[network].map(in_points).equivalent(_MARGIN)) for network, claim in CLAIMS.items()],
         summary=[
             "The article puts batch normalization between a layer's linear map and its activation, and says that some "
             "put it after the activation. Here a perceptron and a residual network were trained both ways, and "
             "without, each at the learning rate that suits it best.",
             *(
-                f"In the {d.network}, moving it from before to after the activation changed the test accuracy by "
-                f"{points(d.after)}; having it before the activation rather than not at all, by {points(d.gain)}."
-                for d in differences
+                f"In the {network}, moving it from before to after the activation changed the test accuracy by "
+                f"{points(measured.interval)}; having it before the activation rather than not at all, by "
+                f"{points(gains[network])}."
+                for network, measured in moved.items()
             ),
         ],
-        judged=[finding.judged() for finding in findings],
-        tables=[_table(plan, cells)],
-        charts=[_chart(cells)],
+        tables=[_table(plan, best)],
+        charts=[_chart(best)],
         notes=[
             f"Perceptron: {len(plan.hidden)} hidden layers of {plan.hidden[0]}. Residual network: {maps} of "
             f"{plan.width}, {plan.blocks} blocks of two. In a block, before: ReLU(BN(W ReLU(BN(W x))) + x); after: "
@@ -193,46 +115,42 @@ def _section(
             f"Learning rates: of {', '.join(f'{rate:g}' for rate in plan.rates)}, for each seed the one with the best "
             "mean test accuracy over the other seeds.",
         ],
-        code=CODE,
     )
 
 
-def _table(plan: Plan, cells: Sequence[Cell]) -> Table:
+def _table(plan: Plan, best: Best) -> Table:
     return Table(
         caption=f"Test accuracy after {plan.steps} steps, %: mean and range over {plan.seeds} seeds",
         columns=("network", "batch norm", "learning rate", "accuracy", "range"),
         rows=[
             (
-                cell.network,
-                PLACEMENTS[cell.placement],
-                chosen(cell.rates),
-                percent(statistics.fmean(cell.accuracy)),
-                f"{percent(min(cell.accuracy))}-{percent(max(cell.accuracy))}",
+                network,
+                PLACEMENTS[placement],
+                any_of(chosen["rates"]),
+                mean_percent(chosen["accuracy"]),
+                range_percent(chosen["accuracy"]),
             )
-            for cell in cells
+            for (network, placement), chosen in best.items()
         ],
     )
 
 
-def _chart(cells: Sequence[Cell]) -> Chart:
-    curves = []
-    for network in CLAIMS:
-        means = [mean_interval(cell.accuracy).map(in_points) for cell in cells if cell.network == network]
-        values = [mean.estimate for mean in means]
-        curves.append(
-            Curve(network, range(len(means)), values, [i.low for i in means], [i.high for i in means], points=True)
-        )
+def _chart(best: Best) -> Chart:
     ways = tuple(PLACEMENTS.values())
+    means = {
+        network: [mean_interval(best[network, placement]["accuracy"]).map(in_points) for placement in PLACEMENTS]
+        for network in CLAIMS
+    }
     described = "; ".join(
-        f"{curve.label}: " + ", ".join(f"{way} {value:.1f}" for way, value in zip(ways, curve.middle, strict=True))
-        for curve in curves
+        f"{network}: " + ", ".join(f"{way} {mean.estimate:.1f}" for way, mean in zip(ways, of_network, strict=True))
+        for network, of_network in means.items()
     )
     return Chart(
         title="Test accuracy by the place of batch normalization",
         description=f"Mean test accuracy in per cent with 95 % interval. {described}.",
         x_label="place of batch normalization",
         y_label="test accuracy, %",
-        curves=curves,
+        curves=[interval_curve(name, range(len(ways)), of_network, points=True) for name, of_network in means.items()],
         names=tuple(enumerate(ways)),
     )
 
@@ -251,11 +169,13 @@ for placement in ("before", "after", "none"):
 """
 
 EXPERIMENT = Experiment(
-    name=NAME,
+    name="placement",
+    title="Before the activation, or after it?",
     claims=tuple(CLAIMS.values()),
     full=Plan(),
     quick=Plan(seeds=6, steps=100, rates=(0.2,), hidden=(32,) * 3, width=6, blocks=1),
-    tasks=tasks,
+    grid=lambda plan: Grid(plan.seeds, network=CLAIMS, placement=PLACEMENTS, rate=plan.rates),
     run=run,
     conclude=conclude,
+    code=CODE,
 )

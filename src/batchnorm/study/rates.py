@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from batchnorm.report.document import Chart, Section, Table, percent
+from batchnorm.report.document import Chart, Table, percent
 from batchnorm.study import training
-from batchnorm.study.experiment import Args, Conclusion, Experiment, Results, Setting
-from batchnorm.study.formatting import ends, span, spread
-from batchnorm.study.networks import Placement, perceptron
-from batchnorm.study.statistics import effect_size, mean_interval
-from batchnorm.study.verdict import Claim, Finding
+from batchnorm.study.experiment import Conclusion, Experiment, Setting
+from batchnorm.study.formatting import any_of, ends, mean_and_range, mean_percent, range_percent, span
+from batchnorm.study.grid import Grid, Results
+from batchnorm.study.measured import Paired
+from batchnorm.study.networks import Placement
+from batchnorm.study.verdict import Claim
 
-NAME = "rates"
 NETWORKS: dict[str, Placement] = {"batch norm": "before", "plain": "none"}
 WITH, WITHOUT = NETWORKS
 
@@ -43,23 +43,15 @@ RANGE = Claim(
 
 @dataclass(frozen=True)
 class Plan:
-    """What is trained, and how.
+    """What is trained, and how."""
 
-    Attributes:
-        seeds: pairs at each learning rate; their seeds are 0, 1, ...
-        steps: optimiser steps of each training.
-        rates: the learning rates, in equal steps on a logarithmic scale: half a decade, but for rounding.
-        hidden: features of each hidden layer.
-        batch_size: samples in a step.
-        usable: the accuracy at which a rate is usable, as a share of the way from chance to the best mean accuracy.
-    """
-
-    seeds: int = 10
-    steps: int = 300
+    seeds: int = 10  # pairs at each learning rate
+    steps: int = 300  # optimiser steps of each training
+    # The learning rates, in equal steps on a logarithmic scale: half a decade, but for rounding.
     rates: tuple[float, ...] = (1e-4, 3.2e-4, 1e-3, 3.2e-3, 0.01, 0.032, 0.1, 0.32, 1.0, 3.2, 10.0)
-    hidden: tuple[int, ...] = (48,) * 6
-    batch_size: int = 32
-    usable: float = 0.9
+    hidden: tuple[int, ...] = (48,) * 6  # features of each hidden layer
+    batch_size: int = 32  # samples in a step
+    usable: float = 0.9  # the accuracy at which a rate is usable, as a share of the way from chance to the best mean
 
     @property
     def decades(self) -> float:
@@ -67,76 +59,78 @@ class Plan:
         return math.log10(self.rates[-1] / self.rates[0]) / (len(self.rates) - 1)
 
 
-def tasks(plan: Plan) -> list[Args]:
-    """A training for each network, rate and seed."""
-    return [(network, rate, seed) for network in NETWORKS for rate in plan.rates for seed in range(plan.seeds)]
-
-
 def run(setting: Setting, plan: Plan, network: str, rate: float, seed: int) -> dict[str, Any]:
     """Train one network once; the test accuracy that it settles at."""
-    data = setting.data
+    train, test = setting.data.train, setting.data.test
     generator = torch.Generator().manual_seed(seed)  # the weights first, then the order: both kinds draw alike
-    model = perceptron(
-        data.features,
-        plan.hidden,
-        data.classes,
-        placement=NETWORKS[network],
-        layers=setting.layers,
-        generator=generator,
-    )
-    descent = training.descend(model, data.train, learning_rate=rate, batch_size=plan.batch_size, generator=generator)
-    (accuracy,) = training.settle(model, descent, plan.steps, [data.test])
+    model = setting.perceptron(plan.hidden, NETWORKS[network], generator)
+    descent = training.descend(model, train, learning_rate=rate, batch_size=plan.batch_size, generator=generator)
+    (accuracy,) = training.settle(model, descent, plan.steps, [test])
     return {"accuracy": accuracy}
 
 
 @dataclass(frozen=True)
-class Usable:
-    """What learning rates one network can be trained with.
-
-    Attributes:
-        network: a key of `NETWORKS`.
-        best: the rate with the best mean accuracy.
-        accuracy: of each rate, each seed's test accuracy.
-        largest: of each seed, the largest usable rate; None where none is.
-        decades: of each seed, the range that the usable rates make up, each counting for one step of the grid.
-    """
+class UsableRates:
+    """What learning rates one network can be trained with."""
 
     network: str
-    best: float
-    accuracy: tuple[tuple[float, ...], ...]
-    largest: tuple[float | None, ...]
-    decades: tuple[float, ...]
+    best: float  # the rate with the best mean accuracy
+    accuracy: tuple[tuple[float, ...], ...]  # of each rate, each seed's test accuracy
+    largest: tuple[float | None, ...]  # of each seed, the largest usable rate; None where none is
+    decades: tuple[float, ...]  # of each seed, the range that the usable rates make up, each counting for one step
 
 
 def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
     """Find which rates are usable, and compare."""
     accuracy = {
-        network: tuple(
-            tuple(results[network, rate, seed]["accuracy"] for seed in range(plan.seeds)) for rate in plan.rates
-        )
+        network: tuple(tuple(run["accuracy"] for run in results.runs(network, rate)) for rate in plan.rates)
         for network in NETWORKS
     }
     best = max(statistics.fmean(seeds) for rates in accuracy.values() for seeds in rates)
     chance = setting.data.chance
     threshold = chance + plan.usable * (best - chance)
-    ours, plain = (_usable(plan, network, accuracy[network], threshold) for network in NETWORKS)
-    higher = [_exponent(plan, a) - _exponent(plan, b) for a, b in zip(ours.largest, plain.largest, strict=True)]
-    wider = [a - b for a, b in zip(ours.decades, plain.decades, strict=True)]
-    findings = [
-        LARGEST.judge(mean_interval(higher), effect_size(higher), plan.seeds),
-        RANGE.judge(mean_interval(wider), effect_size(wider), plan.seeds),
-    ]
-    numbers = {"threshold": threshold, "networks": [asdict(ours), asdict(plain)]}
-    return Conclusion(numbers, findings, _section(plan, threshold, ours, plain, findings))
+    networks = [_usable(plan, network, accuracy[network], threshold) for network in NETWORKS]
+    ours, plain = networks
+    higher = Paired(*([_exponent(plan, rate) for rate in usable.largest] for usable in networks)).difference()
+    wider = Paired(ours.decades, plain.decades).difference()
+    return Conclusion(
+        numbers={"threshold": threshold, "networks": [asdict(usable) for usable in networks]},
+        findings=[LARGEST.judge(higher), RANGE.judge(wider)],
+        summary=[
+            "The article says that batch normalization allows a larger learning rate. Here pairs of the same "
+            f"{len(plan.hidden)}-layer network were trained for {plan.steps} steps at each of {len(plan.rates)} rates "
+            f"from {plan.rates[0]:g} to {plan.rates[-1]:g}. A rate is usable if the network ends with "
+            f"{percent(threshold)} % of the test samples right.",
+            f"The largest usable rate was {_largest(ours)} with batch normalization, {_largest(plain)} without: a "
+            f"factor of {span(higher.interval.map(lambda decades: 10**decades))}.",
+            f"The usable rates made up {_range(ours)} decades with batch normalization, {_range(plain)} without: a "
+            f"difference of {span(wider.interval, '+.2f', 'decades')}.",
+            f"The best rate was {ours.best:g} with batch normalization ({_at_best(plan, ours)} % right on average), "
+            f"{plain.best:g} without ({_at_best(plan, plain)} %).",
+        ],
+        tables=[_table(plan, networks)],
+        charts=[_chart(plan, threshold, networks)],
+        notes=[
+            f"Networks: {len(plan.hidden)} hidden layers of {plan.hidden[0]} with ReLU, He's initialisation; batch "
+            f"normalization before each ReLU, or none. Both of a pair start from the same linear weights and see the "
+            f"same batches of {plan.batch_size}. Plain stochastic gradient descent, no schedule.",
+            f"Usable: {100 * plan.usable:g} % of the way from always guessing the commonest class to the best mean "
+            "accuracy of either network at any rate. What is usable within so few steps is less than what would be in "
+            "the end: small rates are still learning. That concerns both networks alike.",
+            f"The grid's steps are a factor of {10**plan.decades:.2g}: no difference is known more closely. A network "
+            "without any usable rate counts as one whose largest is a step below the grid.",
+            "An output that is not a finite number counts as wrong: a network that diverged has less than chance.",
+        ],
+    )
 
 
-def _usable(plan: Plan, network: str, accuracy: tuple[tuple[float, ...], ...], threshold: float) -> Usable:
+def _usable(plan: Plan, network: str, accuracy: tuple[tuple[float, ...], ...], threshold: float) -> UsableRates:
     means = [statistics.fmean(seeds) for seeds in accuracy]
     usable = [
         [rate for rate, reached in zip(plan.rates, seed, strict=True) if reached >= threshold]
         for seed in zip(*accuracy, strict=True)
     ]
-    return Usable(
+    return UsableRates(
         network,
         plan.rates[means.index(max(means))],
         accuracy,
@@ -150,77 +144,34 @@ def _exponent(plan: Plan, rate: float | None) -> float:
     return math.log10(plan.rates[0]) - plan.decades if rate is None else math.log10(rate)
 
 
-def _section(plan: Plan, threshold: float, ours: Usable, plain: Usable, findings: Sequence[Finding]) -> Section:
-    higher, wider = (finding.interval for finding in findings)
-    return Section(
-        key=NAME,
-        title="Does it allow a larger learning rate?",
-        summary=[
-            "The article says that batch normalization allows a larger learning rate. Here pairs of the same "
-            f"{len(plan.hidden)}-layer network were trained for {plan.steps} steps at each of {len(plan.rates)} rates "
-            f"from {plan.rates[0]:g} to {plan.rates[-1]:g}. A rate is usable if the network ends with "
-            f"{percent(threshold)} % of the test samples right.",
-            f"The largest usable rate was {_largest(ours)} with batch normalization, {_largest(plain)} without: a "
-            f"factor of {span(higher.map(lambda decades: 10**decades))}.",
-            f"The usable rates made up {_range(ours)} decades with batch normalization, {_range(plain)} without: a "
-            f"difference of {span(wider, '+.2f', 'decades')}.",
-            f"The best rate was {ours.best:g} with batch normalization ({_at_best(plan, ours)} % right on average), "
-            f"{plain.best:g} without ({_at_best(plan, plain)} %).",
-        ],
-        judged=[finding.judged() for finding in findings],
-        tables=[_table(plan, ours, plain)],
-        charts=[_chart(plan, threshold, ours, plain)],
-        notes=[
-            f"Networks: {len(plan.hidden)} hidden layers of {plan.hidden[0]} with ReLU, He's initialisation; batch "
-            f"normalization before each ReLU, or none. Both of a pair start from the same linear weights and see the "
-            f"same batches of {plan.batch_size}. Plain stochastic gradient descent, no schedule.",
-            f"Usable: {100 * plan.usable:g} % of the way from always guessing the commonest class to the best mean "
-            "accuracy of either network at any rate. What is usable within so few steps is less than what would be in "
-            "the end: small rates are still learning. That concerns both networks alike.",
-            f"The grid's steps are a factor of {10**plan.decades:.2g}: no difference is known more closely. A network "
-            "without any usable rate counts as one whose largest is a step below the grid.",
-            "An output that is not a finite number counts as wrong: a network that diverged has less than chance.",
-        ],
-        code=CODE,
-    )
-
-
-def _largest(usable: Usable) -> str:
-    found = sorted({rate for rate in usable.largest if rate is not None})
+def _largest(usable: UsableRates) -> str:
+    found = [rate for rate in usable.largest if rate is not None]
     none = usable.largest.count(None)
-    words = " or ".join(f"{rate:g}" for rate in found) or "none"
-    return words + (f" (none with {none} of {len(usable.largest)} seeds)" if found and none else "")
+    return (any_of(found) or "none") + (f" (none with {none} of {len(usable.largest)} seeds)" if found and none else "")
 
 
-def _range(usable: Usable) -> str:
+def _range(usable: UsableRates) -> str:
     return f"{statistics.fmean(usable.decades):.1f}"
 
 
-def _at_best(plan: Plan, usable: Usable) -> str:
-    return percent(statistics.fmean(usable.accuracy[plan.rates.index(usable.best)]))
+def _at_best(plan: Plan, usable: UsableRates) -> str:
+    return mean_percent(usable.accuracy[plan.rates.index(usable.best)])
 
 
-def _table(plan: Plan, *networks: Usable) -> Table:
+def _table(plan: Plan, networks: Sequence[UsableRates]) -> Table:
     return Table(
         caption=f"Test accuracy after {plan.steps} steps, %: mean and range over {plan.seeds} seeds",
         columns=("learning rate", *(usable.network for usable in networks)),
         rows=[
-            (
-                f"{rate:g}",
-                *(
-                    f"{percent(statistics.fmean(usable.accuracy[i]))} "
-                    f"({percent(min(usable.accuracy[i]))}-{percent(max(usable.accuracy[i]))})"
-                    for usable in networks
-                ),
-            )
-            for i, rate in enumerate(plan.rates)
+            (f"{rate:g}", *(f"{mean_percent(seeds)} ({range_percent(seeds)})" for seeds in both))
+            for rate, *both in zip(plan.rates, *(usable.accuracy for usable in networks), strict=True)
         ],
     )
 
 
-def _chart(plan: Plan, threshold: float, *networks: Usable) -> Chart:
+def _chart(plan: Plan, threshold: float, networks: Sequence[UsableRates]) -> Chart:
     curves = [
-        spread(usable.network, plan.rates, [[100 * value for value in seeds] for seeds in usable.accuracy])
+        mean_and_range(usable.network, plan.rates, [[100 * value for value in seeds] for seeds in usable.accuracy])
         for usable in networks
     ]
     best = ", ".join(f"{usable.network} is best at {usable.best:g}" for usable in networks)
@@ -253,11 +204,13 @@ for placement in ("before", "none"):
 """
 
 EXPERIMENT = Experiment(
-    name=NAME,
+    name="rates",
+    title="Does it allow a larger learning rate?",
     claims=(LARGEST, RANGE),
     full=Plan(),
     quick=Plan(seeds=6, steps=200, rates=(0.01, 0.1, 1.0), hidden=(32,) * 4),
-    tasks=tasks,
+    grid=lambda plan: Grid(plan.seeds, network=NETWORKS, rate=plan.rates),
     run=run,
     conclude=conclude,
+    code=CODE,
 )

@@ -1,7 +1,8 @@
-"""Results on disk, one file a task, so that an interrupted run goes on where it was."""
+"""Results on disk, one file for each task, so that an interrupted run goes on where it was."""
 
 from __future__ import annotations
 
+import ast
 import fcntl
 import hashlib
 import inspect
@@ -11,26 +12,29 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import batchnorm
-from batchnorm.study.experiment import Args, Experiment, Setting
+from batchnorm.study.experiment import Experiment, Setting
+from batchnorm.study.grid import Args
 
-_SHARED = ("dataset", "networks", "training")  # what every task computes with, besides the package's own layers
+_PACKAGE = "batchnorm"
+_FOLDER = Path(__file__).parents[1]  # where the package's modules are
 _LENGTH = 16  # hexadecimal digits of a name: 64 bits
 
 
-class Kept:
+class ResultCache:
     """The results of one experiment's tasks, in a directory that only equal circumstances share.
 
     A file appears under its name as a whole or not at all, so a run can be killed at any time, and several runs can
     use one directory: at worst they compute the same thing twice.
 
     Args:
-        folder: where the directories of all experiments are; made where it is not there.
+        folder: where the directories of all experiments are; made if it is missing.
         experiment: whose results.
         plan: its plan.
         setting: the data and the layers.
@@ -41,7 +45,7 @@ class Kept:
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, args: Args) -> dict[str, Any] | None:
-        """A task's result; None where there is none that is whole."""
+        """A task's result; None where there is no complete one."""
         try:
             content = json.loads(self._file(args).read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):  # ValueError: what a full disk or a power cut left
@@ -49,15 +53,15 @@ class Kept:
         return content["result"] if content["args"] == list(args) else None
 
     def put(self, args: Args, result: dict[str, Any]) -> None:
-        """Keep a task's result."""
-        write(self._file(args), json.dumps({"args": args, "result": result}, allow_nan=False))
+        """Store a task's result."""
+        write_atomically(self._file(args), json.dumps({"args": args, "result": result}, allow_nan=False))
 
     def _file(self, args: Args) -> Path:
         return self._folder / f"{_digest(json.dumps(args).encode())}.json"
 
 
-def write(path: Path, content: str) -> None:
-    """Put a file in place, as a whole or not at all; until then an old one of that name stays."""
+def write_atomically(path: Path, content: str) -> None:
+    """Put a file in place, as a whole or not at all; until then an old file of that name stays."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with open(descriptor, "w", encoding="utf-8") as file:
@@ -70,10 +74,10 @@ def write(path: Path, content: str) -> None:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Wait until no other process is in here for the same folder, so that files that belong together stay together.
+def exclusive(folder: Path) -> Iterator[None]:
+    """Wait until no other process holds the same folder, so that files that belong together are written together.
 
-    The system gives the lock back when its process ends, however it ends.
+    The system releases the lock when its process ends, however it ends.
     """
     with open(folder / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -83,19 +87,51 @@ def alone(folder: Path) -> Iterator[None]:
 def fingerprint(run: Callable[..., Any], plan: object, setting: Setting) -> str:
     """Names all that a task's result depends on, its own arguments apart.
 
-    The plan, the data, the layers, the versions and kernels that compute; and the code of the experiment and of what
-    experiments share, lest somebody who changes it is shown what the old code found.
+    These are the plan, the data, the layers, the versions and kernels that compute, and the code: of `run`'s module and
+    of every module of this package that it imports, so that nobody who edits one of them sees what the old code found.
     """
     assert is_dataclass(plan)
-    code = [inspect.getsourcefile(run), *(str(Path(__file__).with_name(f"{name}.py")) for name in _SHARED)]
     parts = [
         json.dumps(asdict(plan), sort_keys=True),  # type: ignore[arg-type]  # an instance, not a class
         setting.data.digest,
         setting.layers.name,
         json.dumps(software(), sort_keys=True),
-        *(_digest(Path(file).read_bytes()) for file in code if file is not None),
+        *(_digest(file.read_bytes()) for file in source_files(run)),
     ]
     return _digest("\n".join(parts).encode())
+
+
+def source_files(function: Callable[..., Any]) -> list[Path]:
+    """The file of a function, and those of this package's modules that it imports, directly or through others."""
+    own = inspect.getsourcefile(function)
+    assert own is not None
+    found, waiting = {Path(own)}, [Path(own)]
+    while waiting:
+        new = {file for name in _imports(waiting.pop().read_bytes()) if (file := _module_file(name))} - found
+        found |= new
+        waiting += new
+    return sorted(found)
+
+
+@cache
+def _imports(source: bytes) -> tuple[str, ...]:
+    """The modules of this package that a source file imports anywhere in it, perhaps with names inside them."""
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return tuple(name for name in names if name.split(".")[0] == _PACKAGE)
+
+
+def _module_file(name: str) -> Path | None:
+    """The file of a module, or of the module that holds the name."""
+    path = _FOLDER.joinpath(*name.split(".")[1:])
+    for file in (path.with_suffix(".py"), path / "__init__.py", path.parent.with_suffix(".py")):
+        if file.is_file():
+            return file
+    return path.parent / "__init__.py"
 
 
 def software() -> dict[str, str]:

@@ -9,7 +9,7 @@ import random
 import shlex
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,11 +22,12 @@ from batchnorm.errors import UsageError
 from batchnorm.report import charts, text
 from batchnorm.report.document import Document
 from batchnorm.report.page import page
-from batchnorm.study import dataset as samples
-from batchnorm.study.experiment import Args, Conclusion, Experiment, Setting
+from batchnorm.study import dataset
+from batchnorm.study.experiment import Conclusion, Experiment, Setting
 from batchnorm.study.experiments import EXPERIMENTS
+from batchnorm.study.grid import Args, Results
 from batchnorm.study.networks import LAYERS, OURS
-from batchnorm.study.result_cache import Kept, alone, software, write
+from batchnorm.study.result_cache import ResultCache, exclusive, software, write_atomically
 from batchnorm.study.verdict import Finding
 from batchnorm.study.workers import compute, cores
 
@@ -49,24 +50,22 @@ class Study:
 
 
 @dataclass(frozen=True)
-class _Job:
-    """One task: of which experiment, by its position in the table, with which arguments."""
+class _Task:
+    """One task of an experiment."""
 
-    experiment: int
+    run: Callable[..., dict[str, Any]]
+    plan: Any
     args: Args
 
 
 @dataclass(frozen=True)
-class _Work:
-    """What workers do; sent to each once, with the data."""
+class _Worker:
+    """What workers do with a task; sent to each once, with the data."""
 
     setting: Setting
-    runs: tuple[Any, ...]
-    plans: tuple[Any, ...]
 
-    def __call__(self, job: _Job) -> dict[str, Any]:
-        run, plan = self.runs[job.experiment], self.plans[job.experiment]
-        return run(self.setting, plan, *job.args)  # type: ignore[no-any-return]  # as Experiment.run says
+    def __call__(self, task: _Task) -> dict[str, Any]:
+        return task.run(self.setting, task.plan, *task.args)
 
 
 def study(
@@ -81,17 +80,17 @@ def study(
 ) -> Study:
     """Do the tasks of all experiments, and write results.json, report.html and the figures into `out`.
 
-    Each task's result is kept in `out` as it comes. A run that was interrupted, even killed, goes on where it was when
-    it is started again, and ends with the same results.json, byte for byte.
+    Each task's result is stored in `out` as soon as it is there. A run that was interrupted, even killed, goes on where
+    it was when it is started again, and ends with the same results.json, byte for byte.
 
     Args:
-        out: a directory, made where it is not there.
+        out: a directory, made if it is missing.
         console: where the progress is shown.
         quick: the small plans.
-        data: as `data.load` takes it; the digits unless told.
+        data: as `dataset.load` takes it; None for the digits.
         layers: a name of `networks.LAYERS`.
         experiments: which.
-        processes: how many to compute with; as many as there are cores unless told. The results do not depend on it.
+        processes: how many to compute with; None for as many as there are cores. The results do not depend on it.
 
     Raises:
         UsageError: a package of the extra is missing, the data are not as they must be, or `out` cannot be written to.
@@ -101,30 +100,35 @@ def study(
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()  # better to fail now than after the work
     started = time.time()
-    setting = Setting(samples.digits() if data is None else samples.load(data), LAYERS[layers])
+    setting = Setting(dataset.digits() if data is None else dataset.load(data), LAYERS[layers])
     plans = [experiment.quick if quick else experiment.full for experiment in experiments]
+    rows = list(zip(experiments, plans, strict=True))
     with _writing(out):
-        stores = [
-            Kept(out / TASKS, experiment, plan, setting) for experiment, plan in zip(experiments, plans, strict=True)
-        ]
-    tasks = [experiment.tasks(plan) for experiment, plan in zip(experiments, plans, strict=True)]
-    jobs = [_Job(i, args) for i, many in enumerate(tasks) for args in many if stores[i].get(args) is None]
+        caches = [ResultCache(out / TASKS, experiment, plan, setting) for experiment, plan in rows]
+    tasks = [
+        (cache, _Task(experiment.run, plan, args))
+        for (experiment, plan), cache in zip(rows, caches, strict=True)
+        for args in experiment.grid(plan).tasks()
+    ]
+    missing = [(cache, task) for cache, task in tasks if cache.get(task.args) is None]
     # In a mixed order, so that the time left can be told from the first ones. Results do not depend on the order.
-    random.Random(0).shuffle(jobs)
-    work = _Work(setting, tuple(experiment.run for experiment in experiments), tuple(plans))
-    with text.progress(console, "study", len(jobs)) as advance:
-        for position, result in compute(work, jobs, processes or cores()):
+    random.Random(0).shuffle(missing)
+    with text.progress(console, "study", len(missing)) as advance:
+        for position, result in compute(_Worker(setting), [task for _, task in missing], processes or cores()):
+            cache, task = missing[position]
             with _writing(out):
-                stores[jobs[position].experiment].put(jobs[position].args, result)
+                cache.put(task.args, result)
             advance(1)
     # Read back, new ones too, so that a number is the same whether it is of this run or of one before.
     conclusions = [
-        experiment.conclude(setting, plan, {args: _kept(store, args) for args in many})
-        for experiment, plan, store, many in zip(experiments, plans, stores, tasks, strict=True)
+        experiment.conclude(
+            setting, plan, Results({args: _stored(cache, args) for args in experiment.grid(plan).tasks()})
+        )
+        for (experiment, plan), cache in zip(rows, caches, strict=True)
     ]
     facts = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-        "took": f"{time.time() - started:.0f} s for {len(jobs)} of {sum(map(len, tasks))} tasks, the others were kept",
+        "took": f"{time.time() - started:.0f} s for {len(missing)} of {len(tasks)} tasks; the rest was stored",
         "data": f"{setting.data.name} ({setting.data.digest})",
         "layers": layers,
         **software(),
@@ -133,26 +137,27 @@ def study(
         "cores": str(os.cpu_count() or 1),
     }
     command = _command(out, quick, data, layers)
-    document = _document(conclusions, setting, command, facts)
+    sections = [experiment.section(conclusion) for experiment, conclusion in zip(experiments, conclusions, strict=True)]
+    document = Document(TITLE, _introduction(setting), sections, command, list(facts.items()))
     results = _results(experiments, plans, conclusions, setting, quick)
     figures = {
         f"{section.key}-{i}.svg": charts.file(chart, f"{section.key}-{i}")
-        for section in document.sections
+        for section in sections
         for i, chart in enumerate(section.charts, 1)
     }
     html = page(document)
-    with _writing(out), alone(out):
+    with _writing(out), exclusive(out):
         (out / FIGURES).mkdir(exist_ok=True)
         for name, drawing in figures.items():
-            write(out / FIGURES / name, drawing)
-        write(out / "results.json", json.dumps(results, allow_nan=False, indent=1) + "\n")
-        write(out / "report.html", html)
+            write_atomically(out / FIGURES / name, drawing)
+        write_atomically(out / "results.json", json.dumps(results, allow_nan=False, indent=1) + "\n")
+        write_atomically(out / "report.html", html)
     findings = tuple(finding for conclusion in conclusions for finding in conclusion.findings)
     return Study(findings, out / "report.html")
 
 
-def _kept(store: Kept, args: Args) -> dict[str, Any]:
-    result = store.get(args)
+def _stored(cache: ResultCache, args: Args) -> dict[str, Any]:
+    result = cache.get(args)
     if result is None:
         raise UsageError(f"the result of {args} is gone; something else removes files of the study's --out")
     return result
@@ -191,15 +196,12 @@ def _results(
     }
 
 
-def _document(conclusions: Sequence[Conclusion], setting: Setting, command: str, facts: dict[str, str]) -> Document:
+def _introduction(setting: Setting) -> str:
     data = setting.data
-    introduction = (
+    return (
         f"The statements of an article on batch normalization, examined on {data.name}: {len(data.train.labels):,} "
         f"samples to train and {len(data.test.labels):,} to test, {data.classes} classes. Each statement became an "
         "experiment with a criterion that was fixed before its numbers were known; the verdicts below are computed."
-    )
-    return Document(
-        TITLE, introduction, [conclusion.section for conclusion in conclusions], command, list(facts.items())
     )
 
 

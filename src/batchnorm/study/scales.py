@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.moments import Moments
-from batchnorm.report.document import Chart, Curve, Section, Table, percent
+from batchnorm.report.document import Chart, Curve, Table, percent
 from batchnorm.study import training
 from batchnorm.study.dataset import Data, Part
-from batchnorm.study.experiment import Args, Conclusion, Experiment, Results, Setting
-from batchnorm.study.networks import perceptron
-from batchnorm.study.statistics import Interval, best_of_the_others, effect_size, mean_interval, within
+from batchnorm.study.experiment import Conclusion, Experiment, Setting
+from batchnorm.study.formatting import any_of, cell, in_points
+from batchnorm.study.grid import Grid, Results
+from batchnorm.study.measured import Paired
+from batchnorm.study.statistics import Interval, mean_interval
 from batchnorm.study.verdict import Claim
 
 RAW, STANDARDISED, LAYER = "raw", "standardised", "batch norm first"
@@ -47,32 +49,17 @@ SAME = Claim(
 
 @dataclass(frozen=True)
 class Plan:
-    """What is trained, and how.
+    """What is trained, and how."""
 
-    Attributes:
-        seeds: how many trainings of each kind at each rate; their seeds are 0, 1, ...
-        rates: learning rates, of which each kind of input has its own best one.
-        decades: the features' scales run from 1 to 10 to this power.
-        target: how much of the way from chance to 1 the accuracy on the training part has to go.
-        steps: optimiser steps of each training.
-        every: steps between two evaluations.
-        batch_size: samples in a step.
-        hidden: features of each hidden layer.
-    """
-
-    seeds: int
+    seeds: int  # trainings of each kind at each rate
+    # Learning rates, of which each kind of input has its own best one.
     rates: tuple[float, ...] = tuple(10 ** (power / 2) for power in range(-10, 1))
-    decades: float = 4.0
-    target: float = 0.9
-    steps: int = 200
-    every: int = 5
-    batch_size: int = 32
-    hidden: tuple[int, ...] = (64, 64)
-
-
-def tasks(plan: Plan) -> Sequence[Args]:
-    """A task for each kind of input and seed."""
-    return [(inputs, seed) for seed in range(plan.seeds) for inputs in INPUTS]
+    decades: float = 4.0  # the features' scales run from 1 to 10 to this power
+    target: float = 0.9  # how much of the way from chance to 1 the accuracy on the training part has to go
+    steps: int = 200  # optimiser steps of each training
+    every: int = 5  # steps between two evaluations
+    batch_size: int = 32  # samples in a step
+    hidden: tuple[int, ...] = (64, 64)  # features of each hidden layer
 
 
 def run(setting: Setting, plan: Plan, inputs: str, seed: int) -> dict[str, Any]:
@@ -93,9 +80,7 @@ def run(setting: Setting, plan: Plan, inputs: str, seed: int) -> dict[str, Any]:
     curves, tests = [], []
     for rate in plan.rates:
         generator = torch.Generator().manual_seed(seed)
-        network: nn.Module = perceptron(
-            data.features, plan.hidden, data.classes, placement="none", layers=setting.layers, generator=generator
-        )
+        network: nn.Module = Setting(data, setting.layers).perceptron(plan.hidden, "none", generator)
         if inputs == LAYER:
             network = nn.Sequential(setting.layers.norm(data.features, affine=False), network)
         curve = training.train(
@@ -139,87 +124,68 @@ def _mapped(data: Data, function: Callable[[Tensor], Tensor]) -> Data:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One kind of input over the seeds, each at the rate that the other seeds were quickest at.
-
-    Attributes:
-        inputs: which kind.
-        rates: the rates.
-        steps: to the target; the whole training where it was not reached.
-        reached: seeds that reached it.
-        curve: the accuracy on the training part at each evaluation: mean, lowest, highest.
-        training: the accuracy on the training part at the end.
-        test: the accuracy on the test part at the end.
-    """
+class AtBestRates:
+    """One kind of input over the seeds, each at the rate that the other seeds were quickest at."""
 
     inputs: str
     rates: tuple[float, ...]
-    steps: tuple[int, ...]
-    reached: int
-    curve: tuple[tuple[float, float, float], ...]
-    training: Interval
-    test: Interval
+    steps: tuple[int, ...]  # to the target; the whole training where it was not reached
+    reached: int  # seeds that reached it
+    curve: tuple[tuple[float, float, float], ...]  # accuracy in training at each evaluation: mean, lowest, highest
+    training: Interval  # the accuracy on the training part at the end
+    test: Interval  # the accuracy on the test part at the end
 
 
-def summarize(plan: Plan, inputs: str, runs: Sequence[dict[str, Any]]) -> Row:
-    """The row of one kind of input.
-
-    Args:
-        plan: what was trained.
-        inputs: which kind.
-        runs: the results of its tasks, in the order of the seeds.
-    """
-    chosen = best_of_the_others({i: [_score(plan, run, i) for run in runs] for i in range(len(plan.rates))})
-    steps = [run["steps"][i] for run, i in zip(runs, chosen, strict=True)]
-    curves = [run["curves"][i] for run, i in zip(runs, chosen, strict=True)]
-    return Row(
+def at_best_rates(plan: Plan, inputs: str, results: Results) -> AtBestRates:
+    """Choose the rates of one kind of input."""
+    by_rate = Results(
+        {
+            (rate, seed): {"curve": run["curves"][i], "steps": run["steps"][i], "test": run["test"][i]}
+            for seed, run in enumerate(results.runs(inputs))
+            for i, rate in enumerate(plan.rates)
+        }
+    )
+    rates, runs = by_rate.best(lambda run: _score(plan, run))
+    curves = [run["curve"] for run in runs]
+    return AtBestRates(
         inputs,
-        tuple(plan.rates[i] for i in chosen),
-        tuple(step or plan.steps for step in steps),
-        len(steps) - steps.count(None),
+        rates,
+        tuple(run["steps"] or plan.steps for run in runs),
+        sum(run["steps"] is not None for run in runs),
         tuple((statistics.fmean(values), min(values), max(values)) for values in zip(*curves, strict=True)),
         mean_interval([curve[-1] for curve in curves]),
-        mean_interval([run["test"][i] for run, i in zip(runs, chosen, strict=True)]),
+        mean_interval([run["test"] for run in runs]),
     )
 
 
-def _score(plan: Plan, run: dict[str, Any], rate: int) -> float:
+def _score(plan: Plan, run: dict[str, Any]) -> float:
     """Quicker is better; of trainings that did not get there, the one that got furthest is."""
-    steps = run["steps"][rate]
-    return -math.log(steps) if steps else -math.log(plan.steps) - (1 - run["curves"][rate][-1])
+    steps = run["steps"]
+    return -math.log(steps) if steps else -math.log(plan.steps) - (1 - run["curve"][-1])
 
 
 def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
     """Each kind of input at its best learning rates, compared seed by seed."""
-    by_inputs = {inputs: [results[inputs, seed] for seed in range(plan.seeds)] for inputs in INPUTS}
-    rows = {inputs: summarize(plan, inputs, runs) for inputs, runs in by_inputs.items()}
-    slower = _ratios(rows[RAW], rows[STANDARDISED])
-    same = _ratios(rows[LAYER], rows[STANDARDISED])
-    ratio = mean_interval(slower).map(math.exp)
-    findings = [
-        SLOWER.judge(ratio, effect_size(slower), plan.seeds),
-        SAME.judge(within(math.log(_FACTOR), mean_interval(same)), effect_size(same), plan.seeds),
-    ]
-    target = results[RAW, 0]["target"]
-    at = results[RAW, 0]["at"]
-    relative = mean_interval(same).map(math.exp)
-    section = Section(
-        key="scales",
-        title="What do inputs on very different scales do?",
+    best = {inputs: at_best_rates(plan, inputs, results) for inputs in INPUTS}
+    raw, layer = (Paired(best[inputs].steps, best[STANDARDISED].steps) for inputs in (RAW, LAYER))
+    ratio, relative = raw.ratio(), layer.ratio().interval
+    target, at = (results[RAW, 0][name] for name in ("target", "at"))
+    return Conclusion(
+        numbers={"target": target, "at": at, "rows": [asdict(kind) for kind in best.values()]},
+        findings=[SLOWER.judge(ratio), SAME.judge(layer.log_ratio().equivalent(math.log(_FACTOR)))],
         summary=[
             "The article says that inputs on very different scales slow gradient descent down, and that they are to be "
             "standardised. A layer of batch normalization without gamma and beta, put first, does that by itself.",
             f"The features of every sample were put on scales from 1 to {10**plan.decades:,.0f}. A network without any "
             f"other normalisation had to classify {percent(target)} % of the training samples rightly, at the learning "
             "rate that suited each kind of input best.",
-            " ".join(_sentence(plan, row) for row in rows.values()),
-            f"Raw inputs took {'at least ' if rows[RAW].reached < plan.seeds else ''}{ratio.estimate:.1f} times the "
-            f"steps of standardised ones, the layer {relative.estimate:.2f} times "
+            " ".join(_sentence(plan, kind) for kind in best.values()),
+            f"Raw inputs took {'at least ' if best[RAW].reached < plan.seeds else ''}{ratio.interval.estimate:.1f} "
+            f"times the steps of standardised ones, the layer {relative.estimate:.2f} times "
             f"({relative.low:.2f} to {relative.high:.2f}).",
         ],
-        judged=[finding.judged() for finding in findings],
-        tables=[_table(plan, list(rows.values()))],
-        charts=[_chart(at, target, list(rows.values()))],
+        tables=[_table(plan, best)],
+        charts=[_chart(at, target, best)],
         notes=[
             f"Learning rates: {', '.join(f'{rate:.1e}' for rate in plan.rates)}. For each "
             "seed the rate is the one at which the other seeds were quickest.",
@@ -228,57 +194,49 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
             f"batches of {plan.batch_size}. Accuracy is that on the training part: the question is how fast the "
             "descent is. The layer is evaluated by its running statistics.",
         ],
-        code=CODE,
     )
-    return Conclusion({"target": target, "at": at, "rows": [asdict(row) for row in rows.values()]}, findings, section)
 
 
-def _ratios(row: Row, base: Row) -> list[float]:
-    return [math.log(steps / of_base) for steps, of_base in zip(row.steps, base.steps, strict=True)]
+def _sentence(plan: Plan, kind: AtBestRates) -> str:
+    name = kind.inputs[0].upper() + kind.inputs[1:]
+    if kind.reached == 0:
+        return f"{name}: no seed got there in {plan.steps} steps; {percent(kind.training.estimate)} % were right then."
+    got = f"{kind.reached} of {plan.seeds} seeds"
+    return f"{name}: {got} got there, the median after {statistics.median(kind.steps):g} steps."
 
 
-def _sentence(plan: Plan, row: Row) -> str:
-    name = row.inputs[0].upper() + row.inputs[1:]
-    if row.reached == 0:
-        return f"{name}: no seed got there in {plan.steps} steps; {percent(row.training.estimate)} % were right then."
-    got = f"{row.reached} of {plan.seeds} seeds"
-    return f"{name}: {got} got there, the median after {statistics.median(row.steps):g} steps."
-
-
-def _table(plan: Plan, rows: Sequence[Row]) -> Table:
+def _table(plan: Plan, best: Mapping[str, AtBestRates]) -> Table:
     return Table(
         f"Training on inputs of each kind, {plan.seeds} seeds",
         ["Inputs", "Learning rate", "Seeds at the target", "Median steps", "Training (%)", "Test (%)"],
         [
             [
-                row.inputs,
-                " or ".join(f"{rate:.1e}" for rate in sorted(set(row.rates))),
-                f"{row.reached} of {plan.seeds}",
-                f"{statistics.median(row.steps):g}" if 2 * row.reached > plan.seeds else f"more than {plan.steps}",
-                *(
-                    f"{percent(part.estimate)} ({percent(part.low)} to {percent(part.high)})"
-                    for part in (row.training, row.test)
-                ),
+                inputs,
+                any_of(kind.rates, ".1e"),
+                f"{kind.reached} of {plan.seeds}",
+                f"{statistics.median(kind.steps):g}" if 2 * kind.reached > plan.seeds else f"more than {plan.steps}",
+                cell(kind.training.map(in_points)),
+                cell(kind.test.map(in_points)),
             ]
-            for row in rows
+            for inputs, kind in best.items()
         ],
     )
 
 
-def _chart(at: Sequence[int], target: float, rows: Sequence[Row]) -> Chart:
-    spoken = ", ".join(f"{row.inputs} ends at {percent(row.training.estimate)}" for row in rows)
+def _chart(at: list[int], target: float, best: Mapping[str, AtBestRates]) -> Chart:
+    spoken = ", ".join(f"{inputs} ends at {percent(kind.training.estimate)}" for inputs, kind in best.items())
+    curves = []
+    for inputs, kind in best.items():
+        mean, lowest, highest = ([100 * value for value in values] for values in zip(*kind.curve, strict=True))
+        curves.append(Curve(inputs, at, mean, lowest, highest))
     return Chart(
         title="Accuracy on the training part, each at its best learning rate",
         description=f"Accuracy in per cent over {at[-1]} steps, mean and range of the seeds: {spoken}.",
         x_label="step",
         y_label="training accuracy (%)",
-        curves=[Curve(row.inputs, at, _column(row, 0), _column(row, 1), _column(row, 2)) for row in rows],
+        curves=curves,
         mark=100 * target,
     )
-
-
-def _column(row: Row, i: int) -> list[float]:
-    return [100 * values[i] for values in row.curve]
 
 
 CODE = """\
@@ -292,10 +250,12 @@ print(x.std(0), standardise(x).std(0))
 
 EXPERIMENT = Experiment(
     name="scales",
+    title="What do inputs on very different scales do?",
     claims=(SLOWER, SAME),
     full=Plan(seeds=10),
     quick=Plan(seeds=6, rates=(3e-5, 0.1, 0.3), steps=60, hidden=(32, 32)),
-    tasks=tasks,
+    grid=lambda plan: Grid(plan.seeds, inputs=INPUTS),
     run=run,
     conclude=conclude,
+    code=CODE,
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -17,19 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchnorm.report.document import Chart, Curve, Section, Table
+from batchnorm.report.document import Chart, Table
 from batchnorm.study import training
-from batchnorm.study.equations import digits_of
-from batchnorm.study.experiment import Args, Conclusion, Experiment, Results, Setting
-from batchnorm.study.networks import Placement, perceptron
-from batchnorm.study.statistics import Interval, effect_size, mean_interval
+from batchnorm.study.equations import agreeing_digits
+from batchnorm.study.experiment import Conclusion, Experiment, Setting
+from batchnorm.study.formatting import cell, in_points, interval_curve
+from batchnorm.study.grid import Grid, Results, Run
+from batchnorm.study.measured import Measured, Paired
+from batchnorm.study.networks import Placement
+from batchnorm.study.statistics import SMALLEST, Interval, bounded, mean_interval
 from batchnorm.study.verdict import Claim, Verdict
 
 LINEAR = "linear"
 PLAIN, WITH = "plain", "batch norm"
 NETWORKS: dict[str, Placement] = {PLAIN: "none", WITH: "before"}
-# A network that diverges shifts without bound, one that is dead not at all; both have to have a logarithm.
-_SMALLEST, _LARGEST = 1e-6, 1e3
+_LARGEST = 1e3  # of a network that diverges
 
 # float64 carries 15.9 digits; twelve leave room for the sum of a thousand terms.
 EXPANDED = Claim(
@@ -69,36 +71,18 @@ LESS = Claim(
 
 @dataclass(frozen=True)
 class Plan:
-    """What is trained, and how.
+    """What is trained, and how."""
 
-    Attributes:
-        seeds: how many linear examples, and pairs of networks; their seeds are 0, 1, ...
-        depths: layers of the linear example.
-        example_rate: its learning rate.
-        spread: the standard deviation of its weights around 1.
-        steps: optimiser steps of each training.
-        every: steps from one measured step to the next.
-        learning_rate: of every step.
-        batch_size: samples in a step.
-        hidden: features of each hidden layer.
-        watched: training samples whose way through the layers is watched.
-    """
-
-    seeds: int
-    depths: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10)
-    example_rate: float = 0.1
-    spread: float = 0.1
-    steps: int = 300
-    every: int = 10
-    learning_rate: float = 0.1
-    batch_size: int = 32
-    hidden: tuple[int, ...] = (64,) * 8
-    watched: int = 256
-
-
-def tasks(plan: Plan) -> Sequence[Args]:
-    """A task for each linear example and each network."""
-    return [(kind, seed) for seed in range(plan.seeds) for kind in (LINEAR, *NETWORKS)]
+    seeds: int  # how many linear examples, and pairs of networks
+    depths: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10)  # layers of the linear example
+    example_rate: float = 0.1  # its learning rate
+    spread: float = 0.1  # the standard deviation of its weights around 1
+    steps: int = 300  # optimiser steps of each training
+    every: int = 10  # steps from one measured step to the next
+    learning_rate: float = 0.1  # of every step
+    batch_size: int = 32  # samples in a step
+    hidden: tuple[int, ...] = (64,) * 8  # features of each hidden layer
+    watched: int = 256  # training samples whose way through the layers is watched
 
 
 def run(setting: Setting, plan: Plan, kind: str, seed: int) -> dict[str, Any]:
@@ -109,20 +93,13 @@ def run(setting: Setting, plan: Plan, kind: str, seed: int) -> dict[str, Any]:
         weights = (1 + plan.spread * drawn).tolist()
         return {"depths": [_example(weights[:depth], plan.example_rate) for depth in plan.depths]}
     data = setting.data
-    network = perceptron(
-        data.features,
-        plan.hidden,
-        data.classes,
-        placement=NETWORKS[kind],
-        layers=setting.layers,
-        generator=generator,
-    )
+    network = setting.perceptron(plan.hidden, NETWORKS[kind], generator)
     watched = data.train.inputs[: plan.watched]
     descent = training.descend(
         network, data.train, learning_rate=plan.learning_rate, batch_size=plan.batch_size, generator=generator
     )
     measured = range(plan.every, plan.steps + 1, plan.every)
-    shifts, spreads = [], []
+    shifts, widths = [], []
     for _ in measured:
         for _ in islice(descent, plan.every - 1):
             pass
@@ -130,11 +107,11 @@ def run(setting: Setting, plan: Plan, kind: str, seed: int) -> dict[str, Any]:
         next(descent)
         after = layer_inputs(network, watched)
         shifts.append([shift(*pair) for pair in zip(before, after, strict=True)])
-        spreads.append([spread(*pair) for pair in zip(before, after, strict=True)])
+        widths.append([width_change(*pair) for pair in zip(before, after, strict=True)])
     return {
         "steps": list(measured),
-        "shift_by_layer": _geometric(list(zip(*shifts, strict=True))),
-        "spread_by_layer": _geometric(list(zip(*spreads, strict=True))),
+        "shift_by_layer": _geometric(zip(*shifts, strict=True)),
+        "spread_by_layer": _geometric(zip(*widths, strict=True)),
         "shift_by_step": _geometric(shifts),
     }
 
@@ -198,43 +175,33 @@ def shift(before: Tensor, after: Tensor) -> float:
         At least 1e-6 and at most 1e3; what is not a finite number counts as 1e3.
     """
     moved = float((after.mean(0) - before.mean(0)).square().mean().sqrt())
-    return _bounded(moved / max(_width(before), _SMALLEST))
+    return bounded(moved / max(_width(before), SMALLEST), _LARGEST)
 
 
-def spread(before: Tensor, after: Tensor) -> float:
+def width_change(before: Tensor, after: Tensor) -> float:
     """How much their width changed: `|log(width' / width)|`, where the width is the root of the mean variance."""
-    width, new = (max(_width(x), _SMALLEST) for x in (before, after))
-    return _bounded(abs(math.log(new / width)))
+    width, new = (max(_width(x), SMALLEST) for x in (before, after))
+    return bounded(abs(math.log(new / width)), _LARGEST)
 
 
 def _width(x: Tensor) -> float:
     return float(x.var(0, correction=0).mean().sqrt())
 
 
-def _bounded(value: float) -> float:
-    return min(max(value, _SMALLEST), _LARGEST) if math.isfinite(value) else _LARGEST
-
-
-def _geometric(rows: Sequence[Sequence[float]]) -> list[float]:
+def _geometric(rows: Iterable[Sequence[float]]) -> list[float]:
     return [statistics.geometric_mean(row) for row in rows]
 
 
 def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
     """Judge the claims over the seeds."""
-    runs = {kind: [results[kind, seed] for seed in range(plan.seeds)] for kind in (LINEAR, *NETWORKS)}
-    examples = [example for run in runs[LINEAR] for example in run["depths"]]
+    runs = {kind: results.runs(kind) for kind in (LINEAR, *NETWORKS)}
+    errors = [example["error"] for run in runs[LINEAR] for example in run["depths"]]
+    unforeseen = [[run["depths"][i]["unforeseen"] for run in runs[LINEAR]] for i in range(len(plan.depths))]
     three, ten = plan.depths.index(3), plan.depths.index(10)
-    unforeseen = [run["depths"][ten]["unforeseen"] - run["depths"][three]["unforeseen"] for run in runs[LINEAR]]
-    grows = [math.log(run["shift_by_layer"][-1] / run["shift_by_layer"][0]) for run in runs[PLAIN]]
+    first, last = ([run["shift_by_layer"][i] for run in runs[PLAIN]] for i in (0, -1))
     # The geometric mean over the layers is the same as that over the steps.
-    overall = {kind: [statistics.geometric_mean(run["shift_by_layer"]) for run in runs[kind]] for kind in NETWORKS}
-    reduced = [math.log(plain / ours) for plain, ours in zip(overall[PLAIN], overall[WITH], strict=True)]
-    findings = [
-        EXPANDED.judge(Interval.exact(digits_of(max(e["error"] for e in examples))), None, len(examples)),
-        UNFORESEEN.judge(mean_interval(unforeseen), effect_size(unforeseen), plan.seeds),
-        DEEPER.judge(mean_interval(grows).map(math.exp), effect_size(grows), plan.seeds),
-        LESS.judge(mean_interval(reduced).map(math.exp), effect_size(reduced), plan.seeds),
-    ]
+    plain, ours = ([statistics.geometric_mean(run["shift_by_layer"]) for run in runs[kind]] for kind in NETWORKS)
+    less = LESS.judge(Paired(plain, ours).ratio())
     by_layer = {
         kind: [
             mean_interval([math.log(run["shift_by_layer"][i]) for run in runs[kind]]).map(math.exp)
@@ -242,24 +209,28 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
         ]
         for kind in NETWORKS
     }
-    shares = [mean_interval([run["depths"][i]["unforeseen"] for run in runs[LINEAR]]) for i in range(len(plan.depths))]
-    section = Section(
-        key="shift",
-        title="What does a step do to the layers above?",
+    shares = [mean_interval(values).map(in_points) for values in unforeseen]
+    return Conclusion(
+        numbers={"runs": results.records("kind", "seed")},
+        findings=[
+            EXPANDED.judge(Measured.exact(agreeing_digits(max(errors)), len(errors))),
+            UNFORESEEN.judge(Paired(unforeseen[ten], unforeseen[three]).difference()),
+            DEEPER.judge(Paired(last, first).ratio()),
+            less,
+        ],
         summary=[
             "The article explains the trouble of deep networks by internal covariate shift: every layer is updated as "
             "if the others stood still, but all move at once, and so each layer's input changes under it. Its example "
             "is y = x w1 w2 w3, whose step has terms in which the updates of several layers multiply.",
             f"Written out for 1 to {max(plan.depths)} layers, the part of the step that the gradient did not foresee "
-            f"was {100 * shares[three].estimate:.0f} % of what it foresaw at three layers and "
-            f"{100 * shares[ten].estimate:.0f} % at ten.",
+            f"was {shares[three].estimate:.0f} % of what it foresaw at three layers and "
+            f"{shares[ten].estimate:.0f} % at ten.",
             f"In real training of {len(plan.hidden)} hidden layers, one step moved the inputs of the second layer by "
             f"{by_layer[PLAIN][0].estimate:.3f} standard deviations and those of the last by "
             f"{by_layer[PLAIN][-1].estimate:.3f}; with batch normalization by {by_layer[WITH][0].estimate:.4f} and "
             f"{by_layer[WITH][-1].estimate:.4f}.",
-            _verdict_sentence(findings[-1].verdict),
+            _verdict_sentence(less.verdict),
         ],
-        judged=[finding.judged() for finding in findings],
         tables=[_example_table(plan, runs[LINEAR]), _layers_table(plan, runs, by_layer)],
         charts=[_example_chart(plan, shares), _layers_chart(plan, by_layer)],
         notes=[
@@ -272,10 +243,7 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
             "where each feature has just been normalised to gamma and beta is what batch normalization is made for. "
             "Whether this is why it helps is another question: see the dispute.",
         ],
-        code=CODE,
     )
-    numbers = {"runs": [{"kind": kind, "seed": seed, **result} for (kind, seed), result in results.items()]}
-    return Conclusion(numbers, findings, section)
 
 
 def _verdict_sentence(verdict: Verdict) -> str:
@@ -286,7 +254,7 @@ def _verdict_sentence(verdict: Verdict) -> str:
     }[verdict]
 
 
-def _example_table(plan: Plan, runs: Sequence[dict[str, Any]]) -> Table:
+def _example_table(plan: Plan, runs: Sequence[Run]) -> Table:
     rows = []
     for i, depth in enumerate(plan.depths):
         examples = [run["depths"][i] for run in runs]
@@ -303,14 +271,13 @@ def _example_table(plan: Plan, runs: Sequence[dict[str, Any]]) -> Table:
     )
 
 
-def _layers_table(plan: Plan, runs: dict[str, list[dict[str, Any]]], by_layer: dict[str, list[Interval]]) -> Table:
+def _layers_table(plan: Plan, runs: dict[str, list[Run]], by_layer: dict[str, list[Interval]]) -> Table:
     rows = []
     for i in range(len(plan.hidden)):
         row = [str(i + 2)]
         for kind in NETWORKS:
             width = statistics.geometric_mean(run["spread_by_layer"][i] for run in runs[kind])
-            interval = by_layer[kind][i]
-            row += [f"{interval.estimate:.4f} ({interval.low:.4f} to {interval.high:.4f})", f"{100 * width:.2f}"]
+            row += [cell(by_layer[kind][i], ".4f"), f"{100 * width:.2f}"]
         rows.append(row)
     return Table(
         "What one step of training does to a layer's input: shift in standard deviations, change of width in per cent",
@@ -323,19 +290,11 @@ def _example_chart(plan: Plan, shares: Sequence[Interval]) -> Chart:
     return Chart(
         title="The unforeseen part of a linear network's step",
         description=f"The part of the step that is not of first order, in per cent of the part that is, grows from "
-        f"{100 * shares[0].estimate:.0f} at {plan.depths[0]} layer to {100 * shares[-1].estimate:.0f} at "
+        f"{shares[0].estimate:.0f} at {plan.depths[0]} layer to {shares[-1].estimate:.0f} at "
         f"{plan.depths[-1]} layers.",
         x_label="layers",
         y_label="unforeseen (% of the foreseen)",
-        curves=[
-            Curve(
-                "second and higher orders",
-                plan.depths,
-                [100 * share.estimate for share in shares],
-                [100 * share.low for share in shares],
-                [100 * share.high for share in shares],
-            )
-        ],
+        curves=[interval_curve("second and higher orders", plan.depths, shares)],
     )
 
 
@@ -350,16 +309,7 @@ def _layers_chart(plan: Plan, by_layer: dict[str, list[Interval]]) -> Chart:
         description=f"Shift of the features' means in standard deviations, logarithmic. {spoken}.",
         x_label="layer",
         y_label="shift (standard deviations)",
-        curves=[
-            Curve(
-                kind,
-                list(layers),
-                [interval.estimate for interval in intervals],
-                [interval.low for interval in intervals],
-                [interval.high for interval in intervals],
-            )
-            for kind, intervals in by_layer.items()
-        ],
+        curves=[interval_curve(kind, layers, intervals) for kind, intervals in by_layer.items()],
         log_y=True,
     )
 
@@ -374,10 +324,12 @@ for depth in (1, 3, 10):
 
 EXPERIMENT = Experiment(
     name="shift",
+    title="What does a step do to the layers above?",
     claims=(EXPANDED, UNFORESEEN, DEEPER, LESS),
     full=Plan(seeds=10),
     quick=Plan(seeds=6, steps=60),
-    tasks=tasks,
+    grid=lambda plan: Grid(plan.seeds, kind=(LINEAR, *NETWORKS)),
     run=run,
     conclude=conclude,
+    code=CODE,
 )

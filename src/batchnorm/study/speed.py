@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from batchnorm.report.document import Chart, Section, Table, percent
+from batchnorm.report.document import Chart, Table, percent
 from batchnorm.study import training
-from batchnorm.study.experiment import Args, Conclusion, Experiment, Results, Setting
-from batchnorm.study.formatting import chosen, ends, span, spread
-from batchnorm.study.networks import Placement, perceptron
-from batchnorm.study.statistics import Interval, best_of_the_others, effect_size, mean_interval
-from batchnorm.study.verdict import Claim, Finding
+from batchnorm.study.experiment import Conclusion, Experiment, Setting
+from batchnorm.study.formatting import any_of, ends, mean_and_range, span
+from batchnorm.study.grid import Grid, Results
+from batchnorm.study.measured import Measured, Paired
+from batchnorm.study.networks import Placement
+from batchnorm.study.verdict import Claim
 
-NAME = "speed"
 NETWORKS: dict[str, Placement] = {"batch norm": "before", "plain": "none"}
 WITH, WITHOUT = NETWORKS
 
@@ -43,47 +43,23 @@ SAME = Claim(
 
 @dataclass(frozen=True)
 class Plan:
-    """What is trained, and how.
+    """What is trained, and how."""
 
-    Attributes:
-        seeds: pairs at each learning rate; their seeds are 0, 1, ...
-        steps: optimiser steps of each training.
-        evaluate_every: steps between two evaluations.
-        rates: the learning rates.
-        hidden: features of each hidden layer.
-        batch_size: samples in a step.
-        reach: the target, as a share of the way from chance to the best mean accuracy of any network at any rate.
-    """
-
-    seeds: int = 10
-    steps: int = 500
-    evaluate_every: int = 5
-    rates: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-    hidden: tuple[int, ...] = (64,) * 8
-    batch_size: int = 32
-    reach: float = 0.95
-
-
-def tasks(plan: Plan) -> list[Args]:
-    """A training for each network, rate and seed."""
-    return [(network, rate, seed) for network in NETWORKS for rate in plan.rates for seed in range(plan.seeds)]
+    seeds: int = 10  # pairs at each learning rate
+    steps: int = 500  # optimiser steps of each training
+    evaluate_every: int = 5  # steps between two evaluations
+    rates: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # the learning rates
+    hidden: tuple[int, ...] = (64,) * 8  # features of each hidden layer
+    batch_size: int = 32  # samples in a step
+    reach: float = 0.95  # the target, as a share of the way from chance to the best mean accuracy at any rate
 
 
 def run(setting: Setting, plan: Plan, network: str, rate: float, seed: int) -> dict[str, Any]:
     """Train one network once."""
-    data = setting.data
     generator = torch.Generator().manual_seed(seed)  # the weights first, then the order: both kinds draw alike
-    model = perceptron(
-        data.features,
-        plan.hidden,
-        data.classes,
-        placement=NETWORKS[network],
-        layers=setting.layers,
-        generator=generator,
-    )
     curve = training.train(
-        model,
-        data,
+        setting.perceptron(plan.hidden, NETWORKS[network], generator),
+        setting.data,
         learning_rate=rate,
         batch_size=plan.batch_size,
         steps=plan.steps,
@@ -94,105 +70,45 @@ def run(setting: Setting, plan: Plan, network: str, rate: float, seed: int) -> d
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One network at one learning rate.
-
-    Attributes:
-        network: a key of `NETWORKS`.
-        rate: the learning rate.
-        accuracy: mean test accuracy after the last step.
-        reached: seeds that reached the target.
-        steps: of each seed, the first evaluated step at the target; None where there is none.
-    """
-
-    network: str
-    rate: float
-    accuracy: float
-    reached: int
-    steps: tuple[int | None, ...]
-
-
-@dataclass(frozen=True)
 class Comparison:
-    """The pairs at the learning rates that were chosen for them.
+    """The pairs at the learning rates that were chosen for them."""
 
-    Attributes:
-        rates: of each network, each seed's rate, chosen by the other seeds.
-        steps: of each network, each seed's steps, `Plan.steps` where it did not reach the target.
-        ratio: plain over batch norm, the geometric mean.
-        effect: of the pairs' logarithms.
-    """
+    rates: dict[str, tuple[float, ...]]  # of each network, each seed's rate, chosen by the other seeds
+    steps: dict[str, tuple[int, ...]]  # of each network, each seed's steps, `Plan.steps` where it did not get there
+    ratio: Measured  # plain over batch norm, the geometric mean
 
-    rates: dict[str, tuple[float, ...]]
-    steps: dict[str, tuple[int, ...]]
-    ratio: Interval
-    effect: float | None
+    def record(self) -> dict[str, Any]:
+        """What results.json holds."""
+        interval, effect = asdict(self.ratio.interval), self.ratio.effect
+        return {"rates": self.rates, "steps": self.steps, "ratio": interval, "effect": effect}
 
 
 def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
     """Find the target, each network's best rates, and compare."""
-    ends = {
-        (network, rate): statistics.fmean(results[network, rate, seed]["test_accuracy"][-1] for seed in _seeds(plan))
+    accuracy = {
+        (network, rate): statistics.fmean(run["test_accuracy"][-1] for run in results.runs(network, rate))
         for network in NETWORKS
         for rate in plan.rates
     }
     chance = setting.data.chance
-    target = chance + plan.reach * (max(ends.values()) - chance)
-    cells = []
-    for (network, rate), end in ends.items():
-        curves = [results[network, rate, seed] for seed in _seeds(plan)]
-        steps = tuple(training.first_step(curve["steps"], curve["test_accuracy"], target) for curve in curves)
-        cells.append(Cell(network, rate, end, len(steps) - steps.count(None), steps))
-    best = {network: _best(plan, cells, network) for network in NETWORKS}
-    fair = _compare(plan, cells, best)
-    same = _compare(plan, cells, dict.fromkeys(NETWORKS, best[WITHOUT]))
-    findings = [BEST.judge(fair.ratio, fair.effect, plan.seeds), SAME.judge(same.ratio, same.effect, plan.seeds)]
-    numbers = {
-        "target": target,
-        "cells": [asdict(cell) for cell in cells],
-        "best_rates": asdict(fair),
-        "same_rate": asdict(same),
-    }
-    return Conclusion(numbers, findings, _section(plan, results, target, cells, fair, same, findings))
-
-
-def _seeds(plan: Plan) -> range:
-    return range(plan.seeds)
-
-
-def _best(plan: Plan, cells: Sequence[Cell], network: str) -> tuple[float, ...]:
-    """Each seed's rate: where the other seeds were quickest to the target, by their mean logarithm."""
-    return best_of_the_others(
+    target = chance + plan.reach * (max(accuracy.values()) - chance)
+    first = Results(
         {
-            cell.rate: [-math.log(steps or plan.steps) for steps in cell.steps]
-            for cell in cells
-            if cell.network == network
+            args: {"steps": training.first_step(run["steps"], run["test_accuracy"], target)}
+            for args, run in results.items()
         }
     )
-
-
-def _compare(plan: Plan, cells: Sequence[Cell], rates: dict[str, tuple[float, ...]]) -> Comparison:
-    found = {(cell.network, cell.rate): cell.steps for cell in cells}
-    steps = {
-        network: tuple(found[network, rate][seed] or plan.steps for seed, rate in enumerate(rates[network]))
-        for network in NETWORKS
-    }
-    logs = [math.log(plain / ours) for ours, plain in zip(steps[WITH], steps[WITHOUT], strict=True)]
-    return Comparison(rates, steps, mean_interval(logs).map(math.exp), effect_size(logs))
-
-
-def _section(
-    plan: Plan,
-    results: Results,
-    target: float,
-    cells: Sequence[Cell],
-    fair: Comparison,
-    same: Comparison,
-    findings: Sequence[Finding],
-) -> Section:
-    return Section(
-        key=NAME,
-        title="Does it need fewer training steps?",
+    cells = []
+    for (network, rate), mean in accuracy.items():
+        steps = tuple(run["steps"] for run in first.runs(network, rate))
+        count = len(steps) - steps.count(None)
+        cells.append({"network": network, "rate": rate, "accuracy": mean, "reached": count, "steps": steps})
+    best = {network: best_rates(plan, first, network) for network in NETWORKS}
+    fair = _compare(plan, first, best)
+    same = _compare(plan, first, dict.fromkeys(NETWORKS, best[WITHOUT]))
+    return Conclusion(
+        numbers={"target": target, "cells": cells, "best_rates": fair.record(), "same_rate": same.record()},
+        findings=[BEST.judge(fair.ratio), SAME.judge(same.ratio)],
         summary=[
             "The article says that a network with batch normalization needs fewer training steps. Here pairs of the "
             f"same {len(plan.hidden)}-layer network, with and without it, were trained until they classified "
@@ -200,16 +116,27 @@ def _section(
             _sentence(f"Each at the learning rate that suits it best ({_rates(fair)})", plan, fair),
             _sentence(f"Both at the rate that suits the plain network ({_rates(same)})", plan, same),
         ],
-        judged=[finding.judged() for finding in findings],
         tables=[_table(plan, target, cells)],
         charts=[_chart(plan, results, target, fair)],
         notes=_notes(plan, target),
-        code=CODE,
     )
 
 
+def best_rates(plan: Plan, first: Results, network: str) -> tuple[float, ...]:
+    """Each seed's rate: where the other seeds were quickest to the target, by their mean logarithm."""
+    return first.best(lambda run: -math.log(run["steps"] or plan.steps), network)[0]
+
+
+def _compare(plan: Plan, first: Results, rates: dict[str, tuple[float, ...]]) -> Comparison:
+    steps = {
+        network: tuple(first[network, rate, seed]["steps"] or plan.steps for seed, rate in enumerate(rates[network]))
+        for network in NETWORKS
+    }
+    return Comparison(rates, steps, Paired(steps[WITHOUT], steps[WITH]).ratio())
+
+
 def _rates(comparison: Comparison) -> str:
-    ours, plain = (chosen(comparison.rates[network]) for network in NETWORKS)
+    ours, plain = (any_of(comparison.rates[network]) for network in NETWORKS)
     return ours if ours == plain else f"{ours} with, {plain} without"
 
 
@@ -220,23 +147,23 @@ def _sentence(where: str, plan: Plan, comparison: Comparison) -> str:
     return (
         f"{where}, the network with batch normalization took a median of {medians[WITH]:g} steps, the plain one "
         f"{medians[WITHOUT]:g}; it was earlier with {earlier} of {plan.seeds} seeds, later with {later}. The plain one "
-        f"took {span(comparison.ratio, '.2f')} times as many."
+        f"took {span(comparison.ratio.interval, '.2f')} times as many."
     )
 
 
-def _table(plan: Plan, target: float, cells: Sequence[Cell]) -> Table:
-    def median(cell: Cell) -> str:
-        if cell.reached == 0:
+def _table(plan: Plan, target: float, cells: Sequence[dict[str, Any]]) -> Table:
+    def median(cell: dict[str, Any]) -> str:
+        if cell["reached"] == 0:
             return "never"
-        value = statistics.median(float("inf") if steps is None else steps for steps in cell.steps)
-        return f"> {plan.steps}" if value == float("inf") else f"{value:g}"
+        value = statistics.median(math.inf if steps is None else steps for steps in cell["steps"])
+        return f"> {plan.steps}" if value == math.inf else f"{value:g}"
 
     return Table(
         caption=f"Median steps to {percent(target)} % over {plan.seeds} seeds, and accuracy after {plan.steps} steps",
         columns=("network", "learning rate", "steps", "seeds that got there", "final accuracy, %"),
         rows=[
-            (cell.network, f"{cell.rate:g}", median(cell), f"{cell.reached}/{plan.seeds}", percent(cell.accuracy))
-            for cell in cells
+            (c["network"], f"{c['rate']:g}", median(c), f"{c['reached']}/{plan.seeds}", percent(c["accuracy"]))
+            for c in cells
         ],
     )
 
@@ -246,7 +173,7 @@ def _chart(plan: Plan, results: Results, target: float, fair: Comparison) -> Cha
     for network, rates in fair.rates.items():
         runs = [results[network, rate, seed] for seed, rate in enumerate(rates)]
         accuracies = zip(*(run["test_accuracy"] for run in runs), strict=True)
-        curves.append(spread(network, runs[0]["steps"], [[100 * value for value in at] for at in accuracies]))
+        curves.append(mean_and_range(network, runs[0]["steps"], [[100 * value for value in at] for at in accuracies]))
     return Chart(
         title="Test accuracy, each network at its best learning rate",
         description=f"Test accuracy in per cent over {plan.steps} steps, mean and range of the seeds: {ends(curves)}.",
@@ -290,11 +217,13 @@ for placement, rate in (("before", 0.2), ("none", 0.05)):
 """
 
 EXPERIMENT = Experiment(
-    name=NAME,
+    name="speed",
+    title="Does it need fewer training steps?",
     claims=(BEST, SAME),
     full=Plan(),
     quick=Plan(seeds=6, steps=200, evaluate_every=10, rates=(0.1, 0.4), hidden=(32,) * 4),
-    tasks=tasks,
+    grid=lambda plan: Grid(plan.seeds, network=NETWORKS, rate=plan.rates),
     run=run,
     conclude=conclude,
+    code=CODE,
 )

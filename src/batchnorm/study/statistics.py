@@ -12,6 +12,7 @@ import torch
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
+SMALLEST = 1e-6  # of what has to have a logarithm
 _SEED = 20150211  # any; fixed, so that the same values have the same interval
 
 K = TypeVar("K", bound=Hashable)
@@ -91,6 +92,11 @@ def within(margin: float, difference: Interval) -> Interval:
     largest = max(abs(difference.low), abs(difference.high))
     smallest = 0.0 if difference.low <= 0 <= difference.high else min(abs(difference.low), abs(difference.high))
     return Interval(margin - abs(difference.estimate), margin - largest, margin - smallest)
+
+
+def bounded(value: float, largest: float) -> float:
+    """At least 1e-6 and at most `largest`, so that it has a logarithm; what is not a finite number is the largest."""
+    return min(max(value, SMALLEST), largest) if math.isfinite(value) else largest
 
 
 def best_of_the_others(scores: Mapping[K, Sequence[float]]) -> tuple[K, ...]:

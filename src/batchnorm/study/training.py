@@ -18,7 +18,7 @@ EVALUATIONS = 5  # whose mean accuracy is where a training settled
 
 
 @dataclass(frozen=True)
-class Curve:
+class LearningCurve:
     """How a training went, evaluation by evaluation.
 
     Attributes:
@@ -41,7 +41,7 @@ def train(
     steps: int,
     evaluate_every: int,
     generator: torch.Generator,
-) -> Curve:
+) -> LearningCurve:
     """Train by `descend`, and watch.
 
     Args:
@@ -66,7 +66,7 @@ def train(
             losses.append(mean_loss if math.isfinite(mean_loss) else None)
             accuracies.append(accuracy(predict(network, data.test.inputs), data.test.labels))
             loss_sum.zero_()
-    return Curve(tuple(at), tuple(accuracies), tuple(losses))
+    return LearningCurve(tuple(at), tuple(accuracies), tuple(losses))
 
 
 def settle(network: nn.Module, descent: Iterator[Tensor], steps: int, parts: Sequence[Part]) -> list[float]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import Enum
 
 from batchnorm.report.document import Judged, Outcome
+from batchnorm.study.measured import Measured
 from batchnorm.study.statistics import Interval
 
 # n independent differences all have the same sign by chance alone in 2^(1 - n) of cases, above 5 % up to n = 5: nothing
@@ -54,20 +55,14 @@ class Claim:
     unit: str = ""
     counted: str = "seeds"
 
-    def judge(self, interval: Interval, effect: float | None, count: int) -> Finding:
-        """The verdict on a measured interval.
-
-        Args:
-            interval: of the measure.
-            effect: its effect size, if it has one.
-            count: how many independent values the interval is of.
-        """
+    def judge(self, measured: Measured) -> Finding:
+        """The verdict on what was measured."""
         verdict = Verdict.INCONCLUSIVE
-        if count >= FEWEST and interval.low > self.threshold:
+        if measured.count >= FEWEST and measured.interval.low > self.threshold:
             verdict = Verdict.SUPPORTED
-        elif count >= FEWEST and interval.high < self.threshold:
+        elif measured.count >= FEWEST and measured.interval.high < self.threshold:
             verdict = Verdict.NOT_SUPPORTED
-        return Finding(self, verdict, interval, effect, count)
+        return Finding(self, verdict, measured)
 
     @property
     def criterion(self) -> str:
@@ -88,23 +83,24 @@ class Finding:
     Attributes:
         claim: the claim.
         verdict: what became of it.
-        interval: of its measure.
-        effect: Cohen's d_z of the paired differences behind the measure, None where it has none.
-        count: how many independent values there were.
+        measured: its measure.
     """
 
     claim: Claim
     verdict: Verdict
-    interval: Interval
-    effect: float | None
-    count: int
+    measured: Measured
+
+    @property
+    def interval(self) -> Interval:
+        """Of the measure."""
+        return self.measured.interval
 
     @property
     def evidence(self) -> str:
         """The numbers that decided, on one line."""
         low, high = f"{self.interval.low:.3g}", f"{self.interval.high:.3g}"
         around = "" if low == high else f"{low} to {high}, "
-        return f"{self.claim._number(self.interval.estimate)} ({around}{self.count:,} {self.claim.counted})"
+        return f"{self.claim._number(self.interval.estimate)} ({around}{self.measured.count:,} {self.claim.counted})"
 
     def judged(self) -> Judged:
         """The row that a report shows."""
@@ -113,19 +109,6 @@ class Finding:
 
     def record(self) -> dict[str, object]:
         """What results.json holds: the criterion beside the numbers."""
-        claim = self.claim
-        return {
-            "claim": claim.key,
-            "mission": claim.mission,
-            "statement": claim.statement,
-            "measure": claim.measure,
-            "threshold": claim.threshold,
-            "unit": claim.unit,
-            "counted": claim.counted,
-            "count": self.count,
-            "estimate": self.interval.estimate,
-            "low": self.interval.low,
-            "high": self.interval.high,
-            "effect": self.effect,
-            "verdict": self.verdict.value,
-        }
+        claim = asdict(self.claim)
+        measured = {"count": self.measured.count, **asdict(self.interval), "effect": self.measured.effect}
+        return {"claim": claim.pop("key"), **claim, **measured, "verdict": self.verdict.value}

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from batchnorm.errors import ProcessError
 from batchnorm.study.training import one_thread
 
-J = TypeVar("J")
+T = TypeVar("T")
 R = TypeVar("R")
 
 
@@ -24,29 +24,29 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def compute(work: Callable[[J], R], jobs: Sequence[J], processes: int) -> Iterator[tuple[int, R]]:
-    """`work` of each job, as it comes: pairs of a job's position and what it gave.
+def compute(work: Callable[[T], R], tasks: Sequence[T], processes: int) -> Iterator[tuple[int, R]]:
+    """`work` of each task, as it comes: pairs of a task's position and its result.
 
     Not concurrent.futures' pool: its workers outlive a parent that is killed, and Ctrl-C waits for the work at hand.
     These end with their parent; and when the caller stops for whatever reason, they are stopped.
 
     Args:
         work: a picklable callable; it is sent to each process once, with what it holds.
-        jobs: picklable.
+        tasks: picklable.
         processes: how many to start; with 1, this process does the work itself.
 
     Raises:
         ProcessError: a worker died.
         Exception: what the work raises.
     """
-    if processes == 1 or len(jobs) <= 1:
+    if processes == 1 or len(tasks) <= 1:
         with one_thread():
-            for position, job in enumerate(jobs):
-                yield position, work(job)
+            for position, task in enumerate(tasks):
+                yield position, work(task)
         return
-    # By bytes, lest tensors travel as handles of shared memory, which the other side may outlive.
+    # As bytes: tensors would travel as handles of shared memory, which the other side may outlive.
     shared = pickle.dumps(work)
-    waiting = iter(enumerate(jobs))
+    waiting = iter(enumerate(tasks))
     busy: dict[Connection, tuple[int, BaseProcess]] = {}
     started: list[BaseProcess] = []
 
@@ -59,7 +59,7 @@ def compute(work: Callable[[J], R], jobs: Sequence[J], processes: int) -> Iterat
     try:
         # Forked children of a process with threads can hang, and torch has threads.
         context = multiprocessing.get_context("spawn")
-        for _ in range(min(processes, len(jobs))):
+        for _ in range(min(processes, len(tasks))):
             ours, theirs = context.Pipe()
             process: BaseProcess = context.Process(target=_serve, args=(theirs, shared), daemon=True)
             process.start()
@@ -83,11 +83,11 @@ def compute(work: Callable[[J], R], jobs: Sequence[J], processes: int) -> Iterat
 def _received(connection: Connection, process: BaseProcess) -> Any:  # noqa: ANN401  # what came over a pipe
     try:
         result, error = pickle.loads(connection.recv_bytes())
-    except EOFError:
+    except (EOFError, ConnectionResetError):  # the latter with a task that it had not read yet
         process.join()
         raise ProcessError(
             f"a process that computed ended with exit code {process.exitcode} (a negative one is a signal, -9 often a "
-            "lack of memory). What was done is kept; run the same command again to go on"
+            "lack of memory). What was done is stored; run the same command again to go on"
         ) from None
     if error is not None:
         raise error
@@ -95,17 +95,17 @@ def _received(connection: Connection, process: BaseProcess) -> Any:  # noqa: ANN
 
 
 def _serve(connection: Connection, shared: bytes) -> None:
-    """A worker's life: jobs in, results out, until the other end of the pipe is closed or its process is gone."""
+    """A worker's life: tasks in, results out, until the other end of the pipe is closed or its process is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
     work = pickle.loads(shared)
     with one_thread():
         while True:
             try:
-                job = connection.recv()
+                task = connection.recv()
             except EOFError:
                 return
             try:
-                answer = pickle.dumps((work(job), None))
+                answer = pickle.dumps((work(task), None))
             except Exception as error:
                 answer = pickle.dumps((None, error))
             try:
