@@ -324,14 +324,3 @@ class BatchNorm3d(BatchNorm, torch.nn.BatchNorm3d):
     """`BatchNorm` for inputs (N, C, D, H, W); stands in for `torch.nn.BatchNorm3d`."""
 
     ranks = (5,)
-
-
-def find(model: torch.nn.Module) -> tuple[list[BatchNorm], list[str]]:
-    """A model's layers of ours, and the paths of those of torch.nn, which know neither proposals nor freezing."""
-    ours, others = [], []
-    for path, module in model.named_modules():
-        if isinstance(module, BatchNorm):
-            ours.append(module)
-        elif isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            others.append(path or "the model itself")
-    return ours, others

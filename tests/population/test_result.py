@@ -29,7 +29,7 @@ def test_a_layer_without_channels_did_not_move() -> None:
     assert RecalibratedLayer("a", 3, *[torch.zeros(0)] * 4, 1e-5).moved == 0
 
 
-def test_it_prints_what_moved_most_first_and_what_was_left() -> None:
+def test_it_prints_what_moved_most_first_and_what_was_skipped() -> None:
     layers = tuple(layer(f"layer{i}", shift=-i / 10) for i in range(12))
     text = str(Recalibration("exact", 3, 96, layers, (SkippedLayer("head", "frozen"),)))
     assert text.splitlines() == [
@@ -46,7 +46,7 @@ def test_it_prints_what_moved_most_first_and_what_was_left() -> None:
         "layer3          1,200               -0.15                   0",
         "layer2          1,200                -0.1                   0",
         "and 2 layers that moved less",
-        "left alone: head (frozen)",
+        "skipped: head (frozen)",
     ]
 
 

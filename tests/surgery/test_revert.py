@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import batchnorm as bn
 from batchnorm.surgery.convert import convert
-from batchnorm.surgery.revert import THEIRS, revert
+from batchnorm.surgery.revert import TORCH_CLASSES, revert
 from support import tolerances
 
 SHAPES = {nn.BatchNorm1d: (6, 4), nn.BatchNorm2d: (6, 4, 5, 3), nn.BatchNorm3d: (6, 4, 2, 3, 2)}
@@ -72,12 +72,12 @@ def test_there_and_back_is_nothing(theirs: Any, options: dict[str, Any], dtype: 
     layer(torch.randn(SHAPES[theirs], dtype=dtype))
 
 
-@pytest.mark.parametrize("ours", THEIRS)
+@pytest.mark.parametrize("ours", TORCH_CLASSES)
 def test_a_layer_made_as_ours_computes_as_before(ours: Any) -> None:
-    layer, x = used(ours(4)), torch.randn(SHAPES[THEIRS[ours]]) * 2 + 1
+    layer, x = used(ours(4)), torch.randn(SHAPES[TORCH_CLASSES[ours]]) * 2 + 1
     expected = copy.deepcopy(layer)
     reverted = revert(layer)
-    assert type(reverted) is THEIRS[ours]
+    assert type(reverted) is TORCH_CLASSES[ours]
     assert not hasattr(reverted, "frozen")
     relative, absolute = tolerances.AGAINST_TORCH[torch.float32]
     for training in (True, False):
