@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 import batchnorm as bn
-from batchnorm.surgery.convert import ORIGIN, OURS, convert
+from batchnorm.surgery.convert import ORIGIN, OUR_CLASSES, convert
 from support import tolerances
 
 PAIRS = [(bn.BatchNorm1d, nn.BatchNorm1d), (bn.BatchNorm2d, nn.BatchNorm2d), (bn.BatchNorm3d, nn.BatchNorm3d)]
@@ -150,7 +150,7 @@ def test_the_root_may_be_a_layer(theirs: Any) -> None:
     weight = root.weight
     converted = convert(root)
     assert converted is root
-    assert type(converted) is OURS[theirs]
+    assert type(converted) is OUR_CLASSES[theirs]
     assert converted.weight is weight
 
 
