@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import pytest
@@ -65,24 +64,3 @@ def test_parameters_of_functions_count() -> None:
     assert activations.of_function(F.relu, (0,), {"inplace": True}) == "relu"
     assert activations.of_function("relu_", (0,), {}) == "relu"
     assert activations.of_function("sigmoid", (0,), {}) is None
-
-
-@pytest.mark.parametrize(
-    ("target", "kwargs", "expected"),
-    [
-        (operator.iadd, {}, True),
-        (operator.add, {}, False),
-        (operator.invert, {}, False),
-        (operator.setitem, {}, True),
-        (F.relu, {"inplace": True}, True),
-        (F.relu, {}, False),
-        (F.relu_, {}, True),
-        (torch.relu_, {}, True),
-        ("add_", {}, True),
-        ("add", {}, False),
-        (torch.add, {"out": 1}, True),
-        ("__add__", {}, False),
-    ],
-)
-def test_what_writes_over_its_input(target: Any, kwargs: dict[str, Any], expected: bool) -> None:
-    assert activations.writes_over_its_input(target, kwargs) is expected

@@ -13,7 +13,7 @@ from torch import nn
 
 import batchnorm as bn
 from batchnorm.surgery.observing import Call, Spec
-from batchnorm.surgery.patterns import Match, match
+from batchnorm.surgery.patterns import Match, match, writes_over_its_input
 from batchnorm.surgery.tracing import Region, trace
 from support.networks import Calls
 
@@ -184,3 +184,24 @@ def test_what_is_written_beside_a_convolutions_output_does_not_matter() -> None:
         lambda m, x: F.relu(m.bn(m.conv(x)) + m.act(x * 2)), conv=nn.Conv2d(3, 3, 1), act=nn.ReLU(inplace=True)
     )
     assert isinstance(found, Match)
+
+
+@pytest.mark.parametrize(
+    ("target", "kwargs", "expected"),
+    [
+        (operator.iadd, {}, True),
+        (operator.add, {}, False),
+        (operator.invert, {}, False),
+        (operator.setitem, {}, True),
+        (F.relu, {"inplace": True}, True),
+        (F.relu, {}, False),
+        (F.relu_, {}, True),
+        (torch.relu_, {}, True),
+        ("add_", {}, True),
+        ("add", {}, False),
+        (torch.add, {"out": 1}, True),
+        ("__add__", {}, False),
+    ],
+)
+def test_what_writes_over_its_input(target: Any, kwargs: dict[str, Any], expected: bool) -> None:
+    assert writes_over_its_input(target, kwargs) is expected

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from batchnorm.errors import CountError
-from batchnorm.population.context import Context, LayerCall, Outcome
+from batchnorm.population.context import Context, LayerCall, MethodResult
 from batchnorm.population.layers import Layer
 from batchnorm.population.pooled import by_batch_statistics
 from batchnorm.population.result import Population
 
 
-def average(context: Context) -> Outcome:
+def average(context: Context) -> MethodResult:
     """Each layer's mean of means and mean of unbiased variances, over calls of one weight whatever their size.
 
     For comparison: this is neither the mean nor the variance of the data where batches differ in size, and leaves the
@@ -42,7 +42,7 @@ def average(context: Context) -> Outcome:
         calls, count, mean, var = (sum(parts) for parts in zip(*(s[4 * i : 4 * i + 4] for s in shares), strict=True))
         if calls > 0:
             populations[layer] = Population(count.item(), mean / calls, var / calls)
-    return Outcome(populations)
+    return MethodResult(populations)
 
 
 def _zeros(layer: Layer) -> list[Tensor]:

@@ -26,7 +26,7 @@ class LayerCall(NamedTuple):
     batch: int
 
 
-class Outcome(NamedTuple):
+class MethodResult(NamedTuple):
     """A method's answer: the statistics of the layers that were called with any value, and the memory that it took."""
 
     populations: dict[Layer, Population]

@@ -16,7 +16,7 @@ from torch import Tensor
 from batchnorm.errors import OrderError
 from batchnorm.moments import Moments, joined
 from batchnorm.population.batches import Batch, cut, nothing_to_learn_from, samples
-from batchnorm.population.context import Context, LayerCall, Outcome, check_finite, population
+from batchnorm.population.context import Context, LayerCall, MethodResult, check_finite, population
 from batchnorm.population.layers import CallHooks, Layer
 from batchnorm.population.lockstep import Lockstep, Pass
 from batchnorm.population.memory import Memory
@@ -41,7 +41,7 @@ class Exact:
         self._lockstep = Lockstep(lambda batch: context.run(batch, self._hooks), context.devices)
         self._memory = Memory(self._lockstep, context.model, context.memory_limit)
 
-    def run(self) -> Outcome:
+    def run(self) -> MethodResult:
         """Compute the statistics, and write them to the layers on the way.
 
         Raises:
@@ -57,7 +57,7 @@ class Exact:
                 self._solve(*arrived)
                 self._proceed_all()
         solved = {layer: new for layer, new in self._solved.items() if new is not None}
-        return Outcome(solved, self._memory.use)
+        return MethodResult(solved, self._memory.use)
 
     def _look_ahead(self, first: Batch) -> int | None:
         """Run the first sample alone, to see which layers are called: what cannot work is refused before it costs much.

@@ -9,7 +9,7 @@ import torch
 
 from batchnorm.moments import Moments
 from batchnorm.population.checkpoint import Checkpoint
-from batchnorm.population.context import Context, LayerCall, Outcome, check_finite, population
+from batchnorm.population.context import Context, LayerCall, MethodResult, check_finite, population
 from batchnorm.population.layers import CallHooks, Layer
 
 
@@ -40,7 +40,7 @@ def by_batch_statistics(context: Context, collect: Callable[[list[LayerCall]], N
             context.progress.tell()
 
 
-def pooled(context: Context) -> Outcome:
+def pooled(context: Context) -> MethodResult:
     """Each layer's moments over all calls of all batches, where layers upstream normalise by the batch.
 
     Layers may be called any number of times, in any order.
@@ -63,7 +63,9 @@ def pooled(context: Context) -> Outcome:
     for i, layer in enumerate(context.layers):
         parts = [Moments(*share[3 * i : 3 * i + 3]) for share in shares]
         joined[layer] = sum(parts[1:], start=parts[0])
-    outcome = Outcome({layer: p for layer, moments in joined.items() if (p := population(layer, moments)) is not None})
+    result = MethodResult(
+        {layer: p for layer, moments in joined.items() if (p := population(layer, moments)) is not None}
+    )
     if checkpoint is not None:
         checkpoint.remove()
-    return outcome
+    return result

@@ -19,7 +19,7 @@ from batchnorm.models.devices import device_types
 from batchnorm.models.modes import set_training
 from batchnorm.population.average import average
 from batchnorm.population.batches import Batches, Forward, default_forward
-from batchnorm.population.context import Context, Outcome, Progress
+from batchnorm.population.context import Context, MethodResult, Progress
 from batchnorm.population.layers import Layer, select_layers
 from batchnorm.population.pooled import pooled
 from batchnorm.population.result import RecalibratedLayer, Recalibration, SkippedLayer
@@ -34,11 +34,11 @@ class Method(NamedTuple):
         training: whether the modules that take no part are in training mode, dropout included.
     """
 
-    run: Callable[[Context], Outcome]
+    run: Callable[[Context], MethodResult]
     training: bool = False
 
 
-def _exact(context: Context) -> Outcome:
+def _exact(context: Context) -> MethodResult:
     from batchnorm.population.exact import Exact  # here, so that importing the package does not import greenlet
 
     return Exact(context).run()
@@ -131,19 +131,19 @@ def recalibrate(
             for module in inner.modules():
                 set_training(module, chosen.training and module not in takes_part)
             before = {layer: _doubles(layer) for layer in layers}
-            outcome = chosen.run(context)
-            for layer, final in outcome.populations.items():
+            computed = chosen.run(context)
+            for layer, final in computed.populations.items():
                 layer.settle(final.mean, final.var)
             used, samples = _total(context)
     changed = tuple(
         RecalibratedLayer(layer.name, new.count, *before[layer], new.mean.cpu(), new.var.cpu(), layer.module.eps)
         for layer in layers
-        if (new := outcome.populations.get(layer)) is not None
+        if (new := computed.populations.get(layer)) is not None
     )
     skipped += [
-        SkippedLayer(layer.name, "never called with a value") for layer in layers if layer not in outcome.populations
+        SkippedLayer(layer.name, "never called with a value") for layer in layers if layer not in computed.populations
     ]
-    return Recalibration(method, used, samples, changed, tuple(skipped), outcome.memory)
+    return Recalibration(method, used, samples, changed, tuple(skipped), computed.memory)
 
 
 def _chosen(method: str, checkpoint: object, memory_limit: int | None) -> Method:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -68,22 +67,6 @@ def of_function(target: Callable[..., Any] | str, args: tuple[Any, ...], kwargs:
     name, parameters = _FUNCTIONS[target]
     given = {**dict(zip(parameters, args[1:], strict=False)), **kwargs}
     return _with_defaults(name, name, given)[0]
-
-
-def writes_over_its_input(target: Callable[..., Any] | str, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a function or method changes its first argument, by torch's conventions."""
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    if kwargs.get("inplace") is True or kwargs.get("out") is not None or name in ("setitem", "delitem"):
-        return True
-    if name.endswith("_") and not name.endswith("__"):
-        return True
-    # The operators of augmented assignment are iadd, imul, ...
-    return (
-        inspect.isbuiltin(target)
-        and getattr(target, "__module__", "") == "_operator"
-        and name.startswith("i")
-        and (name not in ("invert", "inv", "index", "indexOf", "is_", "is_not", "itemgetter"))
-    )
 
 
 def _with_defaults(name: str, shown: str, given: Mapping[str, Any]) -> tuple[str | None, str]:

@@ -13,7 +13,7 @@ from batchnorm.modules import BatchNorm
 from batchnorm.surgery import linear, scale_shift
 from batchnorm.surgery.chains import Flow
 from batchnorm.surgery.comparing import ALTOGETHER, difference, outputs
-from batchnorm.surgery.linear import Layer
+from batchnorm.surgery.linear import LinearLayer
 from batchnorm.surgery.observing import observe
 from batchnorm.surgery.report import Entry, attach, check_free
 from batchnorm.surgery.tracing import regions, seen_call
@@ -51,7 +51,7 @@ def remove_dead_biases(model: nn.Module, example_inputs: Any) -> nn.Module:  # n
     found = regions(model, lambda module: seen_call(calls, module), modes=(True, False))
     flow = Flow(model, found, calls, training=True)
     why: dict[str, str] = {}
-    dead: dict[str, tuple[Layer, NormLayer]] = {}
+    dead: dict[str, tuple[LinearLayer, NormLayer]] = {}
     paths = [path for path, _ in named_norm_layers(model)]
     for path, norm in named_norm_layers(model):
         if norm not in flow.sites:
@@ -73,7 +73,7 @@ def remove_dead_biases(model: nn.Module, example_inputs: Any) -> nn.Module:  # n
     )
 
 
-def _dead_before(flow: Flow, norm: NormLayer) -> Layer | str:
+def _dead_before(flow: Flow, norm: NormLayer) -> LinearLayer | str:
     """The linear layer whose bias a batch-norm layer takes away, or why there is none."""
     if not scale_shift.known(norm):
         return f"{type(norm).__qualname__} may do anything"
@@ -89,7 +89,7 @@ def _dead_before(flow: Flow, norm: NormLayer) -> Layer | str:
     return flow.why_not_changed(layer) or flow.why_not_aligned(layer, norm) or layer
 
 
-def _remove(layer: Layer, norm: NormLayer) -> Callable[[], None]:
+def _remove(layer: LinearLayer, norm: NormLayer) -> Callable[[], None]:
     """Remove a bias.
 
     Returns:

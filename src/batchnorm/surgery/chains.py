@@ -11,7 +11,7 @@ from batchnorm.models.attributes import attribute_at
 from batchnorm.models.hooks import has_hooks
 from batchnorm.models.norm_layers import NormLayer
 from batchnorm.surgery import linear, scale_shift
-from batchnorm.surgery.linear import Layer
+from batchnorm.surgery.linear import LinearLayer
 from batchnorm.surgery.observing import Calls, Spec
 from batchnorm.surgery.rewriting import residual_for
 from batchnorm.surgery.tracing import Region, Regions, arguments
@@ -31,7 +31,7 @@ class Site(NamedTuple):
 class Chain:
     """A linear layer and the batch-norm layers whose only business is with it, in the order of computing."""
 
-    layer: Layer
+    layer: LinearLayer
     path: str
     before: list[NormLayer] = field(default_factory=list)
     after: list[NormLayer] = field(default_factory=list)
@@ -106,7 +106,7 @@ class Flow:
             return None, f"{self.where(source)} is called {max(seen[0], seen[2])} times, not always before it"
         return source, ""
 
-    def why_not_changed(self, layer: Layer) -> str | None:
+    def why_not_changed(self, layer: LinearLayer) -> str | None:
         """Why a linear layer's weights cannot change without others noticing; None where they can."""
         where = self.where(layer)
         if has_hooks(layer):
@@ -115,7 +115,7 @@ class Flow:
             return f"others use the parameters of {where} too"
         return None
 
-    def why_not_aligned(self, layer: Layer, norm: NormLayer) -> str | None:
+    def why_not_aligned(self, layer: LinearLayer, norm: NormLayer) -> str | None:
         """Why what a linear layer has for each channel is none for the batch-norm layer; None where it is."""
         for call in self.calls[norm]:
             spec = call.args[0]

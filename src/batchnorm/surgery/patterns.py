@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -157,4 +160,20 @@ def _writes(region: Region, node: fx.Node) -> bool:
     module = region.called(node)
     if module is not None:
         return getattr(module, "inplace", False) is True
-    return node.op in ("call_function", "call_method") and activations.writes_over_its_input(node.target, node.kwargs)
+    return node.op in ("call_function", "call_method") and writes_over_its_input(node.target, node.kwargs)
+
+
+def writes_over_its_input(target: Callable[..., Any] | str, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a function or method changes its first argument, by torch's conventions."""
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    if kwargs.get("inplace") is True or kwargs.get("out") is not None or name in ("setitem", "delitem"):
+        return True
+    if name.endswith("_") and not name.endswith("__"):
+        return True
+    # The operators of augmented assignment are iadd, imul, ...
+    return (
+        inspect.isbuiltin(target)
+        and getattr(target, "__module__", "") == "_operator"
+        and name.startswith("i")
+        and (name not in ("invert", "inv", "index", "indexOf", "is_", "is_not", "itemgetter"))
+    )

@@ -82,13 +82,18 @@ class Regions(NamedTuple):
         return "no forward calls it"
 
 
+def _asked_by_torch() -> bool:
+    """Whether the code that asks for an attribute is torch's; to be called by what computes the attribute."""
+    caller: str = sys._getframe(2).f_globals.get("__name__", "")
+    return caller.startswith("torch.")
+
+
 class _Input(fx.Proxy):
     """A proxy that does not let itself be taken for something that is no tensor."""
 
     @property  # type: ignore[misc]  # what isinstance asks for
     def __class__(self) -> type:
-        asking = sys._getframe(1).f_globals.get("__name__", "")
-        if not asking.startswith("torch."):
+        if not _asked_by_torch():
             raise TraceError("it asks for the type of a tensor")
         return _Input
 
