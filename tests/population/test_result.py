@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from batchnorm.population.result import MemoryUse, RecalibratedLayer, Recalibration, SkippedLayer
@@ -58,3 +59,9 @@ def test_it_prints_memory_only_where_it_was_short() -> None:
     assert text(1000, 900, 2500, 3).splitlines()[1] == (
         "memory: 900 bytes held of 1,000 allowed, 2,500 written to a file, 3 forward passes repeated"
     )
+
+
+def test_the_former_name_of_what_was_skipped_still_works() -> None:
+    skipped = (SkippedLayer("head", "frozen"),)
+    with pytest.warns(DeprecationWarning, match=r"left_alone has become Recalibration\.skipped"):
+        assert Recalibration("pooled", 1, 2, (), skipped).left_alone is skipped
