@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from batchnorm.models.norm_layers import our_layers, torch_layer_names
 from batchnorm.modules import BatchNorm
 from batchnorm.moments import Moments
 
@@ -63,8 +64,8 @@ def deferred(model: nn.Module) -> Iterator[Pending]:
         A `Pending`, whose `discard()` drops what was proposed.
     """
     pending = Pending()
-    layers, others = find(model)
-    if others:
+    layers = our_layers(model)
+    if others := torch_layer_names(model):
         warnings.warn(
             f"these layers are torch.nn's and commit at once: {', '.join(others)}. Use batchnorm.convert(model) first",
             UserWarning,
@@ -85,14 +86,3 @@ def deferred(model: nn.Module) -> Iterator[Pending]:
         joined = pending.moments(layer)
         if joined is not None and not layer.frozen.statistics:
             layer._propose(joined)
-
-
-def find(model: nn.Module) -> tuple[list[BatchNorm], list[str]]:
-    """A model's layers of ours, and the paths of those of torch.nn, which know neither proposals nor freezing."""
-    ours, others = [], []
-    for path, module in model.named_modules():
-        if isinstance(module, BatchNorm):
-            ours.append(module)
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-            others.append(path or "the model itself")
-    return ours, others

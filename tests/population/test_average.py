@@ -21,26 +21,26 @@ RELATIVE, ABSOLUTE = tolerances.AGAINST_TORCH[torch.float32]
 def test_it_is_update_bn(sizes: tuple[int, ...]) -> None:
     """Dropout and its random numbers included."""
     model = made("residual").eval()
-    theirs = copy.deepcopy(model)
+    torch_model = copy.deepcopy(model)
     torch.manual_seed(3)
     bn.recalibrate(model, images(*sizes), method="average")
     torch.manual_seed(3)
-    update_bn(images(*sizes), theirs)
+    update_bn(images(*sizes), torch_model)
     for name, layer in layers(model).items():
         for statistic in ("running_mean", "running_var"):
             torch.testing.assert_close(
-                getattr(layer, statistic), getattr(layers(theirs)[name], statistic), rtol=RELATIVE, atol=ABSOLUTE
+                getattr(layer, statistic), getattr(layers(torch_model)[name], statistic), rtol=RELATIVE, atol=ABSOLUTE
             )
 
 
 def test_a_layer_that_is_called_twice() -> None:
     layer = nn.BatchNorm1d(3)
     model, batches = nn.Sequential(layer, nn.Linear(3, 3), layer), [torch.randn(n, 3) for n in (4, 7)]
-    theirs = copy.deepcopy(model)
+    torch_model = copy.deepcopy(model)
     bn.recalibrate(model, batches, method="average")
-    update_bn(batches, theirs)
-    torch.testing.assert_close(layer.running_mean, theirs[0].running_mean, rtol=RELATIVE, atol=ABSOLUTE)
-    torch.testing.assert_close(layer.running_var, theirs[0].running_var, rtol=RELATIVE, atol=ABSOLUTE)
+    update_bn(batches, torch_model)
+    torch.testing.assert_close(layer.running_mean, torch_model[0].running_mean, rtol=RELATIVE, atol=ABSOLUTE)
+    torch.testing.assert_close(layer.running_var, torch_model[0].running_var, rtol=RELATIVE, atol=ABSOLUTE)
 
 
 def test_batches_have_one_weight_whatever_their_size() -> None:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from batchnorm.errors import OptionError
-from batchnorm.population.batches import Batches, cut, default_forward, device, device_types, mapped, samples, tensors
+from batchnorm.models.nested import tensors
+from batchnorm.population.batches import Batches, cut, default_forward, samples
 
 Pair = namedtuple("Pair", ["x", "y"])
 X, Y = torch.arange(12).view(6, 2), torch.arange(6)
@@ -27,8 +28,6 @@ def test_kinds(batch: object) -> None:
     assert samples(batch) == 6
     for small, large in zip(tensors(part), tensors(batch), strict=True):
         assert torch.equal(small, large[:4])
-    doubled = mapped(batch, lambda t: t * 2)
-    assert all(torch.equal(a, 2 * b) for a, b in zip(tensors(doubled), tensors(batch), strict=True))
 
 
 def test_what_has_other_rows_is_not_cut() -> None:
@@ -114,10 +113,7 @@ def test_default_forward() -> None:
             default_forward(model, batch)
 
 
-def test_devices() -> None:
-    assert device(nn.Linear(1, 1, device="meta")) == torch.device("meta")
-    assert device(nn.ReLU()) == torch.device("cpu")
-    assert device_types(nn.Linear(1, 1, device="meta")) == {"cpu"}
+def test_a_batch_is_moved_to_the_models_device() -> None:
     moved: list[torch.device] = []
 
     class Model(nn.Linear):

@@ -8,10 +8,10 @@ from torch import nn
 
 from batchnorm.errors import CountError, NonFiniteError
 from batchnorm.moments import Moments
-from batchnorm.population.context import Call, Progress, check_finite, population
-from batchnorm.population.layers import find
+from batchnorm.population.context import LayerCall, Progress, check_finite, population
+from batchnorm.population.layers import select_layers
 
-(LAYER,), _ = find(nn.BatchNorm1d(2))
+(LAYER,), _ = select_layers(nn.BatchNorm1d(2))
 
 
 def test_progress() -> None:
@@ -48,9 +48,9 @@ def test_population_of_nothing_and_of_one() -> None:
 @pytest.mark.parametrize("rows", [1, 7, 300])
 def test_check_finite(bad: float, rows: int) -> None:
     x = torch.randn(rows, 2)
-    good = Call(LAYER, Moments.of(x), 0)
+    good = LayerCall(LAYER, Moments.of(x), 0)
     check_finite([good])
     x = x.clone()
     x[rows // 2, 1] = bad
     with pytest.raises(NonFiniteError, match=r'layer "the model itself": .* in batch 5;'):
-        check_finite([good, Call(LAYER, LAYER.moments((x,), {}), 5)])
+        check_finite([good, LayerCall(LAYER, LAYER.moments((x,), {}), 5)])

@@ -1,4 +1,4 @@
-"""Which layers take part, what their hooks see, what they write, and which are left alone and why."""
+"""Which layers take part, what their hooks see, what they write, and which are skipped and why."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 import batchnorm as bn
 from batchnorm.errors import DTypeError, NonFiniteError, OptionError, OrderError, ShapeError
-from batchnorm.population.layers import Layer, find, listening
+from batchnorm.population.layers import CallHooks, Layer, select_layers
 from batchnorm.population.recalibrate import METHODS
 from support import oracle, tolerances
 from support.populations import everything, images, layers, made
 
 
-def one(module: Any) -> Layer:
-    (layer,), _ = find(module)
+def layer_of(module: Any) -> Layer:
+    (layer,), _ = select_layers(module)
     return layer
 
 
@@ -26,13 +26,13 @@ def test_every_kind_of_layer_and_no_other() -> None:
     model = nn.Sequential(
         nn.BatchNorm1d(2), nn.Sequential(nn.SyncBatchNorm(2), bn.BatchNorm(2)), nn.InstanceNorm1d(2), nn.GroupNorm(1, 2)
     )
-    assert [layer.name for layer in find(model)[0]] == ["0", "1.0", "1.1"]
-    assert one(nn.BatchNorm2d(3)).name == "the model itself"
+    assert [layer.name for layer in select_layers(model)[0]] == ["0", "1.0", "1.1"]
+    assert layer_of(nn.BatchNorm2d(3)).name == "the model itself"
 
 
 def test_an_object_is_one_layer_under_its_first_name() -> None:
     layer = nn.BatchNorm1d(2)
-    assert [found.name for found in find(nn.ModuleDict({"a": layer, "b": layer}))[0]] == ["a"]
+    assert [found.name for found in select_layers(nn.ModuleDict({"a": layer, "b": layer}))[0]] == ["a"]
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_an_object_is_one_layer_under_its_first_name() -> None:
 @pytest.mark.parametrize("keyword", [True, False])
 def test_moments_of_the_input(module: Any, shape: tuple[int, ...], axis: int, keyword: bool) -> None:
     x = torch.randn(shape) * 3 + 100
-    moments = one(module).moments(() if keyword else (x,), {"input": x} if keyword else {})
+    moments = layer_of(module).moments(() if keyword else (x,), {"input": x} if keyword else {})
     n, mean, m2 = oracle.moments(x.double().numpy(), axis)
     assert moments.count == n
     torch.testing.assert_close(moments.mean, torch.from_numpy(mean), rtol=tolerances.STATISTIC, atol=0)
@@ -56,24 +56,24 @@ def test_moments_of_the_input(module: Any, shape: tuple[int, ...], axis: int, ke
 
 def test_only_our_layers_know_masks() -> None:
     x, mask = torch.randn(4, 3), torch.tensor([True, False, True, True])
-    assert one(bn.BatchNorm1d(3)).moments((x,), {"mask": mask}).count == 3
-    assert one(nn.BatchNorm1d(3)).moments((x,), {"mask": mask}).count == 4
+    assert layer_of(bn.BatchNorm1d(3)).moments((x,), {"mask": mask}).count == 3
+    assert layer_of(nn.BatchNorm1d(3)).moments((x,), {"mask": mask}).count == 4
 
 
 def test_nothing_has_empty_moments() -> None:
-    moments = one(nn.BatchNorm1d(3)).moments((torch.zeros(0, 3),), {})
+    moments = layer_of(nn.BatchNorm1d(3)).moments((torch.zeros(0, 3),), {})
     assert moments.count == 0
     assert moments.mean.shape == (3,)
 
 
 def test_other_channels_are_refused() -> None:
     with pytest.raises(ShapeError, match=r"got running_mean of shape \(3,\) for an input with 4 channels"):
-        one(nn.BatchNorm1d(3)).moments((torch.zeros(2, 4),), {})
+        layer_of(nn.BatchNorm1d(3)).moments((torch.zeros(2, 4),), {})
 
 
 def test_other_buffers_than_the_models_are_refused() -> None:
     module = nn.BatchNorm1d(3)
-    layer = one(module)
+    layer = layer_of(module)
     module.running_mean = module.running_mean.clone()
     with pytest.raises(OptionError, match="got a call with other buffers than the model's own"):
         layer.moments((torch.zeros(2, 3),), {})
@@ -81,7 +81,7 @@ def test_other_buffers_than_the_models_are_refused() -> None:
 
 def test_write_and_settle() -> None:
     module = nn.BatchNorm1d(2).half()
-    layer, buffers = one(module), (module.running_mean, module.running_var)
+    layer, buffers = layer_of(module), (module.running_mean, module.running_var)
     layer.settle(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 1e-9]))
     assert (module.running_mean, module.running_var) == buffers or module.running_mean is buffers[0]
     assert module.running_mean.tolist() == [1, 2]
@@ -92,12 +92,13 @@ def test_write_and_settle() -> None:
         layer.settle(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 1e9]))
 
 
-def test_listening_comes_after_other_hooks_and_leaves_none() -> None:
+def test_call_hooks_come_after_other_hooks_and_leave_none() -> None:
     model = made("residual")
     model.bn1.register_forward_pre_hook(lambda m, args: (args[0] + 1,))
     before, seen = everything(model), []
-    taking_part, _ = find(model)
-    with listening(model, taking_part, lambda layer, args, kwargs: seen.append((layer.name, args[0])), lambda: True):
+    taking_part, _ = select_layers(model)
+    hooks = CallHooks(lambda layer, args, kwargs: seen.append((layer.name, args[0])), lambda: True)
+    with hooks.on(model, taking_part):
         x = images(3)[0]
         model(x)
     assert [name for name, _ in seen] == list(layers(model))
@@ -113,16 +114,17 @@ def test_a_refusal_is_raised_again_and_calls_that_are_not_ours_are_refused() -> 
     def refuse(*_: object) -> None:
         raise OptionError("no")
 
-    with listening(model, find(model)[0], refuse, lambda: ours[0]) as calls:
+    hooks = CallHooks(refuse, lambda: ours[0])
+    with hooks.on(model, select_layers(model)[0]):
         with pytest.raises(OptionError, match=r'layer "0": no'):
             model(torch.randn(3, 2))
         with pytest.raises(OptionError, match=r'layer "0": no'):  # whichever layer comes next
             model[1](torch.randn(3, 2))
         with pytest.raises(OptionError, match=r'layer "0": no'):
-            calls.check()
+            hooks.check()
     ours[0] = False
     with (
-        listening(model, find(model)[0], refuse, lambda: ours[0]),
+        CallHooks(refuse, lambda: ours[0]).on(model, select_layers(model)[0]),
         pytest.raises(OrderError, match=r"while no batch's forward pass was running"),
     ):
         model(torch.randn(3, 2))
@@ -132,7 +134,7 @@ def test_a_refusal_is_raised_again_and_calls_that_are_not_ours_are_refused() -> 
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_layers_that_are_left_alone(method: str) -> None:
+def test_layers_that_are_skipped(method: str) -> None:
     model = nn.ModuleDict(
         {
             "frozen": bn.freeze(bn.BatchNorm1d(3)),
@@ -143,8 +145,8 @@ def test_layers_that_are_left_alone(method: str) -> None:
             "used": nn.BatchNorm1d(3),
         }
     )
-    alone = ("frozen", "untracked", "unused")
-    before = {name: copy.deepcopy(model[name].state_dict()) for name in alone}
+    skipped = ("frozen", "untracked", "unused")
+    before = {name: copy.deepcopy(model[name].state_dict()) for name in skipped}
 
     def forward(model: Any, x: Tensor) -> None:
         model["used"](model["untracked"](model["frozen affine"](model["frozen"](x))))
@@ -157,7 +159,7 @@ def test_layers_that_are_left_alone(method: str) -> None:
         "unused": "never called with a value",
         "lazy": "not initialised yet",
     }
-    for name in alone:
+    for name in skipped:
         assert all(torch.equal(before[name][key], value) for key, value in model[name].state_dict().items())
     assert nn.parameter.is_lazy(model["lazy"].running_mean)
 

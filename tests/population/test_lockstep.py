@@ -47,8 +47,8 @@ def test_turns() -> None:
         for i in range(2):
             steps.proceed(steps.add(Batch(i, i)))
         for _ in range(2):
-            for one in steps.passes:
-                steps.proceed(one)
+            for batch_pass in steps.passes:
+                steps.proceed(batch_pass)
     assert LOG == ["0a", "1a", "0b", "1b", "0c", "0 cleaned", "1c", "1 cleaned"]
 
 
@@ -56,7 +56,7 @@ def test_the_end_of_the_context_ends_those_that_wait() -> None:
     with lockstep(two_waits) as steps:
         for i in range(3):
             steps.proceed(steps.add(Batch(i, i)))
-        stacks = [one.stack for one in steps.passes]
+        stacks = [batch_pass.stack for batch_pass in steps.passes]
     assert LOG[3:] == ["0 cleaned", "1 cleaned", "2 cleaned"]
     assert all(stack is not None and stack.dead for stack in stacks)
     assert not steps.passes
@@ -68,11 +68,11 @@ def test_a_pass_that_was_stopped_begins_anew_with_the_same_random_numbers() -> N
         steps.wait()
 
     with lockstep(run) as steps:
-        one, other = (steps.add(Batch(i, i)) for i in range(2))
-        steps.proceed(one), steps.proceed(other)
-        steps.stop(one)
-        assert one.stack is None
-        steps.proceed(one)
+        batch_pass, other = (steps.add(Batch(i, i)) for i in range(2))
+        steps.proceed(batch_pass), steps.proceed(other)
+        steps.stop(batch_pass)
+        assert batch_pass.stack is None
+        steps.proceed(batch_pass)
     assert LOG[2] == LOG[0] != LOG[1]
 
 
@@ -82,13 +82,13 @@ def test_an_exception_ends_its_pass_and_goes_on_outside() -> None:
         raise LookupError(batch.content)
 
     with lockstep(run) as steps:
-        one = steps.add(Batch(0, "x"))
-        steps.proceed(one)
+        batch_pass = steps.add(Batch(0, "x"))
+        steps.proceed(batch_pass)
         with pytest.raises(LookupError, match="x"):
-            steps.proceed(one)
+            steps.proceed(batch_pass)
         assert steps.current is None
-        assert one.stack is not None
-        assert one.stack.dead
+        assert batch_pass.stack is not None
+        assert batch_pass.stack.dead
 
 
 def begun_twice_and_broken(run: Callable[[Lockstep, Batch], None]) -> None:
@@ -123,10 +123,10 @@ def test_a_pass_that_catches_its_end_is_ended_where_it_waits_next() -> None:
                 LOG.append(f"caught {i}")
 
     with lockstep(run) as steps:
-        one = steps.add(Batch(0, "x"))
-        steps.proceed(one)
-        stack = one.stack
-        steps.stop(one)
+        batch_pass = steps.add(Batch(0, "x"))
+        steps.proceed(batch_pass)
+        stack = batch_pass.stack
+        steps.stop(batch_pass)
     assert stack is not None
     assert stack.dead
     assert LOG == ["caught 0", "caught 1", "caught 2"]
@@ -141,10 +141,10 @@ def test_around_is_entered_whenever_a_pass_runs() -> None:
             LOG.append(")")
 
     with lockstep(two_waits) as steps:
-        steps.around = Around
-        one = steps.add(Batch(0, 0))
+        steps.make_context = Around
+        batch_pass = steps.add(Batch(0, 0))
         for _ in range(2):
-            steps.proceed(one)
+            steps.proceed(batch_pass)
     assert LOG == ["(", "0a", ")", "(", "0b", ")", "(", "0 cleaned", ")"]
 
 
@@ -155,8 +155,8 @@ def test_a_thousand_passes() -> None:
         for i in range(1000):
             steps.proceed(steps.add(Batch(i, i)))
         assert threading.active_count() == threads
-        for one in steps.passes:
-            steps.proceed(one)
+        for batch_pass in steps.passes:
+            steps.proceed(batch_pass)
     assert len(LOG) == 3000
 
 

@@ -233,7 +233,7 @@ def batches(n):
 bn.recalibrate(model, batches(2), memory_limit=0)  # whatever is loaded once
 def resident():
     return {line.split()[0]: int(line.split()[1]) * 1024 for line in open("/proc/self/status") if "kB" in line}
-open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts again
 before = resident()["VmRSS:"]
 used = bn.recalibrate(model, batches(40), memory_limit=limit).memory
 print(json.dumps([resident()["VmHWM:"] - before, used.peak, used.spilled, used.replays]))

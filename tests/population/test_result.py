@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from batchnorm.population.result import MemoryUse, RecalibratedLayer, Recalibration, SkippedLayer
@@ -29,7 +30,7 @@ def test_a_layer_without_channels_did_not_move() -> None:
     assert RecalibratedLayer("a", 3, *[torch.zeros(0)] * 4, 1e-5).moved == 0
 
 
-def test_it_prints_what_moved_most_first_and_what_was_left() -> None:
+def test_it_prints_what_moved_most_first_and_what_was_skipped() -> None:
     layers = tuple(layer(f"layer{i}", shift=-i / 10) for i in range(12))
     text = str(Recalibration("exact", 3, 96, layers, (SkippedLayer("head", "frozen"),)))
     assert text.splitlines() == [
@@ -46,7 +47,7 @@ def test_it_prints_what_moved_most_first_and_what_was_left() -> None:
         "layer3          1,200               -0.15                   0",
         "layer2          1,200                -0.1                   0",
         "and 2 layers that moved less",
-        "left alone: head (frozen)",
+        "skipped: head (frozen)",
     ]
 
 
@@ -58,3 +59,9 @@ def test_it_prints_memory_only_where_it_was_short() -> None:
     assert text(1000, 900, 2500, 3).splitlines()[1] == (
         "memory: 900 bytes held of 1,000 allowed, 2,500 written to a file, 3 forward passes repeated"
     )
+
+
+def test_the_former_name_of_what_was_skipped_still_works() -> None:
+    skipped = (SkippedLayer("head", "frozen"),)
+    with pytest.warns(DeprecationWarning, match=r"left_alone has become Recalibration\.skipped"):
+        assert Recalibration("pooled", 1, 2, (), skipped).left_alone is skipped

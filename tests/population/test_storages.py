@@ -7,7 +7,7 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-from batchnorm.population.storages import Storages, storages, watching
+from batchnorm.population.storages import Storages, storages, watch_storages
 
 
 def test_storages_of_plain_tensors() -> None:
@@ -30,7 +30,7 @@ def test_watching() -> None:
             return view, self.relu(hidden + 1)
 
     net, seen = Net(), weakref.WeakSet()
-    with watching(net, seen.update), torch.no_grad():
+    with watch_storages(net, seen.update), torch.no_grad():
         x = torch.randn(3, 2)
         view, out = net(x=x)
     expected: Storages = weakref.WeakSet(t.untyped_storage() for t in (x, view, out))

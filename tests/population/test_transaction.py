@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-from batchnorm.population.layers import find
-from batchnorm.population.transaction import set_training, transaction
+from batchnorm.models.modes import set_training
+from batchnorm.population.layers import select_layers
+from batchnorm.population.transaction import transaction
 from support.populations import everything, images, made
 
 
@@ -24,7 +24,7 @@ def test_an_error_undoes_everything(error: type[BaseException]) -> None:
 
 
 def change_everything_and_raise(model: Any, error: type[BaseException]) -> None:
-    with transaction(model, find(model)[0], {"cpu"}):
+    with transaction(model, select_layers(model)[0], {"cpu"}):
         assert not torch.is_grad_enabled()
         for module in model.modules():
             set_training(module, not module.training)
@@ -39,7 +39,7 @@ def change_everything_and_raise(model: Any, error: type[BaseException]) -> None:
 
 def test_a_success_keeps_the_statistics_of_the_layers_that_take_part() -> None:
     model = made("residual")
-    taking_part = find(model)[0][:2]
+    taking_part = select_layers(model)[0][:2]
     before = everything(model)
     with transaction(model, taking_part, {"cpu"}):
         for name in ("bn1", "bn3"):
@@ -55,20 +55,6 @@ def test_what_did_not_change_is_not_written() -> None:
     """A graph that saved a buffer would be told that it is another."""
     model = made("residual")
     versions = [buffer._version for buffer in model.buffers()]
-    with transaction(model, find(model)[0], {"cpu"}):
+    with transaction(model, select_layers(model)[0], {"cpu"}):
         model.bn1.running_mean += 1
     assert [buffer._version for buffer in model.buffers()] == [versions[0] + 1, *versions[1:]]
-
-
-def test_training_flags_are_set_without_the_methods() -> None:
-    class Counting(nn.Linear):
-        calls = 0
-
-        def train(self, mode: bool = True) -> nn.Module:
-            Counting.calls += 1
-            return super().train(mode)
-
-    module = Counting(1, 1)
-    set_training(module, False)
-    assert not module.training
-    assert Counting.calls == 0

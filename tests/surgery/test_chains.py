@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import batchnorm as bn
-from batchnorm.surgery.chains import Flow, find
+from batchnorm.surgery.chains import Flow, find_chains
 from batchnorm.surgery.observing import observe
 from batchnorm.surgery.tracing import regions, seen_call
 from support.networks import Calls
@@ -22,7 +22,7 @@ def flow_of(model: nn.Module, *shape: int) -> Flow:
 def chains_of(model: nn.Module, *shape: int) -> tuple[dict[str, tuple[list[str], list[str]]], dict[str, str]]:
     """Chains by the path of the linear layer, with the paths of the layers before and after; reasons by path."""
     names = {module: path for path, module in model.named_modules()}
-    chains, why = find(flow_of(model, *shape), [module for module in names if isinstance(module, Norm)])
+    chains, why = find_chains(flow_of(model, *shape), [module for module in names if isinstance(module, Norm)])
     found = {
         chain.path: tuple([names[norm] for norm in group] for group in (chain.before, chain.after)) for chain in chains
     }

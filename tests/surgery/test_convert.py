@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 import batchnorm as bn
-from batchnorm.surgery.convert import ORIGIN, OURS, convert
+from batchnorm.surgery.convert import ORIGIN, OUR_CLASSES, convert
 from support import tolerances
 
 PAIRS = [(bn.BatchNorm1d, nn.BatchNorm1d), (bn.BatchNorm2d, nn.BatchNorm2d), (bn.BatchNorm3d, nn.BatchNorm3d)]
@@ -87,9 +87,9 @@ def test_every_layer_becomes_ours() -> None:
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
-def test_it_is_as_one_made_by_our_constructor(ours: Any, theirs: Any, options: dict[str, Any]) -> None:
-    converted, made = convert(theirs(4, **options)), ours(4, **options)
+@pytest.mark.parametrize(("ours", "torch_class"), PAIRS)
+def test_it_is_as_one_made_by_our_constructor(ours: Any, torch_class: Any, options: dict[str, Any]) -> None:
+    converted, made = convert(torch_class(4, **options)), ours(4, **options)
     assert vars(converted).keys() - {ORIGIN} == vars(made).keys()
     assert converted._non_persistent_buffers_set == made._non_persistent_buffers_set
     assert list(converted._buffers) == list(made._buffers)
@@ -102,18 +102,18 @@ def test_it_is_as_one_made_by_our_constructor(ours: Any, theirs: Any, options: d
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("theirs", SHAPES)
-def test_a_layer_computes_as_torchs(theirs: Any, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("torch_class", SHAPES)
+def test_a_layer_computes_as_torchs(torch_class: Any, options: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    layer, x = theirs(4, **options), torch.randn(SHAPES[theirs], dtype=options.get("dtype")) * 2 + 1
+    layer, x = torch_class(4, **options), torch.randn(SHAPES[torch_class], dtype=options.get("dtype")) * 2 + 1
     for actual, expected in zip(steps(convert(copy.deepcopy(layer)), x), steps(layer, x), strict=True):
         close(actual, expected)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
 def test_a_network_computes_as_torchs(memory_format: torch.memory_format) -> None:
-    theirs, x = net(), images().to(memory_format=memory_format)
-    for actual, expected in zip(steps(convert(copy.deepcopy(theirs)), x), steps(theirs, x), strict=True):
+    torch_net, x = net(), images().to(memory_format=memory_format)
+    for actual, expected in zip(steps(convert(copy.deepcopy(torch_net)), x), steps(torch_net, x), strict=True):
         close(actual, expected)
 
 
@@ -144,13 +144,13 @@ def test_the_model_the_layers_and_their_places_stay() -> None:
     assert all(a is b for (_, a), (_, b) in zip(after, before, strict=True))
 
 
-@pytest.mark.parametrize("theirs", SHAPES)
-def test_the_root_may_be_a_layer(theirs: Any) -> None:
-    root = theirs(4)
+@pytest.mark.parametrize("torch_class", SHAPES)
+def test_the_root_may_be_a_layer(torch_class: Any) -> None:
+    root = torch_class(4)
     weight = root.weight
     converted = convert(root)
     assert converted is root
-    assert type(converted) is OURS[theirs]
+    assert type(converted) is OUR_CLASSES[torch_class]
     assert converted.weight is weight
 
 
@@ -255,10 +255,10 @@ def test_attributes_of_the_users_stay() -> None:
 
 def test_a_pruned_layer_stays_pruned() -> None:
     """Pruning is a hook that sets a plain attribute `weight` before each forward pass."""
-    theirs, ours, x = nn.BatchNorm1d(4), nn.BatchNorm1d(4), torch.randn(6, 4)
-    for layer in (theirs, ours):
+    torch_layer, ours, x = nn.BatchNorm1d(4), nn.BatchNorm1d(4), torch.randn(6, 4)
+    for layer in (torch_layer, ours):
         prune.custom_from_mask(layer, "weight", torch.tensor([0, 1, 0, 1]))
-    for actual, expected in zip(steps(convert(ours), x), steps(theirs, x), strict=True):
+    for actual, expected in zip(steps(convert(ours), x), steps(torch_layer, x), strict=True):
         close(actual, expected)
     assert (ours.weight == 0).sum() == 2
 

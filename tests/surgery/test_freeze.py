@@ -79,31 +79,34 @@ AFFINE = ("weight", "bias")
 @pytest.mark.parametrize("switches", EVERY, ids=str)
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_each_switch_alone_and_all_together(switches: Frozen, momentum: float | None) -> None:
-    layer, theirs = made(momentum=momentum), made(nn.BatchNorm1d, momentum=momentum)
+    layer, torch_layer = made(momentum=momentum), made(nn.BatchNorm1d, momentum=momentum)
     assert frozen(layer, switches) is layer
     assert layer.frozen == switches
     assert layer.momentum == momentum
     moving = () if switches.statistics else STATISTICS
-    expected = copy.deepcopy(theirs).train(not switches.normalization)(X)
-    theirs(X)
+    expected = copy.deepcopy(torch_layer).train(not switches.normalization)(X)
+    torch_layer(X)
     learning = () if switches.affine else AFFINE
     outputs = []
     stands_still(layer, lambda: outputs.append(step(layer)), moving + learning)
     close(outputs[0], expected)
     if moving:
         for name in STATISTICS:
-            torch.testing.assert_close(getattr(layer, name), getattr(theirs, name))
+            torch.testing.assert_close(getattr(layer, name), getattr(torch_layer, name))
     assert [p.requires_grad for p in layer.parameters()] == [not switches.affine] * 2
 
 
 @pytest.mark.parametrize("switches", EVERY, ids=str)
 def test_the_gradient_of_the_input_goes_on(switches: Frozen) -> None:
-    layer, theirs = frozen(made(activation="silu"), switches), made(nn.BatchNorm1d).train(not switches.normalization)
+    layer, torch_layer = (
+        frozen(made(activation="silu"), switches),
+        made(nn.BatchNorm1d).train(not switches.normalization),
+    )
     inputs = [X.clone().requires_grad_() for _ in range(2)]
     dy = torch.randn(X.shape)
-    (layer(inputs[0]) * dy).sum().backward(), (F.silu(theirs(inputs[1])) * dy).sum().backward()
+    (layer(inputs[0]) * dy).sum().backward(), (F.silu(torch_layer(inputs[1])) * dy).sum().backward()
     close(inputs[0].grad, inputs[1].grad)
-    for p, q in zip(layer.parameters(), theirs.parameters(), strict=True):
+    for p, q in zip(layer.parameters(), torch_layer.parameters(), strict=True):
         if switches.affine:
             assert p.grad is None
         else:
@@ -122,11 +125,11 @@ def test_by_default_everything_is_frozen_and_normalization_goes_with_the_statist
 )
 @pytest.mark.parametrize("options", [{}, {"affine": False}, {"bias": False}, {"dtype": torch.float64}], ids=str)
 def test_a_frozen_layers_output_is_torchs_in_inference(cls: Any, options: dict[str, Any]) -> None:
-    ours, theirs, shape = cls
+    ours, torch_class, shape = cls
     layer, x = bn.freeze(made(ours, **options)), torch.randn(shape, dtype=options.get("dtype"))
-    close(layer.train()(x), made(theirs, **options).eval()(x))
+    close(layer.train()(x), made(torch_class, **options).eval()(x))
     mask = torch.arange(6) > 2
-    close(layer(x, residual=x, mask=mask), made(theirs, **options).eval()(x) + x)
+    close(layer(x, residual=x, mask=mask), made(torch_class, **options).eval()(x) + x)
 
 
 def test_one_value_and_masks_are_fine_where_nothing_is_taken_from_the_batch() -> None:
@@ -213,10 +216,10 @@ def test_loading_into_a_frozen_model_loads() -> None:
 
 
 def test_the_state_dict_is_torchs() -> None:
-    ours, theirs = bn.freeze(made()).state_dict(), made(nn.BatchNorm1d).state_dict()
-    assert list(ours) == list(theirs)
-    assert ours._metadata == theirs._metadata
-    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    ours, torch_state = bn.freeze(made()).state_dict(), made(nn.BatchNorm1d).state_dict()
+    assert list(ours) == list(torch_state)
+    assert ours._metadata == torch_state._metadata
+    assert all(torch.equal(ours[key], torch_state[key]) for key in torch_state)
     made(nn.BatchNorm1d).load_state_dict(ours)
 
 
@@ -238,9 +241,9 @@ def test_unfreeze_restores(switches: Frozen) -> None:
     assert bn.unfreeze(model) is model
     assert model[0].frozen == Frozen()
     assert vars(model[0]).keys() == before
-    theirs = nn.Sequential(made(nn.BatchNorm1d))
-    stands_still(model[0], lambda: close(step(model), step(theirs)), STATISTICS + AFFINE)
-    for key, value in theirs.state_dict().items():
+    torch_model = nn.Sequential(made(nn.BatchNorm1d))
+    stands_still(model[0], lambda: close(step(model), step(torch_model)), STATISTICS + AFFINE)
+    for key, value in torch_model.state_dict().items():
         torch.testing.assert_close(model.state_dict()[key], value)
 
 
@@ -341,20 +344,20 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_data_parallel(affine: bool) -> None:
     torch.manual_seed(0)
     ours = nn.Sequential(nn.Conv1d(3, 3, 1), made())
-    theirs = nn.Sequential(copy.deepcopy(ours[0]), made(nn.BatchNorm1d).eval())
+    torch_model = nn.Sequential(copy.deepcopy(ours[0]), made(nn.BatchNorm1d).eval())
     bn.freeze(ours, affine=affine)
-    theirs[1].requires_grad_(not affine)
+    torch_model[1].requires_grad_(not affine)
     parallel = DistributedDataParallel(ours)
-    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (ours, theirs)]
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (ours, torch_model)]
 
     def steps() -> None:
         for _ in range(3):
-            for model, optimizer in zip((parallel.train(), theirs), optimizers, strict=True):
+            for model, optimizer in zip((parallel.train(), torch_model), optimizers, strict=True):
                 optimizer.zero_grad()
                 model(X).square().mean().backward()
                 optimizer.step()
 
     stands_still(ours[1], steps, () if affine else AFFINE)
-    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+    for p, q in zip(ours.parameters(), torch_model.parameters(), strict=True):
         close(p.detach(), q.detach())
     assert ours[1].frozen == Frozen(True, True, affine)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import batchnorm as bn
-from batchnorm.surgery.observing import Call, Spec, forwarded, hooks_on, inference, observe
+from batchnorm.surgery.observing import Call, Spec, forward, observe
 from support.networks import Calls
 
 F32 = torch.float32
@@ -46,26 +46,11 @@ def test_an_error_leaves_nothing_behind() -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_inference_records_no_gradients() -> None:
-    model = nn.Linear(2, 2)
-    with inference(model):
-        assert not model(torch.ones(1, 2)).requires_grad
-    assert model(torch.ones(1, 2)).requires_grad
-
-
-def test_hooks_see_arguments_and_outputs() -> None:
-    model, seen = Optional(), []
-    with hooks_on([model], lambda m, a, k: seen.append((a, k)), lambda m, a, k, y: seen.append(y)):
-        y = model(torch.ones(1), factor=3.0)
-    assert seen[0] == ((torch.ones(1),), {"factor": 3.0})
-    assert seen[1] is y
-
-
 def test_how_a_model_is_called() -> None:
     model, x = Optional(), torch.ones(1)
-    assert forwarded(model, x) == 1
-    assert forwarded(model, (x, x)) == 2
-    assert forwarded(model, [x]) == 1
-    assert forwarded(model, {"x": x, "factor": 4.0}) == 4
+    assert forward(model, x) == 1
+    assert forward(model, (x, x)) == 2
+    assert forward(model, [x]) == 1
+    assert forward(model, {"x": x, "factor": 4.0}) == 4
     with pytest.raises(bn.BatchNormError, match="got example_inputs of int"):
-        forwarded(model, 3)
+        forward(model, 3)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import batchnorm as bn
 from batchnorm.surgery.convert import convert
-from batchnorm.surgery.revert import THEIRS, revert
+from batchnorm.surgery.revert import TORCH_CLASSES, revert
 from support import tolerances
 
 SHAPES = {nn.BatchNorm1d: (6, 4), nn.BatchNorm2d: (6, 4, 5, 3), nn.BatchNorm3d: (6, 4, 2, 3, 2)}
@@ -37,7 +37,7 @@ def used(layer: Any) -> Any:
     return layer
 
 
-def timms() -> type[nn.Module]:
+def timm_norm_act() -> type[nn.Module]:
     """What timm's BatchNormAct2d does, under its name: a class of its own, and timm not installed."""
     module = types.ModuleType("timm.layers.norm_act")
 
@@ -57,27 +57,27 @@ def timms() -> type[nn.Module]:
 @pytest.mark.parametrize(
     "options", [{}, {"affine": False}, {"track_running_stats": False}, {"momentum": None}], ids=str
 )
-@pytest.mark.parametrize("theirs", SHAPES)
-def test_there_and_back_is_nothing(theirs: Any, options: dict[str, Any], dtype: torch.dtype) -> None:
-    layer = used(theirs(4, dtype=dtype, **options))
+@pytest.mark.parametrize("torch_class", SHAPES)
+def test_there_and_back_is_nothing(torch_class: Any, options: dict[str, Any], dtype: torch.dtype) -> None:
+    layer = used(torch_class(4, dtype=dtype, **options))
     state, attributes, parameters = bits(layer.state_dict()), {**vars(layer)}, list(layer.parameters())
     buffers = list(layer._buffers)
     assert revert(convert(layer)) is layer
-    assert type(layer) is theirs
+    assert type(layer) is torch_class
     assert bits(layer.state_dict()) == state
     assert vars(layer) == attributes
     assert list(layer._buffers) == buffers
     assert all(a is b for a, b in zip(layer.parameters(), parameters, strict=True))
     assert layer._non_persistent_buffers_set == set()
-    layer(torch.randn(SHAPES[theirs], dtype=dtype))
+    layer(torch.randn(SHAPES[torch_class], dtype=dtype))
 
 
-@pytest.mark.parametrize("ours", THEIRS)
+@pytest.mark.parametrize("ours", TORCH_CLASSES)
 def test_a_layer_made_as_ours_computes_as_before(ours: Any) -> None:
-    layer, x = used(ours(4)), torch.randn(SHAPES[THEIRS[ours]]) * 2 + 1
+    layer, x = used(ours(4)), torch.randn(SHAPES[TORCH_CLASSES[ours]]) * 2 + 1
     expected = copy.deepcopy(layer)
     reverted = revert(layer)
-    assert type(reverted) is THEIRS[ours]
+    assert type(reverted) is TORCH_CLASSES[ours]
     assert not hasattr(reverted, "frozen")
     relative, absolute = tolerances.AGAINST_TORCH[torch.float32]
     for training in (True, False):
@@ -193,8 +193,8 @@ def test_what_torch_cannot_express_is_named_in_one_warning() -> None:
     ids=str,
 )
 def test_timms_layer_gets_its_activation_inside(act: nn.Module, name: str | None) -> None:
-    theirs = timms()
-    layer, x = used(theirs(4, act)), torch.randn(6, 4, 5, 3) * 2 + 1
+    timm_class = timm_norm_act()
+    layer, x = used(timm_class(4, act)), torch.randn(6, 4, 5, 3) * 2 + 1
     expected, state, attributes = copy.deepcopy(layer), bits(layer.state_dict()), {**vars(layer)}
     assert type(convert(layer)) is bn.BatchNorm2d
     assert layer.activation == name
@@ -203,16 +203,19 @@ def test_timms_layer_gets_its_activation_inside(act: nn.Module, name: str | None
     for training in (True, False):
         expected.train(training), copied.train(training)
         torch.testing.assert_close(copied(x), expected(x), rtol=relative, atol=absolute)
-    assert type(revert(layer)) is theirs
+    assert type(revert(layer)) is timm_class
     assert bits(layer.state_dict()) == state
     assert vars(layer) == attributes
 
 
 def test_timms_layer_is_left_where_ours_would_do_something_else() -> None:
-    theirs, hooked = timms(), nn.ReLU()
+    timm_class, hooked = timm_norm_act(), nn.ReLU()
     hooked.register_forward_hook(lambda *_: None)
     model = nn.Sequential(
-        theirs(4, nn.Softplus()), theirs(4, nn.ReLU(), nn.Dropout(0.5)), theirs(4, hooked), theirs(4, nn.ELU(alpha=0.5))
+        timm_class(4, nn.Softplus()),
+        timm_class(4, nn.ReLU(), nn.Dropout(0.5)),
+        timm_class(4, hooked),
+        timm_class(4, nn.ELU(alpha=0.5)),
     )
     with pytest.warns(UserWarning, match="left as they are") as caught:
         convert(model)
@@ -221,11 +224,11 @@ def test_timms_layer_is_left_where_ours_would_do_something_else() -> None:
     assert "1 (BatchNormAct2d: Dropout comes before its activation)" in message
     assert "2 (BatchNormAct2d: its act or drop has hooks, which would not be called)" in message
     assert "3 (BatchNormAct2d: ELU has alpha=0.5, ours 1.0)" in message
-    assert all(type(layer) is theirs for layer in model)
+    assert all(type(layer) is timm_class for layer in model)
 
 
 def test_an_activation_taken_out_again_is_not_put_back_silently() -> None:
-    layer = convert(timms()(4, nn.ReLU()))
+    layer = convert(timm_norm_act()(4, nn.ReLU()))
     layer.activation = None
     with pytest.warns(UserWarning, match="BatchNorm2d without the activation that BatchNormAct2d has"):
         assert type(revert(layer)) is bn.BatchNorm2d
@@ -237,7 +240,7 @@ def test_timm_is_not_imported() -> None:
 
 def test_the_made_up_layer_is_as_timms() -> None:
     x = torch.randn(2, 3, 4, 4)
-    layer = timms()(3, nn.ReLU())
+    layer = timm_norm_act()(3, nn.ReLU())
     torch.testing.assert_close(layer(x), F.relu(F.batch_norm(x, None, None, training=True)))
 
 

@@ -2,46 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from batchnorm.errors import CountError, OptionError
+from batchnorm.models.devices import device
+from batchnorm.models.nested import map_tensors, tensors
 
 Forward = Callable[[nn.Module, Any], object]
-
-
-def tensors(value: object) -> Iterator[Tensor]:
-    """The tensors in tuples, lists and dicts of any depth, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors(item)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors(item)
-
-
-def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:  # noqa: ANN401 - batches are of any type
-    """The same tuples, lists and dicts with every tensor changed; everything else as it is."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, (tuple, list)):
-        items = [mapped(item, change) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if isinstance(value, Mapping):
-        other: Any = copy.copy(value)
-        for key, item in value.items():
-            other[key] = mapped(item, change)
-        return other
-    return value
 
 
 def samples(batch: object) -> int | None:
@@ -49,16 +21,10 @@ def samples(batch: object) -> int | None:
     return next((t.shape[0] for t in tensors(batch) if t.dim()), None)
 
 
-def cut(batch: Any, n: int) -> Any:  # noqa: ANN401 - as `mapped`
+def cut(batch: Any, n: int) -> Any:  # noqa: ANN401 - as `map_tensors`
     """A batch's first n samples: every tensor that has as many rows as the batch has samples loses the others."""
     size = samples(batch)
-    return mapped(batch, lambda t: t[:n] if t.dim() and t.shape[0] == size else t)
-
-
-def device(model: nn.Module) -> torch.device:
-    """Where a model's first parameter or buffer is; the CPU for a model without any."""
-    first = next(itertools.chain(model.parameters(), model.buffers()), None)
-    return torch.device("cpu") if first is None else first.device
+    return map_tensors(batch, lambda t: t[:n] if t.dim() and t.shape[0] == size else t)
 
 
 def default_forward(model: nn.Module, batch: object) -> object:
@@ -70,7 +36,7 @@ def default_forward(model: nn.Module, batch: object) -> object:
     home = device(model)
     there: Callable[[Tensor], Tensor] = lambda t: t.to(home)  # noqa: E731 - one expression
     if isinstance(batch, Mapping):
-        return model(**{key: mapped(value, there) for key, value in batch.items()})
+        return model(**{key: map_tensors(value, there) for key, value in batch.items()})
     first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     if not isinstance(first, Tensor):
         raise OptionError(
@@ -85,7 +51,7 @@ class Batch:
     """One item of the iterable.
 
     Attributes:
-        index: its place in the iterable, from 0.
+        index: its position in the iterable, from 0.
         content: what the iterable gave, cut where only a part of it is wanted.
     """
 
@@ -93,7 +59,7 @@ class Batch:
     content: Any
 
 
-_NONE_LEFT = object()
+_EXHAUSTED = object()
 
 
 class Batches:
@@ -123,7 +89,7 @@ class Batches:
     def skip(self, read: int, used: int, samples: int | None) -> bool:
         """Pass over what was read before, and count it as it was counted then; False where there are not so many."""
         for _ in range(read):
-            if self._next() is _NONE_LEFT:
+            if self._next() is _EXHAUSTED:
                 return False
         self.read, self.used, self.samples = read, used, samples
         return True
@@ -131,7 +97,7 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         while self._limit is None or self.samples != self._limit:
             content = self._next()
-            if content is _NONE_LEFT:
+            if content is _EXHAUSTED:
                 return
             index, n = self.read, samples(content)
             if self._limit is not None:
@@ -142,13 +108,13 @@ class Batches:
                 self.samples = None if n is None or self.samples is None else self.samples + n
                 yield Batch(index, content)
 
-    def _next(self) -> Any:  # noqa: ANN401 - as `mapped`
-        """The next item, or _NONE_LEFT. The first one may draw random numbers, to shuffle."""
+    def _next(self) -> Any:  # noqa: ANN401 - as `map_tensors`
+        """The next item, or _EXHAUSTED. The first one may draw random numbers, to shuffle."""
         if self._items is None:
             self._items = iter(self._iterable)
-        return next(self._items, _NONE_LEFT)
+        return next(self._items, _EXHAUSTED)
 
-    def _within_limit(self, content: Any, n: int | None) -> tuple[Any, int]:  # noqa: ANN401 - as `mapped`
+    def _within_limit(self, content: Any, n: int | None) -> tuple[Any, int]:  # noqa: ANN401 - as `map_tensors`
         assert self._limit is not None
         assert self.samples is not None
         if n is None:
@@ -156,8 +122,8 @@ class Batches:
                 f"got max_samples={self._limit} and a batch of type {type(content).__name__} without a tensor to count "
                 f"its samples by. Leave max_samples out, and give fewer batches"
             )
-        left = self._limit - self.samples
-        return (content, n) if n <= left else (cut(content, left), left)
+        wanted = self._limit - self.samples
+        return (content, n) if n <= wanted else (cut(content, wanted), wanted)
 
 
 def nothing_to_learn_from(read: int) -> CountError:
@@ -166,8 +132,3 @@ def nothing_to_learn_from(read: int) -> CountError:
         f"got {read} batches without a sample; population statistics need data. Check the data, and that an iterator "
         f"was not used up before"
     )
-
-
-def device_types(model: nn.Module) -> set[str]:
-    """The kinds of devices that a model's tensors are on, and the CPU."""
-    return {"cpu"} | {t.device.type for t in [*model.parameters(), *model.buffers()]} - {"meta"}

@@ -14,7 +14,7 @@ import torch
 
 from batchnorm.errors import OptionError
 from batchnorm.moments import Moments
-from batchnorm.population.context import Job
+from batchnorm.population.context import Context
 from batchnorm.population.layers import Layer
 from batchnorm.population.raw import raw
 from batchnorm.population.torch_state import random_state, set_random_state
@@ -28,15 +28,15 @@ class Checkpoint:
 
     Args:
         path: the file; with several processes, one for each, with its rank at the end of the name.
-        job: what is computed.
+        context: what is recalibrated, by what.
     """
 
-    def __init__(self, path: Path, job: Job) -> None:
-        group = job.group
+    def __init__(self, path: Path, context: Context) -> None:
+        group = context.group
         self._path = path if group.size == 1 else path.with_name(f"{path.name}.{group.rank}")
         self._temporary = self._path.with_name(self._path.name + ".tmp")
-        self._job = job
-        self._identity = _identity(job)
+        self._context = context
+        self._identity = _identity(context)
         self._last = time.monotonic()
 
     def load(self) -> dict[Layer, Moments] | None:
@@ -55,26 +55,26 @@ class Checkpoint:
             raise self._unfit("it is no such file")
         if content["identity"] != self._identity:
             raise self._unfit("its model, weights, layers or processes are others")
-        if not self._job.batches.skip(content["read"], content["used"], content["samples"]):
+        if not self._context.batches.skip(content["read"], content["used"], content["samples"]):
             raise self._unfit(f"it is of {content['read']} batches, and there are fewer")
-        self._job.progress.calls, self._job.progress.done = content["calls"], content["done"]
+        self._context.progress.calls, self._context.progress.done = content["calls"], content["done"]
         set_random_state(list(zip([g for g, _ in random_state()], content["random"], strict=False)))
         values = iter(content["moments"])
-        return {layer: Moments(*(t.to(layer.mean.device) for t in next(values))) for layer in self._job.layers}
+        return {layer: Moments(*(t.to(layer.mean.device) for t in next(values))) for layer in self._context.layers}
 
     def save(self, joined: Mapping[Layer, Moments], *, now: bool = False) -> None:
         """Replace the file, if it is time to: in one step, so that there is a whole one whenever this is killed."""
         if not now and time.monotonic() - self._last < SECONDS_BETWEEN:
             return
-        batches = self._job.batches
+        batches = self._context.batches
         content = {
             "format": _FORMAT,
             "identity": self._identity,
             "read": batches.read,
             "used": batches.used,
             "samples": batches.samples,
-            "calls": self._job.progress.calls,
-            "done": self._job.progress.done,
+            "calls": self._context.progress.calls,
+            "done": self._context.progress.done,
             "random": [state for _, state in random_state()],
             "moments": [(m.count.cpu(), m.mean.cpu(), m.m2.cpu()) for m in joined.values()],
         }
@@ -93,18 +93,18 @@ class Checkpoint:
     def _unfit(self, why: str) -> OptionError:
         return OptionError(
             f'got checkpoint "{self._path}" that does not fit: {why}. It must be of the same method, model and data. '
-            f"Delete it to begin anew, or name another file"
+            f"Delete it to start again, or name another file"
         )
 
 
-def _identity(job: Job) -> str:
+def _identity(context: Context) -> str:
     """Layers, processes and weights as a short text; not the statistics that are going to be replaced."""
-    replaced = {id(t) for layer in job.layers for t in (layer.mean, layer.var)}
+    replaced = {id(t) for layer in context.layers for t in (layer.mean, layer.var)}
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(f"{job.group.rank} of {job.group.size}".encode())
-    for layer in job.layers:
+    digest.update(f"{context.group.rank} of {context.group.size}".encode())
+    for layer in context.layers:
         digest.update(f"{layer.name} {layer.num_channels}\n".encode())
-    for name, tensor in [*job.model.named_parameters(), *job.model.named_buffers()]:
+    for name, tensor in [*context.model.named_parameters(), *context.model.named_buffers()]:
         if id(tensor) not in replaced and not tensor.is_meta:
             values = tensor.detach().cpu().contiguous()
             digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())

@@ -1,4 +1,4 @@
-"""A recalibration on its way: what every method is given, and what it gives back."""
+"""What every method is given, and what it gives back."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from batchnorm.distributed import Group
 from batchnorm.errors import CountError, NonFiniteError
 from batchnorm.moments import Moments
 from batchnorm.population.batches import Batch, Batches, Forward, nothing_to_learn_from
-from batchnorm.population.layers import Calls, Layer
+from batchnorm.population.layers import CallHooks, Layer
 from batchnorm.population.result import MemoryUse, Population
 
 
-class Call(NamedTuple):
+class LayerCall(NamedTuple):
     """A layer's call, the moments of its input, and the batch's index."""
 
     layer: Layer
@@ -26,7 +26,7 @@ class Call(NamedTuple):
     batch: int
 
 
-class Outcome(NamedTuple):
+class MethodResult(NamedTuple):
     """A method's answer: the statistics of the layers that were called with any value, and the memory that it took."""
 
     populations: dict[Layer, Population]
@@ -57,7 +57,7 @@ class Progress:
 
 
 @dataclass(eq=False)
-class Job:
+class Context:
     """What a method works with.
 
     Attributes:
@@ -84,7 +84,7 @@ class Job:
     checkpoint: Path | None = None
     running: bool = False
 
-    def run(self, batch: Batch, calls: Calls) -> None:
+    def run(self, batch: Batch, hooks: CallHooks) -> None:
         """One forward pass; its exceptions say which batch it was."""
         self.running = True
         try:
@@ -95,7 +95,7 @@ class Job:
             raise
         finally:
             self.running = False
-        calls.check()
+        hooks.check()
 
     def gathered(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
         """What every process has from all its data, in the order of ranks.
@@ -103,19 +103,19 @@ class Job:
         Raises:
             CountError: no process had any.
         """
-        place, shares = self.group.all_gather("the end of the data" if self.batches.used else None, tensors)
-        if place is None:
+        label, shares = self.group.all_gather("the end of the data" if self.batches.used else None, tensors)
+        if label is None:
             raise nothing_to_learn_from(self.batches.read)
         return shares
 
 
-def check_finite(made: Iterable[Call]) -> None:
+def check_finite(calls: Iterable[LayerCall]) -> None:
     """All moments are finite.
 
     Raises:
         NonFiniteError: naming the first call whose are not.
     """
-    for layer, moments, batch in made:
+    for layer, moments, batch in calls:
         if not bool((moments.mean.isfinite() & moments.m2.isfinite()).all()):
             raise NonFiniteError(
                 f'layer "{layer.name}": got activations that are inf or NaN in batch {batch}; statistics need finite '

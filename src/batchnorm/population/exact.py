@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +15,9 @@ from torch import Tensor
 
 from batchnorm.errors import OrderError
 from batchnorm.moments import Moments, pool
-from batchnorm.population.available import default_limit
-from batchnorm.population.batches import Batch, cut, device, nothing_to_learn_from, samples
-from batchnorm.population.context import Call, Job, Outcome, check_finite, population
-from batchnorm.population.layers import Layer, listening
+from batchnorm.population.batches import Batch, cut, nothing_to_learn_from, samples
+from batchnorm.population.context import Context, LayerCall, MethodResult, check_finite, population
+from batchnorm.population.layers import CallHooks, Layer
 from batchnorm.population.lockstep import Lockstep, Pass
 from batchnorm.population.memory import Memory
 from batchnorm.population.result import Population
@@ -27,81 +26,110 @@ from batchnorm.population.torch_state import TorchState
 _END = "the end of the forward pass"
 
 
-def exact(job: Job) -> Outcome:
+class Exact:
     """Each layer's moments over all batches, where layers upstream normalise by their own.
 
-    Raises:
-        OrderError: a layer is called twice in a forward pass, or batches call layers in different orders.
+    Args:
+        context: what is recalibrated, by what; it is used up by one `run`.
     """
-    named = {layer.name: layer for layer in job.layers}
-    solved: dict[Layer, Population | None] = {}
 
-    def receive(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        one = steps.current
-        assert one is not None
-        if layer in one.called:
-            raise _called_twice(one.batch)
-        one.called.append(layer)
-        if layer not in solved:  # otherwise the pass is being repeated
-            one.at, one.moments = layer, layer.moments(args, kwargs)
-            steps.wait()
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._layers = {layer.name: layer for layer in context.layers}
+        self._solved: dict[Layer, Population | None] = {}  # None for a layer that was called with nothing
+        self._hooks = CallHooks(self._receive, lambda: self._lockstep.current is not None)
+        self._lockstep = Lockstep(lambda batch: context.run(batch, self._hooks), context.devices)
+        self._memory = Memory(self._lockstep, context.model, context.memory_limit)
 
-    unread = iter(job.batches)
-    batch = next(unread, None)
-    if batch is not None:
-        job.progress.calls = _look_ahead(job, batch)
-    steps = Lockstep(lambda batch: job.run(batch, calls), job.devices)
-    limit = default_limit(device(job.model)) if job.memory_limit is None else job.memory_limit
-    memory = Memory(steps, job.model, limit)
-    listener = listening(job.model, job.layers, receive, lambda: steps.current is not None)
-    with listener as calls, memory, steps:
+    def run(self) -> MethodResult:
+        """Compute the statistics, and write them to the layers on the way.
+
+        Raises:
+            OrderError: a layer is called twice in a forward pass, or batches call layers in different orders.
+        """
+        unread = iter(self._context.batches)
+        first = next(unread, None)
+        if first is not None:
+            self._context.progress.calls = self._look_ahead(first)
+        with self._hooks.on(self._context.model, self._context.layers), self._memory, self._lockstep:
+            self._begin_all(first, unread)
+            while (arrived := self._gather()) is not None:
+                self._solve(*arrived)
+                self._proceed_all()
+        solved = {layer: new for layer, new in self._solved.items() if new is not None}
+        return MethodResult(solved, self._memory.use)
+
+    def _look_ahead(self, first: Batch) -> int | None:
+        """Run the first sample alone, to see which layers are called: what cannot work is refused before it costs much.
+
+        Returns:
+            How many calls a forward pass makes; None where that cannot be seen.
+        """
+        if not samples(first.content):
+            return None
+        called: list[Layer] = []
+        context, before = self._context, TorchState.here(self._context.devices)
+        hooks = CallHooks(lambda layer, *_: called.append(layer), lambda: context.running)
+        ended = False
+        # A model may not take one sample; if it is wrong in another way, the batch itself will tell.
+        with contextlib.suppress(Exception), hooks.on(context.model, context.layers):
+            context.run(Batch(first.index, cut(first.content, 1)), hooks)
+            ended = True
+        before.restore()
+        for layer, times in Counter(called).items():
+            if times > 1:
+                raise _called_twice(first).within(f'layer "{layer.name}"')
+        return len(called) if ended else None
+
+    def _begin_all(self, first: Batch | None, unread: Iterator[Batch]) -> None:
+        """Run a pass for each batch up to its first layer."""
+        batch = first
         while batch is not None:
-            memory.proceed(steps.add(batch))
-            with memory.guarding():
+            self._memory.proceed(self._lockstep.add(batch))
+            with self._memory.guarding():
                 batch = next(unread, None)
-        job.progress.batches = len(steps.passes)
-        while True:
-            here = _where(steps.passes)
-            place, shares = job.group.all_gather(here, _joined(steps.passes) if here in named else [])
-            if place is None:
-                raise nothing_to_learn_from(job.batches.read)
-            if place == _END:
-                break
-            layer, parts = named[place], [Moments(*share) for share in shares if share]
-            new = solved[layer] = population(layer, sum(parts[1:], start=parts[0]))
-            if new is not None:
-                layer.settle(new.mean, new.var)
-            memory.next_round()
-            for one in steps.passes:
-                memory.proceed(one)
-                job.progress.done += 1
-                job.progress.tell()
-    return Outcome({layer: new for layer, new in solved.items() if new is not None}, memory.use)
+        self._context.progress.batches = len(self._lockstep.passes)
 
+    def _receive(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Inside a pass, where it comes to a layer: wait for the layer's statistics."""
+        batch_pass = self._lockstep.current
+        assert batch_pass is not None
+        if layer in batch_pass.called:
+            raise _called_twice(batch_pass.batch)
+        batch_pass.called.append(layer)
+        if layer not in self._solved:  # otherwise the pass is being repeated
+            batch_pass.at, batch_pass.moments = layer, layer.moments(args, kwargs)
+            self._lockstep.wait()
 
-def _look_ahead(job: Job, first: Batch) -> int | None:
-    """Run the first sample alone, to see which layers are called: what cannot work is refused before it costs anything.
+    def _gather(self) -> tuple[Layer, Moments] | None:
+        """The layer that all passes of all processes wait at, and the moments of its inputs; None at their end.
 
-    Returns:
-        How many calls a forward pass makes; None where that cannot be seen.
-    """
-    if not samples(first.content):
-        return None
-    called: list[Layer] = []
-    before = TorchState.here(job.devices)
-    ended = False
-    # A model may not take one sample; if it is wrong in another way, the batch itself will tell.
-    with (
-        contextlib.suppress(Exception),
-        listening(job.model, job.layers, lambda layer, *_: called.append(layer), lambda: job.running) as calls,
-    ):
-        job.run(Batch(first.index, cut(first.content, 1)), calls)
-        ended = True
-    before.restore()
-    for layer, times in Counter(called).items():
-        if times > 1:
-            raise _called_twice(first).within(f'layer "{layer.name}"')
-    return len(called) if ended else None
+        Raises:
+            CountError: no process has a pass.
+        """
+        passes = self._lockstep.passes
+        here = _where(passes)
+        label, shares = self._context.group.all_gather(here, _pool(passes) if here in self._layers else [])
+        if label is None:
+            raise nothing_to_learn_from(self._context.batches.read)
+        if label == _END:
+            return None
+        parts = [Moments(*share) for share in shares if share]
+        return self._layers[label], sum(parts[1:], start=parts[0])
+
+    def _solve(self, layer: Layer, moments: Moments) -> None:
+        """Have a layer normalise by the moments of all its inputs from now on."""
+        new = self._solved[layer] = population(layer, moments)
+        if new is not None:
+            layer.settle(new.mean, new.var)
+
+    def _proceed_all(self) -> None:
+        """Let every pass run on to its next layer."""
+        self._memory.next_round()
+        for batch_pass in self._lockstep.passes:
+            self._memory.proceed(batch_pass)
+            self._context.progress.done += 1
+            self._context.progress.tell()
 
 
 def _called_twice(batch: Batch) -> OrderError:
@@ -116,31 +144,31 @@ def _where(passes: Sequence[Pass]) -> str | None:
     """The name of the layer that all passes wait at, or their end; None without passes.
 
     Raises:
-        OrderError: they are at different places.
+        OrderError: they are at different layers.
     """
-    places = Counter(_place(one) for one in passes)
-    if len(places) > 1:
-        usual = places.most_common(1)[0][0]
-        odd = next(one for one in passes if _place(one) != usual)
+    labels = Counter(_label(batch_pass) for batch_pass in passes)
+    if len(labels) > 1:
+        usual = labels.most_common(1)[0][0]
+        odd = next(batch_pass for batch_pass in passes if _label(batch_pass) != usual)
         raise OrderError(
-            f"got batch {odd.batch.index} at {_place(odd)} where {places[usual]} of {len(passes)} batches are at "
+            f"got batch {odd.batch.index} at {_label(odd)} where {labels[usual]} of {len(passes)} batches are at "
             f'{usual}; method "exact" needs batches that call the same layers in the same order. Use method="pooled", '
             f"which needs no order, or recalibrate with batches that take the same way"
         )
-    return next(iter(places), None)
+    return next(iter(labels), None)
 
 
-def _place(one: Pass) -> str:
-    return _END if one.at is None else one.at.name
+def _label(batch_pass: Pass) -> str:
+    return _END if batch_pass.at is None else batch_pass.at.name
 
 
-def _joined(passes: Sequence[Pass]) -> list[Tensor]:
+def _pool(passes: Sequence[Pass]) -> list[Tensor]:
     """Count, mean and m2 of all inputs to the layer that passes wait at.
 
     Raises:
         NonFiniteError: an input is not finite.
     """
-    waiting = [Call(one.at, one.moments, one.batch.index) for one in passes if one.at and one.moments]
+    waiting = [LayerCall(p.at, p.moments, p.batch.index) for p in passes if p.at and p.moments]
     inputs = [call.moments for call in waiting]
     counts, means, squares = (torch.stack([getattr(m, name) for m in inputs]) for name in ("count", "mean", "m2"))
     if not bool((means.isfinite() & squares.isfinite()).all()):  # one look for all batches: it waits for the device

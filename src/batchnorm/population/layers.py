@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +15,8 @@ from batchnorm import functional, layout
 from batchnorm._torch import in_functorch
 from batchnorm.call import Call
 from batchnorm.errors import BatchNormError, NonFiniteError, OptionError, OrderError
+from batchnorm.models.hooks import forward_hooks
+from batchnorm.models.norm_layers import NormLayer, display_name, named_norm_layers
 from batchnorm.modules import BatchNorm
 from batchnorm.moments import Moments
 from batchnorm.population.result import SkippedLayer
@@ -33,7 +34,7 @@ class Layer:
     """
 
     name: str
-    module: nn.modules.batchnorm._BatchNorm
+    module: NormLayer
     mean: Tensor
     var: Tensor
 
@@ -92,27 +93,25 @@ def statistics_of(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     return module._buffers.get("running_mean"), module._buffers.get("running_var")
 
 
-def find(model: nn.Module) -> tuple[list[Layer], list[SkippedLayer]]:
+def select_layers(model: nn.Module) -> tuple[list[Layer], list[SkippedLayer]]:
     """A model's layers that take part, and those that do not.
 
     A layer that the model holds more than once is one, under its first name. Layers that have not been initialised yet
-    are told by `refuse_uninitialized`.
+    are skipped here, and refused where they are called.
 
     Raises:
         OptionError: statistics without data, on the device "meta".
     """
-    layers, left = [], []
-    for path, module in model.named_modules():
-        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
-            continue
-        name = path or "the model itself"
+    layers, skipped = [], []
+    for path, module in named_norm_layers(model):
+        name = display_name(path)
         mean, var = statistics_of(module)
         if isinstance(module, BatchNorm) and module.frozen.statistics:
-            left.append(SkippedLayer(name, "frozen"))
+            skipped.append(SkippedLayer(name, "frozen"))
         elif mean is None or var is None:
-            left.append(SkippedLayer(name, "no running statistics"))
+            skipped.append(SkippedLayer(name, "no running statistics"))
         elif _uninitialized(module):
-            left.append(SkippedLayer(name, "not initialised yet"))
+            skipped.append(SkippedLayer(name, "not initialised yet"))
         elif mean.is_meta:
             raise OptionError(
                 f'layer "{name}": got statistics on the device "meta", which hold no data; they are to be written. '
@@ -120,18 +119,18 @@ def find(model: nn.Module) -> tuple[list[Layer], list[SkippedLayer]]:
             )
         else:
             layers.append(Layer(name, module, mean, var))
-    return layers, left
+    return layers, skipped
 
 
 Receive = Callable[[Layer, tuple[Any, ...], dict[str, Any]], None]
 
 
-class Calls:
-    """The layers' calls, as hooks see them.
+class CallHooks:
+    """Hooks of the layers' calls.
 
     Args:
         receive: what is called before each layer's forward.
-        expected: whether a forward pass of ours runs: other calls have no place here.
+        expected: whether a forward pass of ours runs: other calls are refused.
 
     Attributes:
         refused: the first of our own errors that was raised in a call. A model may catch it; it is raised again.
@@ -142,8 +141,20 @@ class Calls:
         self._expected = expected
         self.refused: BatchNormError | None = None
 
-    def hook(self, layer: Layer, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """What each layer calls before its own forward."""
+    @contextmanager
+    def on(self, model: nn.Module, layers: Sequence[Layer]) -> Iterator[None]:
+        """Inside, `receive(layer, args, kwargs)` is called before each layer's forward, after all other hooks."""
+        by_module: dict[nn.Module, Layer] = {layer.module: layer for layer in layers}
+        uninitialized = [module for module in model.modules() if _uninitialized(module)]
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._called(by_module[module], args, kwargs)
+
+        # First of all hooks: the module's own would initialise it.
+        with forward_hooks(uninitialized, _refuse_uninitialized, first=True), forward_hooks(by_module, before):
+            yield
+
+    def _called(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.check()
         try:
             if not self._expected():
@@ -162,28 +173,11 @@ class Calls:
             raise self.refused
 
 
-@contextmanager
-def listening(
-    model: nn.Module, layers: Sequence[Layer], receive: Receive, expected: Callable[[], bool]
-) -> Iterator[Calls]:
-    """Inside, `receive(layer, args, kwargs)` is called before each layer's forward, after all other hooks."""
-    calls = Calls(receive, expected)
-    with ExitStack() as handles:
-        for module in model.modules():
-            if _uninitialized(module):  # first of all hooks: the module's own would initialise it
-                hook = module.register_forward_pre_hook(_refuse_uninitialized, prepend=True)
-                handles.callback(hook.remove)
-        for layer in layers:
-            hook = layer.module.register_forward_pre_hook(partial(calls.hook, layer), with_kwargs=True)
-            handles.callback(hook.remove)
-        yield calls
-
-
 def _uninitialized(module: nn.Module) -> bool:
     return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
 
 
-def _refuse_uninitialized(module: nn.Module, _: object) -> None:
+def _refuse_uninitialized(module: nn.Module, *_: object) -> None:
     raise OptionError(
         f"got a model with a {type(module).__name__} that has not been initialised yet; recalibration is for models "
         f"that are ready. Run one batch through the model first"

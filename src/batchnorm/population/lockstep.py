@@ -34,6 +34,8 @@ class Pass:
         called: the layers that it called, the one that it waits at included.
         seconds: how long it ran, since it last began.
         stopping: it is being ended before its end.
+        stack: the greenlet that it runs on; None before it began, and after it was stopped.
+        open_contexts: the contexts that its own code runs in, left while it waits.
     """
 
     def __init__(self, batch: Batch) -> None:
@@ -44,7 +46,7 @@ class Pass:
         self.seconds = 0.0
         self.stopping = False
         self.stack: greenlet.greenlet | None = None
-        self.around = ExitStack()
+        self.open_contexts = ExitStack()
 
 
 class Lockstep:
@@ -55,7 +57,7 @@ class Lockstep:
         devices: the kinds of devices whose autocast state is exchanged.
 
     Attributes:
-        around: what makes the context that a pass's own code runs in.
+        make_context: what makes the context that a pass's own code runs in.
         passes: in the order in which they began.
         current: the pass that runs; None outside of all.
     """
@@ -65,9 +67,8 @@ class Lockstep:
         self._devices = sorted(devices)
         self._inference = torch.is_inference_mode_enabled()
         self._modes: tuple[object, ...] = ()
-        # Each pass has a random stream of its own, that does not depend on when the others run.
-        self._seed = int(torch.randint(2**62, ()))
-        self.around: Callable[[], AbstractContextManager[object]] = nullcontext
+        self._seed = 0
+        self.make_context: Callable[[], AbstractContextManager[object]] = nullcontext
         self.passes: list[Pass] = []
         self.current: Pass | None = None
 
@@ -76,23 +77,23 @@ class Lockstep:
         self.passes.append(Pass(batch))
         return self.passes[-1]
 
-    def proceed(self, one: Pass) -> None:
+    def proceed(self, batch_pass: Pass) -> None:
         """Let a pass run on, or from its beginning where it has none, until it waits or ends."""
         outside = TorchState.here(self._devices)
-        one.at = one.moments = None
-        self.current = one
+        batch_pass.at = batch_pass.moments = None
+        self.current = batch_pass
         start = time.perf_counter()
         try:
-            if one.stack is None:
-                one.called, one.seconds = [], 0.0
-                one.stack = greenlet.greenlet(self._begin)
-                one.stack.gr_context = contextvars.copy_context()
-                seed(self._seed + one.batch.index)
-                one.stack.switch(one)
+            if batch_pass.stack is None:
+                batch_pass.called, batch_pass.seconds = [], 0.0
+                batch_pass.stack = greenlet.greenlet(self._begin)
+                batch_pass.stack.gr_context = contextvars.copy_context()
+                seed(self._seed + batch_pass.batch.index)
+                batch_pass.stack.switch(batch_pass)
             else:
-                one.stack.switch()
+                batch_pass.stack.switch()
         finally:
-            one.seconds += time.perf_counter() - start
+            batch_pass.seconds += time.perf_counter() - start
             self.current = None
             outside.restore()
 
@@ -103,13 +104,13 @@ class Lockstep:
             OrderError: what torch keeps for the thread is in a state that cannot be exchanged, or this is another
                 thread than the pass's.
         """
-        one = self.current
-        if one is None or one.stack is None or one.stack is not greenlet.getcurrent():
+        batch_pass = self.current
+        if batch_pass is None or batch_pass.stack is None or batch_pass.stack is not greenlet.getcurrent():
             raise OrderError(
                 'got a call from another thread than the one that the forward pass began in; method "exact" has to '
                 'interrupt it there. Use method="pooled"'
             )
-        if one.stopping:  # the model caught what was to end it
+        if batch_pass.stopping:  # the model caught what was to end it
             raise GreenletExit
         if _modes() != self._modes:
             raise OrderError(
@@ -117,50 +118,52 @@ class Lockstep:
                 'torch.device(...)" or saved_tensors_hooks; method "exact" has to interrupt it there. Enter it around '
                 'the whole of recalibrate, or use method="pooled"'
             )
-        one.around.close()
+        batch_pass.open_contexts.close()
         inside = TorchState.here(self._devices)
         try:
             # Leaving it puts back what torch dispatches by, so nothing else may change that while the pass waits.
             with torch.inference_mode(self._inference):
-                one.stack.parent.switch()
+                batch_pass.stack.parent.switch()
         finally:
             inside.restore()
-            self._enter(one)
+            self._enter(batch_pass)
 
-    def _begin(self, one: Pass) -> None:
+    def _begin(self, batch_pass: Pass) -> None:
         """What a pass's stack runs."""
-        self._enter(one)
+        self._enter(batch_pass)
         try:
-            self._run(one.batch)
+            self._run(batch_pass.batch)
         finally:
-            one.around.close()
+            batch_pass.open_contexts.close()
 
-    def _enter(self, one: Pass) -> None:
-        one.around.enter_context(self.around())
+    def _enter(self, batch_pass: Pass) -> None:
+        batch_pass.open_contexts.enter_context(self.make_context())
         self._modes = _modes()
 
-    def stop(self, one: Pass) -> None:
-        """End a pass where it waits: its `finally`s run, and its memory is free. It can begin anew."""
-        stack, one.stack = one.stack, None
+    def stop(self, batch_pass: Pass) -> None:
+        """End a pass where it waits: its `finally`s run, and its memory is free. It can begin again."""
+        stack, batch_pass.stack = batch_pass.stack, None
         if stack is None or stack.dead:
             return
         outside = TorchState.here(self._devices)
-        one.stopping = True
-        self.current, one.stack = one, stack
+        batch_pass.stopping = True
+        self.current, batch_pass.stack = batch_pass, stack
         try:
             stack.throw()
         finally:
-            self.current = one.stack = None
-            one.stopping = False
+            self.current = batch_pass.stack = None
+            batch_pass.stopping = False
             outside.restore()
 
     def __enter__(self) -> Self:
+        # Each pass has a random stream of its own, that does not depend on when the others run.
+        self._seed = int(torch.randint(2**62, ()))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        for one in self.passes:
+        for batch_pass in self.passes:
             try:
-                self.stop(one)
+                self.stop(batch_pass)
             except Exception:
                 # What a model raises while it is cut off must not stand in for the reason that it is cut off for.
                 if error is None:

@@ -12,11 +12,12 @@ from torch import nn
 from typing_extensions import Self
 
 from batchnorm.kernels.cpu import resizable_outputs
-from batchnorm.population.available import hand_back
+from batchnorm.models.devices import device
+from batchnorm.population.available import default_limit, hand_back
 from batchnorm.population.lockstep import Lockstep, Pass
 from batchnorm.population.result import MemoryUse
 from batchnorm.population.spill import Spill
-from batchnorm.population.storages import Storages, storages, watching
+from batchnorm.population.storages import Storages, storages, watch_storages
 
 # Freed memory goes back to the system whenever it is this share of the limit, but not in pieces below the second.
 HANDED_BACK = 0.25
@@ -35,17 +36,17 @@ class Memory:
     room is put out until its next turn.
 
     Args:
-        steps: the passes; they have to be ended before the end of this context.
+        lockstep: the passes; they have to be ended before the end of this context.
         model: what they run; its parameters and buffers are nobody's activations.
-        limit: bytes; None for no limit.
+        limit: bytes; None for `default_limit`, as it is where this context begins.
     """
 
-    def __init__(self, steps: Lockstep, model: nn.Module, limit: int | None) -> None:
-        self._steps = steps
+    def __init__(self, lockstep: Lockstep, model: nn.Module, limit: int | None) -> None:
+        self._lockstep = lockstep
         self._model = model
         self._limit = limit
-        # What is not one pass's alone: parameters, buffers, batches, and what two passes have seen.
-        self._common: Storages = weakref.WeakSet(storages([*model.parameters(), *model.buffers()]))
+        # What does not belong to one pass alone: parameters, buffers, batches, and what two passes have seen.
+        self._common: Storages = weakref.WeakSet()
         self._seen: dict[Pass, Storages] = {}
         self._first_seen: weakref.WeakKeyDictionary[torch.UntypedStorage, Pass] = weakref.WeakKeyDictionary()
         self._held: dict[Pass, int] = {}
@@ -63,16 +64,16 @@ class Memory:
         """What it took so far."""
         return MemoryUse(self._limit, self._peak, self._spill.written, self._replays)
 
-    def proceed(self, one: Pass) -> None:
+    def proceed(self, batch_pass: Pass) -> None:
         """Let a pass run on until it waits again or ends, with all that it holds in memory."""
         if self._limit is None:
-            self._steps.proceed(one)
+            self._lockstep.proceed(batch_pass)
             return
-        self._let_go(self._held.pop(one, 0))
-        self._recall(one)
-        self._steps.proceed(one)
-        if one.at is not None:
-            self._admit(one, self._limit)
+        self._release(self._held.pop(batch_pass, 0))
+        self._load(batch_pass)
+        self._lockstep.proceed(batch_pass)
+        if batch_pass.at is not None:
+            self._admit(batch_pass, self._limit)
 
     def guarding(self) -> AbstractContextManager[object]:
         """Inside, others than the passes' own code may use tensors: what was put out comes back to whoever uses it."""
@@ -82,50 +83,50 @@ class Memory:
         """All passes had their turn."""
         self._spill.next_round()
 
-    def _let_go(self, size: int) -> None:
+    def _release(self, size: int) -> None:
         self._total -= size
         self._freed += size
         if self._limit is not None and self._freed > max(self._limit * HANDED_BACK, LEAST_HANDED_BACK):
             hand_back()
             self._freed = 0
 
-    def _recall(self, one: Pass) -> None:
+    def _load(self, batch_pass: Pass) -> None:
         """All that a pass holds is in memory again."""
         # A function of its own, so that no name of it keeps a storage that the pass lets go of.
-        for storage in self._seen.setdefault(one, weakref.WeakSet()):
+        for storage in self._seen.setdefault(batch_pass, weakref.WeakSet()):
             self._spill.get(storage)
-        self._common.update(storages(one.batch.content))
+        self._common.update(storages(batch_pass.batch.content))
 
     def _note(self, found: Iterable[torch.UntypedStorage]) -> None:
-        one = self._steps.current
-        if one is not None:
+        batch_pass = self._lockstep.current
+        if batch_pass is not None:
             for storage in found:
-                self._seen[one].add(storage)
-                if self._first_seen.setdefault(storage, one) is not one:
+                self._seen[batch_pass].add(storage)
+                if self._first_seen.setdefault(storage, batch_pass) is not batch_pass:
                     self._common.add(storage)
 
-    def _admit(self, one: Pass, limit: int) -> None:
+    def _admit(self, batch_pass: Pass, limit: int) -> None:
         """Find room for a pass that waits, or put it out."""
-        own = [s for s in self._seen[one] if s not in self._common]
+        own = [s for s in self._seen[batch_pass] if s not in self._common]
         size = sum(s.nbytes() for s in own)
         if self._total + size > limit:
-            self._put_out(one, own, size)
+            self._evict(batch_pass, own, size)
             self._freed += size
             size = 0
-        self._held[one] = size
+        self._held[batch_pass] = size
         self._total += size
         self._peak = max(self._peak, self._total)
 
-    def _put_out(self, one: Pass, own: list[torch.UntypedStorage], size: int) -> None:
-        """Spill what a pass holds, or end it, so that it begins anew at its next turn."""
-        if self._can_spill and spilling_is_cheaper(size, self._spill.bytes_per_second, one.seconds):
+    def _evict(self, batch_pass: Pass, own: list[torch.UntypedStorage], size: int) -> None:
+        """Spill what a pass holds, or end it, so that it begins again at its next turn."""
+        if self._can_spill and spilling_is_cheaper(size, self._spill.bytes_per_second, batch_pass.seconds):
             if all(s.resizable() for s in own):
                 if self._spilled(own):
                     return
             elif not self._asked_for_resizable:  # in time for this pass's repetition, and for all that come after it
                 self._asked_for_resizable = True
                 self._exit.enter_context(resizable_outputs())
-        self._steps.stop(one)
+        self._lockstep.stop(batch_pass)
         self._replays += 1
 
     def _spilled(self, own: list[torch.UntypedStorage]) -> bool:
@@ -140,9 +141,12 @@ class Memory:
         return self._can_spill
 
     def __enter__(self) -> Self:
-        self._steps.around = self.guarding
+        self._lockstep.make_context = self.guarding
+        self._common.update(storages([*self._model.parameters(), *self._model.buffers()]))
+        if self._limit is None:
+            self._limit = default_limit(device(self._model))
         if self._limit is not None:
-            self._exit.enter_context(watching(self._model, self._note))
+            self._exit.enter_context(watch_storages(self._model, self._note))
         self._exit.callback(self._spill.close)
         return self
 

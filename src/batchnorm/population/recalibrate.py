@@ -15,13 +15,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from batchnorm.distributed import Group
 from batchnorm.errors import OptionError
+from batchnorm.models.devices import device_types
+from batchnorm.models.modes import set_training
 from batchnorm.population.average import average
-from batchnorm.population.batches import Batches, Forward, default_forward, device_types
-from batchnorm.population.context import Job, Outcome, Progress
-from batchnorm.population.layers import Layer, find
+from batchnorm.population.batches import Batches, Forward, default_forward
+from batchnorm.population.context import Context, MethodResult, Progress
+from batchnorm.population.layers import Layer, select_layers
 from batchnorm.population.pooled import pooled
 from batchnorm.population.result import RecalibratedLayer, Recalibration, SkippedLayer
-from batchnorm.population.transaction import set_training, transaction
+from batchnorm.population.transaction import transaction
 
 
 class Method(NamedTuple):
@@ -32,14 +34,14 @@ class Method(NamedTuple):
         training: whether the modules that take no part are in training mode, dropout included.
     """
 
-    run: Callable[[Job], Outcome]
+    run: Callable[[Context], MethodResult]
     training: bool = False
 
 
-def _exact(job: Job) -> Outcome:
-    from batchnorm.population.exact import exact  # here, so that importing the package does not import greenlet
+def _exact(context: Context) -> MethodResult:
+    from batchnorm.population.exact import Exact  # here, so that importing the package does not import greenlet
 
-    return exact(job)
+    return Exact(context).run()
 
 
 METHODS = {"exact": Method(_exact), "pooled": Method(pooled), "average": Method(average, training=True)}
@@ -91,7 +93,7 @@ def recalibrate(
         checkpoint: of "pooled", a file in which progress is kept, so that a killed run can go on. One for each process.
 
     Returns:
-        What changed, in each layer, and which layers were left alone.
+        What changed, in each layer, and which layers were skipped, with the reason.
 
     Raises:
         OptionError: an argument outside what it may be, or a checkpoint of something else.
@@ -108,10 +110,10 @@ def recalibrate(
     group = Group(process_group)
     with group.reporting():
         chosen = _chosen(method, checkpoint, memory_limit)
-        layers, left = find(inner)
+        layers, skipped = select_layers(inner)
         group.all_gather(_identity(method, layers))
         source = Batches(batches, max_samples)
-        job = Job(
+        context = Context(
             inner,
             layers,
             source,
@@ -123,25 +125,25 @@ def recalibrate(
             None if checkpoint is None else Path(checkpoint),
         )
         if not layers:
-            return Recalibration(method, 0, 0, (), tuple(left))
-        with transaction(inner, layers, job.devices):
+            return Recalibration(method, 0, 0, (), tuple(skipped))
+        with transaction(inner, layers, context.devices):
             takes_part = {layer.module for layer in layers}
             for module in inner.modules():
                 set_training(module, chosen.training and module not in takes_part)
             before = {layer: _doubles(layer) for layer in layers}
-            outcome = chosen.run(job)
-            for layer, final in outcome.populations.items():
+            computed = chosen.run(context)
+            for layer, final in computed.populations.items():
                 layer.settle(final.mean, final.var)
-            used, samples = _total(job)
+            used, samples = _total(context)
     changed = tuple(
         RecalibratedLayer(layer.name, new.count, *before[layer], new.mean.cpu(), new.var.cpu(), layer.module.eps)
         for layer in layers
-        if (new := outcome.populations.get(layer)) is not None
+        if (new := computed.populations.get(layer)) is not None
     )
-    left += [
-        SkippedLayer(layer.name, "never called with a value") for layer in layers if layer not in outcome.populations
+    skipped += [
+        SkippedLayer(layer.name, "never called with a value") for layer in layers if layer not in computed.populations
     ]
-    return Recalibration(method, used, samples, changed, tuple(left), outcome.memory)
+    return Recalibration(method, used, samples, changed, tuple(skipped), computed.memory)
 
 
 def _chosen(method: str, checkpoint: object, memory_limit: int | None) -> Method:
@@ -171,10 +173,10 @@ def _identity(method: str, layers: Sequence[Layer]) -> str:
     return f'the beginning of method "{method}" for {len(layers)} layers ({digest})'
 
 
-def _total(job: Job) -> tuple[int, int | None]:
+def _total(context: Context) -> tuple[int, int | None]:
     """Batches and samples of all processes."""
-    source = job.batches
+    source = context.batches
     samples = -1 if source.samples is None else source.samples
-    _, shares = job.group.all_gather("the end", [torch.tensor([source.used, samples])])
+    _, shares = context.group.all_gather("the end", [torch.tensor([source.used, samples])])
     used, counts = zip(*(share[0].tolist() for share in shares), strict=True)
     return sum(used), None if min(counts) < 0 else sum(counts)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import deprecated
 
 SHOWN = 10  # rows of the printed table
 
@@ -92,6 +93,7 @@ class Recalibration:
         samples: how many samples they held; None where a batch has no tensor to count by.
         layers: the layers whose statistics are new, in the model's order.
         skipped: the others, with the reason.
+        left_alone: the former name of `skipped`, deprecated.
         memory: what the suspended forward passes took; None for methods that suspend nothing.
     """
 
@@ -102,6 +104,12 @@ class Recalibration:
     skipped: tuple[SkippedLayer, ...]
     memory: MemoryUse | None = None
 
+    @property
+    @deprecated("Recalibration.left_alone has become Recalibration.skipped; use that")
+    def left_alone(self) -> tuple[SkippedLayer, ...]:
+        """`skipped`, by its former name."""
+        return self.skipped
+
     def __str__(self) -> str:
         data = _counted(self.batches, "batch", "batches")
         if self.samples is not None:
@@ -111,7 +119,7 @@ class Recalibration:
             lines += _table(sorted(self.layers, key=lambda layer: -layer.moved)[:SHOWN])
         if (more := len(self.layers) - SHOWN) > 0:
             lines.append(f"and {_counted(more, 'layer', 'layers')} that moved less")
-        lines += [f"left alone: {name} ({reason})" for name, reason in self.skipped]
+        lines += [f"skipped: {name} ({reason})" for name, reason in self.skipped]
         if self.memory is not None and (self.memory.spilled or self.memory.replays):
             repeated = _counted(self.memory.replays, "forward pass", "forward passes")
             lines.append(
@@ -121,8 +129,8 @@ class Recalibration:
         return "\n".join(lines)
 
 
-def _counted(number: int, one: str, many: str) -> str:
-    return f"{number:,} {one if number == 1 else many}"
+def _counted(number: int, singular: str, plural: str) -> str:
+    return f"{number:,} {singular if number == 1 else plural}"
 
 
 def _table(layers: list[RecalibratedLayer]) -> list[str]:

@@ -67,7 +67,7 @@ class Spill(TorchDispatchMode):
         self._moved = 0
         self._seconds = 0.0
         self._out: weakref.WeakKeyDictionary[torch.UntypedStorage, _Region] = weakref.WeakKeyDictionary()
-        # What is read in a round was written in the one before: then a file is empty, and begins anew.
+        # What is read in a round was written in the one before: then a file is empty, and starts again.
         self._file, self._other = _File(), _File()
 
     def __len__(self) -> int:

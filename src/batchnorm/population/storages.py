@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from batchnorm.population.batches import tensors
+from batchnorm.models.hooks import forward_hooks
+from batchnorm.models.nested import tensors
 
 # References do not keep memory: a pass lets go of an activation, and it is gone.
 Storages = weakref.WeakSet[torch.UntypedStorage]
@@ -23,8 +24,9 @@ def storages(value: object) -> Iterator[torch.UntypedStorage]:
             yield t.untyped_storage()
 
 
-@contextmanager
-def watching(model: nn.Module, note: Callable[[Iterator[torch.UntypedStorage]], None]) -> Iterator[None]:
+def watch_storages(
+    model: nn.Module, note: Callable[[Iterator[torch.UntypedStorage]], None]
+) -> AbstractContextManager[None]:
     """Inside, `note` is given the storages of every module's inputs and outputs.
 
     A storage lives as long as any tensor that shares it, so views count as what they view. What goes into no module and
@@ -34,11 +36,7 @@ def watching(model: nn.Module, note: Callable[[Iterator[torch.UntypedStorage]], 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         note(storages((args, kwargs)))
 
-    def after(_: nn.Module, args: tuple[Any, ...], output: object) -> None:
+    def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
         note(storages(output))
 
-    with ExitStack() as handles:
-        for module in model.modules():
-            handles.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-            handles.callback(module.register_forward_hook(after).remove)
-        yield
+    return forward_hooks(model.modules(), before, after)

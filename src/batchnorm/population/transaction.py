@@ -7,8 +7,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from batchnorm.models.buffers import SavedBuffers
+from batchnorm.models.modes import preserved_modes
 from batchnorm.population.layers import Layer
 from batchnorm.population.torch_state import TorchState
 
@@ -25,43 +27,17 @@ def transaction(model: nn.Module, layers: Sequence[Layer], devices: set[str]) ->
         layers: whose statistics may stay.
         devices: the kinds of devices whose autocast state is kept.
     """
-    flags = [(module, module.training) for module in model.modules()]
-    buffers = [(module, dict(module._buffers)) for module in model.modules()]
-    values = {buffer: _copy(buffer) for _, named in buffers for buffer in named.values() if buffer is not None}
-    surroundings = TorchState.here(devices)
-    try:
-        with torch.no_grad(), _eagerly():
-            yield
-        for layer in layers:
-            values.pop(layer.mean, None), values.pop(layer.var, None)
-    finally:
-        for module, flag in flags:
-            set_training(module, flag)
-        for module, named in buffers:
-            if list(map(id, module._buffers.values())) != list(map(id, named.values())):
-                module._buffers.clear()
-                module._buffers.update(named)
-        for buffer, value in values.items():
-            _write_back(buffer, value)
-        surroundings.restore()
-
-
-def set_training(module: nn.Module, flag: bool) -> None:
-    """One module's flag, and not by train() or eval(), which a model may have made to do more."""
-    if module.training != flag:
-        module.training = flag
-
-
-def _copy(buffer: Tensor) -> Tensor | None:
-    """None for what has no values."""
-    return None if buffer.is_meta or torch.nn.parameter.is_lazy(buffer) else buffer.detach().clone()
-
-
-def _write_back(buffer: Tensor, value: Tensor | None) -> None:
-    # Only what differs: a write would tell a graph that saved the buffer that it is no longer what it was.
-    if value is not None and not torch.equal(buffer, value):
-        with torch.inference_mode() if buffer.is_inference() else torch.no_grad():
-            buffer.copy_(value)
+    buffers, torch_state = SavedBuffers(model), TorchState.here(devices)
+    with preserved_modes(model):
+        try:
+            with torch.no_grad(), _eagerly():
+                yield
+            for layer in layers:
+                buffers.accept(layer.mean)
+                buffers.accept(layer.var)
+        finally:
+            buffers.restore()
+            torch_state.restore()
 
 
 def _eagerly() -> AbstractContextManager[object]:

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm as Norm
 
+from batchnorm.models.nested import tensors
+from batchnorm.models.norm_layers import NormLayer, named_norm_layers
 from batchnorm.modules import BatchNorm
 from batchnorm.surgery import linear, scale_shift
 from batchnorm.surgery.chains import Flow
-from batchnorm.surgery.comparing import ALTOGETHER, difference, outputs, tensors
-from batchnorm.surgery.linear import Layer
+from batchnorm.surgery.comparing import ALTOGETHER, difference, outputs
+from batchnorm.surgery.linear import LinearLayer
 from batchnorm.surgery.observing import observe
 from batchnorm.surgery.report import Entry, attach, check_free
 from batchnorm.surgery.tracing import regions, seen_call
@@ -50,30 +51,29 @@ def remove_dead_biases(model: nn.Module, example_inputs: Any) -> nn.Module:  # n
     found = regions(model, lambda module: seen_call(calls, module), modes=(True, False))
     flow = Flow(model, found, calls, training=True)
     why: dict[str, str] = {}
-    dead: dict[str, tuple[Layer, Norm]] = {}
-    for path, norm in model.named_modules():
-        if isinstance(norm, Norm):
-            if norm not in flow.sites:
-                why[path] = found.reason(path)
-            elif isinstance(answer := _dead_before(flow, norm), str):
-                why[path] = answer
-            else:
-                dead[path] = answer, norm
+    dead: dict[str, tuple[LinearLayer, NormLayer]] = {}
+    paths = [path for path, _ in named_norm_layers(model)]
+    for path, norm in named_norm_layers(model):
+        if norm not in flow.sites:
+            why[path] = found.reason(path)
+        elif isinstance(answer := _dead_before(flow, norm), str):
+            why[path] = answer
+        else:
+            dead[path] = answer, norm
     done = {path: f"the bias of {flow.where(layer)} is part of the running mean" for path, (layer, _) in dead.items()}
     undo = [_remove(layer, norm) for layer, norm in dead.values()]
-    error, tolerance = difference(outputs(model, example_inputs), tensors(returned))
+    error, tolerance = difference(outputs(model, example_inputs), list(tensors(returned)))
     if not error <= ALTOGETHER * tolerance:
         for step in undo:
             step()
         why |= dict.fromkeys(done, f"without their biases, the model is off by {error:.1e} on the example inputs")
         done, error = {}, 0.0
-    paths = [path for path, module in model.named_modules() if isinstance(module, Norm)]
     return attach(
         model, "freed of a bias", (Entry(path, path in done, done.get(path) or why[path]) for path in paths), error
     )
 
 
-def _dead_before(flow: Flow, norm: Norm) -> Layer | str:
+def _dead_before(flow: Flow, norm: NormLayer) -> LinearLayer | str:
     """The linear layer whose bias a batch-norm layer takes away, or why there is none."""
     if not scale_shift.known(norm):
         return f"{type(norm).__qualname__} may do anything"
@@ -89,7 +89,7 @@ def _dead_before(flow: Flow, norm: Norm) -> Layer | str:
     return flow.why_not_changed(layer) or flow.why_not_aligned(layer, norm) or layer
 
 
-def _remove(layer: Layer, norm: Norm) -> Callable[[], None]:
+def _remove(layer: LinearLayer, norm: NormLayer) -> Callable[[], None]:
     """Remove a bias.
 
     Returns:

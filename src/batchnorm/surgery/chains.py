@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm as Norm
 
+from batchnorm.models.attributes import attribute_at
+from batchnorm.models.hooks import has_hooks
+from batchnorm.models.norm_layers import NormLayer
 from batchnorm.surgery import linear, scale_shift
-from batchnorm.surgery.hooks import hooked
-from batchnorm.surgery.linear import Layer
+from batchnorm.surgery.linear import LinearLayer
 from batchnorm.surgery.observing import Calls, Spec
 from batchnorm.surgery.rewriting import residual_for
 from batchnorm.surgery.tracing import Region, Regions, arguments
@@ -30,10 +31,10 @@ class Site(NamedTuple):
 class Chain:
     """A linear layer and the batch-norm layers whose only business is with it, in the order of computing."""
 
-    layer: Layer
+    layer: LinearLayer
     path: str
-    before: list[Norm] = field(default_factory=list)
-    after: list[Norm] = field(default_factory=list)
+    before: list[NormLayer] = field(default_factory=list)
+    after: list[NormLayer] = field(default_factory=list)
 
 
 class Flow:
@@ -59,7 +60,7 @@ class Flow:
         for region in regions.traced:
             for node in region.graph.nodes:
                 if node.op == "get_attr":
-                    tensor = _attribute(region.module, str(node.target))
+                    tensor = attribute_at(region.module, str(node.target))
                     owners[id(tensor)] = owners.get(id(tensor), 0) + 1
         self._owners = owners
 
@@ -81,9 +82,9 @@ class Flow:
             readers = sum(argument is came for reader in came.users for argument in _inputs(reader))
             if readers != 1:
                 return None, f"the output of {site.region.where(came)} has {readers} readers"
-            if any(hooked(around) for around in {*site.region.around(came)} ^ {*site.region.around(node)}):
+            if any(has_hooks(around) for around in {*site.region.around(came)} ^ {*site.region.around(node)}):
                 return None, f"a module around {site.region.where(came)} or it has hooks"
-            if type(module) not in self._nothing or hooked(module):
+            if type(module) not in self._nothing or has_hooks(module):
                 return module, ""
             if len(came.args) != 1 or not isinstance(came.args[0], fx.Node):
                 return None, "no linear layer stands directly before it"
@@ -105,38 +106,38 @@ class Flow:
             return None, f"{self.where(source)} is called {max(seen[0], seen[2])} times, not always before it"
         return source, ""
 
-    def why_not_changed(self, layer: Layer) -> str | None:
+    def why_not_changed(self, layer: LinearLayer) -> str | None:
         """Why a linear layer's weights cannot change without others noticing; None where they can."""
         where = self.where(layer)
-        if hooked(layer):
+        if has_hooks(layer):
             return f"{where} has hooks, which would see other values"
         if any(parameter is not None and self._owners[id(parameter)] > 1 for parameter in layer._parameters.values()):
             return f"others use the parameters of {where} too"
         return None
 
-    def why_not_aligned(self, layer: Layer, norm: Norm) -> str | None:
+    def why_not_aligned(self, layer: LinearLayer, norm: NormLayer) -> str | None:
         """Why what a linear layer has for each channel is none for the batch-norm layer; None where it is."""
         for call in self.calls[norm]:
             spec = call.args[0]
             assert isinstance(spec, Spec)
             rank = len(spec.shape)
-            ours, theirs = scale_shift.channel_dim(norm) % rank, linear.channel_axis(layer, rank)
-            if ours != theirs:
+            norm_axis, linear_axis = scale_shift.channel_dim(norm) % rank, linear.channel_axis(layer, rank)
+            if norm_axis != linear_axis:
                 return (
-                    f"its channels are dimension {ours} of {spec.shape}, those of {self.where(layer)} "
-                    f"{'none' if theirs is None else f'dimension {theirs}'}"
+                    f"its channels are dimension {norm_axis} of {spec.shape}, those of {self.where(layer)} "
+                    f"{'none' if linear_axis is None else f'dimension {linear_axis}'}"
                 )
         return None
 
-    def with_keywords(self, norm: Norm) -> bool:
+    def with_keywords(self, norm: NormLayer) -> bool:
         """Whether a call passes more than the input: a residual, a mask."""
         return any(site.node.kwargs for site in self.sites[norm]) or any(call.kwargs for call in self.calls[norm])
 
 
-def find(flow: Flow, foldable: list[Norm]) -> tuple[list[Chain], dict[Norm, str]]:
+def find_chains(flow: Flow, foldable: list[NormLayer]) -> tuple[list[Chain], dict[NormLayer, str]]:
     """Chains of linear layers with `foldable` batch-norm layers, and why the others are in none."""
     chains: dict[nn.Module, Chain] = {}  # by its last module so far
-    why: dict[Norm, str] = {}
+    why: dict[NormLayer, str] = {}
     for norm in foldable:
         source, reason = flow.only_source(norm)
         if source is None:
@@ -144,7 +145,7 @@ def find(flow: Flow, foldable: list[Norm]) -> tuple[list[Chain], dict[Norm, str]
             continue
         if linear.is_linear(source):
             chain = chains.get(source) or Chain(source, flow.where(source))
-        elif source in chains and isinstance(source, Norm) and not _ends(flow, source):
+        elif source in chains and isinstance(source, NormLayer) and not _ends(flow, source):
             chain = chains[source]
         else:
             why[norm] = "no linear layer stands directly before it"
@@ -160,7 +161,7 @@ def find(flow: Flow, foldable: list[Norm]) -> tuple[list[Chain], dict[Norm, str]
         head: nn.Module = layer
         while True:
             source = flow.only_source(head)[0]
-            if not isinstance(source, Norm) or source not in why or _ends(flow, source):
+            if not isinstance(source, NormLayer) or source not in why or _ends(flow, source):
                 break
             if obstacle := (
                 flow.why_not_changed(layer) or flow.why_not_aligned(layer, source) or linear.why_not_before(layer)
@@ -176,7 +177,7 @@ def find(flow: Flow, foldable: list[Norm]) -> tuple[list[Chain], dict[Norm, str]
     return complete, why
 
 
-def _ends(flow: Flow, norm: Norm) -> bool:
+def _ends(flow: Flow, norm: NormLayer) -> bool:
     """Whether what comes out of a layer is more than its scale and shift."""
     return scale_shift.activation(norm) is not None or flow.with_keywords(norm)
 
@@ -186,8 +187,3 @@ def _inputs(node: fx.Node) -> list[fx.Node]:
     if node.target is residual_for:  # of its second argument, it reads the shape
         return [argument for argument in node.args[:1] if isinstance(argument, fx.Node)]
     return arguments(node)
-
-
-def _attribute(module: nn.Module, target: str) -> object:
-    path, _, name = target.rpartition(".")
-    return getattr(module.get_submodule(path), name)

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from batchnorm.surgery.observing import forwarded, inference
+from batchnorm.models.modes import inference
+from batchnorm.models.nested import tensors
+from batchnorm.surgery.observing import forward
 
 # How far off outputs may be, relative to the largest of them. Rounding is far below, except where a layer takes away a
 # mean of many standard deviations: there the unchanged model is as far off as the changed one.
@@ -17,15 +18,10 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torc
 ALTOGETHER = 10
 
 
-def tensors(outputs: Any) -> list[Tensor]:  # noqa: ANN401 - whatever a model returns
-    """The tensors that a model returned."""
-    return [t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor)]
-
-
-def outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:  # noqa: ANN401 - as `forwarded`
+def outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:  # noqa: ANN401 - as `forward`
     """The tensors that a model returns in inference."""
     with inference(model):
-        return tensors(forwarded(model, example_inputs))
+        return list(tensors(forward(model, example_inputs)))
 
 
 def difference(actual: list[Tensor], expected: list[Tensor]) -> tuple[float, float]:

@@ -11,17 +11,17 @@ from torch import nn
 
 from batchnorm import activations
 from batchnorm.call import check_sync, check_virtual_batch_size
+from batchnorm.models.hooks import has_hooks
+from batchnorm.models.norm_layers import NormLayer, display_name, named_norm_layers
 from batchnorm.modules import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
-from batchnorm.surgery.hooks import hooked
+from batchnorm.surgery.scale_shift import is_timm_norm_act
 
-OURS: dict[type[nn.Module], type[BatchNorm]] = {
+OUR_CLASSES: dict[type[nn.Module], type[BatchNorm]] = {
     nn.BatchNorm1d: BatchNorm1d,
     nn.BatchNorm2d: BatchNorm2d,
     nn.BatchNorm3d: BatchNorm3d,
     nn.SyncBatchNorm: BatchNorm,
 }
-# timm's layer with an activation inside, recognised without timm.
-_TIMMS = "timm.layers.norm_act.BatchNormAct2d"
 ORIGIN = "_origin"  # a layer's attribute: what it was before
 
 
@@ -73,16 +73,16 @@ def convert(
     """
     check_virtual_batch_size(virtual_batch_size)
     check_sync(sync, process_group, virtual_batch_size)
-    left = [
-        f"{path or 'the model itself'} ({type(layer).__qualname__}, ours already, with sync=False)"
-        for path, layer in model.named_modules()
+    skipped = [
+        f"{display_name(path)} ({type(layer).__qualname__}, ours already, with sync=False)"
+        for path, layer in named_norm_layers(model)
         if sync and isinstance(layer, BatchNorm) and not layer.sync
     ]
     options = {"sync": sync, "process_group": process_group, "virtual_batch_size": virtual_batch_size}
-    left += become_ours(model, options)
-    if left:
+    skipped += become_ours(model, options)
+    if skipped:
         warnings.warn(
-            f"left as they are: {', '.join(left)}. Only layers that are exactly torch.nn.BatchNorm1d, 2d, 3d or "
+            f"left as they are: {', '.join(skipped)}. Only layers that are exactly torch.nn.BatchNorm1d, 2d, 3d or "
             f"SyncBatchNorm, or timm's BatchNormAct2d, are converted. Replace these by hand if ours are to stand in "
             f"for them",
             UserWarning,
@@ -93,43 +93,43 @@ def convert(
 
 def become_ours(model: nn.Module, options: dict[str, Any] | None = None) -> list[str]:
     """`convert` without its warning: the layers that are left, with the reason."""
-    left = []
-    for path, module in list(model.named_modules()):
-        if isinstance(module, BatchNorm) or not isinstance(module, nn.modules.batchnorm._BatchNorm):
+    skipped = []
+    for path, layer in list(named_norm_layers(model)):
+        if isinstance(layer, BatchNorm):
             continue
-        if obstacle := _become_ours(module, path, options or {}):
-            left.append(f"{path or 'the model itself'} ({obstacle})")
-    return left
+        if obstacle := _become_ours(layer, path, options or {}):
+            skipped.append(f"{display_name(path)} ({obstacle})")
+    return skipped
 
 
-def _become_ours(layer: nn.modules.batchnorm._BatchNorm, path: str, options: dict[str, Any]) -> str | None:
+def _become_ours(layer: NormLayer, path: str, options: dict[str, Any]) -> str | None:
     """Change the layer's class, or say what keeps it from changing."""
-    theirs = type(layer)
-    if activations.qualified_name(theirs) == _TIMMS:
+    before = type(layer)
+    if is_timm_norm_act(layer):
         activation, obstacle = _activation_inside(layer)
         if obstacle:
-            return f"{theirs.__qualname__}: {obstacle}"
-        ours: type[BatchNorm] = BatchNorm2d
+            return f"{before.__qualname__}: {obstacle}"
+        after: type[BatchNorm] = BatchNorm2d
         options = options | {"activation": activation}
-    elif theirs in OURS:
-        ours = OURS[theirs]
+    elif before in OUR_CLASSES:
+        after = OUR_CLASSES[before]
         if isinstance(layer, nn.SyncBatchNorm):
             if options.get("virtual_batch_size") is not None:
-                return f"{theirs.__qualname__}, whose statistics processes share: ghost batches are the contrary"
+                return f"{before.__qualname__}, whose statistics processes share: ghost batches are the contrary"
             options = options | {"sync": True, "process_group": layer.process_group}
     else:
-        return theirs.__qualname__
-    added, buffers = additions(ours, theirs)
-    defined = {name for cls in ours.__mro__ if issubclass(cls, BatchNorm) for name in vars(cls)}
+        return before.__qualname__
+    added, buffers = additions(after, before)
+    defined = {name for cls in after.__mro__ if issubclass(cls, BatchNorm) for name in vars(cls)}
     own = vars(layer).keys() | layer._parameters.keys() | layer._buffers.keys() | layer._modules.keys()
     if clash := sorted(own & (added.keys() | buffers | defined | {ORIGIN})):
-        return f"{theirs.__qualname__} with its own {', '.join(clash)}"
+        return f"{before.__qualname__} with its own {', '.join(clash)}"
     tensors = {**layer._parameters, **layer._buffers}
     dtypes = {name: tensor.dtype for name, tensor in tensors.items() if tensor is not None}
     # The class of an object, and not a new object: that would leave the old one with whoever else refers to it, and a
     # compiled call would go on calling the old one. torch's parametrizations and lazy layers change class like this.
-    layer.__class__ = ours
-    vars(layer).update({**added, **options, "label": path, ORIGIN: Origin(theirs, dtypes, options)})
+    layer.__class__ = after
+    vars(layer).update({**added, **options, "label": path, ORIGIN: Origin(before, dtypes, options)})
     assert isinstance(layer, BatchNorm)
     layer._complete_buffers()
     return None
@@ -142,13 +142,14 @@ def _activation_inside(layer: nn.Module) -> tuple[str | None, str]:
     assert isinstance(drop, nn.Module)
     if type(drop) is not nn.Identity:
         return None, f"{type(drop).__qualname__} comes before its activation"
-    if hooked(act) or hooked(drop):
+    if has_hooks(act) or has_hooks(drop):
         return None, "its act or drop has hooks, which would not be called"
     return (None, "") if type(act) is nn.Identity else activations.of_module(act)
 
 
-def additions(ours: type[BatchNorm], theirs: type[nn.Module]) -> tuple[dict[str, object], set[str]]:
+def additions(our_class: type[BatchNorm], torch_class: type[nn.Module]) -> tuple[dict[str, object], set[str]]:
     """What our constructor sets and torch's does not: attributes at their defaults, and the names of buffers."""
-    fresh, torchs = (cls(1, device="meta") for cls in (ours, theirs if theirs in OURS else nn.BatchNorm2d))
-    attributes = {name: value for name, value in vars(fresh).items() if name not in vars(torchs)}
-    return attributes, fresh._buffers.keys() - torchs._buffers.keys()
+    like = torch_class if torch_class in OUR_CLASSES else nn.BatchNorm2d
+    ours, torchs = (cls(1, device="meta") for cls in (our_class, like))
+    attributes = {name: value for name, value in vars(ours).items() if name not in vars(torchs)}
+    return attributes, ours._buffers.keys() - torchs._buffers.keys()

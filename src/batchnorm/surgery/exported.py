@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from batchnorm.models.attributes import attribute_at
 from batchnorm.modules import BatchNorm
 
 Operands = dict[str, Any]
@@ -40,7 +41,7 @@ def as_module(program: ExportedProgram) -> nn.Module:
             layer = build(x.meta["val"].dim(), operands)
             if layer is None:
                 continue
-            made[key] = _place(module, layer.eval(), node)
+            made[key] = _insert(module, layer.eval(), node)
         with module.graph.inserting_before(node):
             keywords = {} if residual is None else {"residual": residual}
             call = module.graph.call_module(made[key], (x,), keywords)
@@ -63,7 +64,7 @@ def _operands(module: nn.Module, node: fx.Node) -> Operands | None:
             stored = _stored(value)
             if stored is None:
                 return None
-            operands[name] = _attribute(module, stored)
+            operands[name] = attribute_at(module, str(stored.target))
     return operands
 
 
@@ -74,12 +75,7 @@ def _stored(node: fx.Node) -> fx.Node | None:
     return node if node.op == "get_attr" else None
 
 
-def _attribute(module: nn.Module, node: fx.Node) -> object:
-    path, _, name = str(node.target).rpartition(".")
-    return getattr(module.get_submodule(path), name)
-
-
-def _place(module: fx.GraphModule, layer: nn.Module, node: fx.Node) -> str:
+def _insert(module: fx.GraphModule, layer: nn.Module, node: fx.Node) -> str:
     """Put a layer where its parameters are, if there is nothing else; else beside everything.
 
     Returns:

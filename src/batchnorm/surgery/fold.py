@@ -10,15 +10,16 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.nn.modules.batchnorm import _BatchNorm as Norm
 
+from batchnorm.models.hooks import forward_hooks, has_hooks
+from batchnorm.models.modes import inference
+from batchnorm.models.nested import tensors
+from batchnorm.models.norm_layers import NormLayer, display_name, named_norm_layers
 from batchnorm.surgery import linear, scale_shift
-from batchnorm.surgery.chains import Chain, Flow, find
-from batchnorm.surgery.comparing import ALTOGETHER, difference, outputs, tensors
+from batchnorm.surgery.chains import Chain, Flow, find_chains
+from batchnorm.surgery.comparing import ALTOGETHER, difference, outputs
 from batchnorm.surgery.exported import as_module
-from batchnorm.surgery.hooks import hooked
-from batchnorm.surgery.observing import forwarded, hooks_on, observe
-from batchnorm.surgery.observing import inference as inference_mode
+from batchnorm.surgery.observing import forward, observe
 from batchnorm.surgery.report import Entry, attach, check_free
 from batchnorm.surgery.tracing import regions, seen_call
 
@@ -54,31 +55,31 @@ def fold(model: nn.Module | ExportedProgram, example_inputs: Any) -> nn.Module: 
         model = as_module(model)
     check_free(model)
     folded = _copied(model)
-    norms = {module: path for path, module in folded.named_modules() if isinstance(module, Norm)}
+    norms = {norm: path for path, norm in named_norm_layers(folded)}
     calls, returned = observe(folded, example_inputs)
     found = regions(folded, lambda module: seen_call(calls, module), modes=(False,))
     flow = Flow(folded, found, calls)
-    why: dict[Norm, str] = {}
+    why: dict[NormLayer, str] = {}
     for norm, path in norms.items():
         if reason := _why_left(flow, norm):
             why[norm] = reason
         elif norm not in flow.sites:
             why[norm] = found.reason(path)
-    chains, alone = find(flow, [norm for norm in flow.sites if norm in norms and norm not in why])
+    chains, alone = find_chains(flow, [norm for norm in flow.sites if norm in norms and norm not in why])
     alone |= {norm: why.pop(norm) for norm in norms if norm in why and not _why_left(flow, norm)}
     folds = [_of_chain(flow, chain) for chain in chains]
-    folds += [_of_one(norm, f"a scale and shift, because {reason}") for norm, reason in alone.items()]
+    folds += [_of_layer(norm, f"a scale and shift, because {reason}") for norm, reason in alone.items()]
     errors = _errors(folded, folds, example_inputs)
     done = {}
-    for one, (error, tolerance) in zip(folds, errors, strict=True):
-        for norm in one.norms:
+    for change, (error, tolerance) in zip(folds, errors, strict=True):
+        for norm in change.norms:
             if error <= tolerance:
-                done[norm] = one.what
+                done[norm] = change.what
             else:
-                why[norm] = f"as {one.what} it is off by {error:.1e} on the example inputs"
+                why[norm] = f"as {change.what} it is off by {error:.1e} on the example inputs"
         if error <= tolerance:
-            folded = one.put_into(folded)
-    reason, error = _why_undo(folded, example_inputs, tensors(returned))
+            folded = change.put_into(folded)
+    reason, error = _why_undo(folded, example_inputs, list(tensors(returned)))
     if reason:
         folded, done, why = _copied(model), {}, dict.fromkeys(norms, reason)
     _warn_of_scales({path: norm for norm, path in norms.items() if norm in done})
@@ -101,7 +102,7 @@ class _Fold:
 
     first: nn.Module
     last: nn.Module
-    norms: list[Norm]
+    norms: list[NormLayer]
     what: str
     stand_in: Callable[..., Tensor]
     put_into: Callable[[nn.Module], nn.Module]
@@ -115,14 +116,14 @@ def _copied(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model).eval()
 
 
-def _why_left(flow: Flow, norm: Norm) -> str | None:
+def _why_left(flow: Flow, norm: NormLayer) -> str | None:
     """Why a layer cannot even be a scale and shift."""
-    if hooked(norm):
+    if has_hooks(norm):
         return "it has hooks, which would not be called"
     return scale_shift.why_not(norm) or ("the example inputs do not reach it" if norm not in flow.calls else None)
 
 
-def _of_one(norm: Norm, what: str) -> _Fold:
+def _of_layer(norm: NormLayer, what: str) -> _Fold:
     stand_in = scale_shift.standing_in(norm)
     return _Fold(norm, norm, [norm], what, stand_in, lambda model: _replaced(model, norm, stand_in))
 
@@ -154,7 +155,7 @@ def _of_chain(flow: Flow, chain: Chain) -> _Fold:
     return _Fold(norms[0] if chain.before else layer, last, norms, f"part of {chain.path}", stand_in, put_into)
 
 
-def _behind(flow: Flow, norm: Norm) -> nn.Module:
+def _behind(flow: Flow, norm: NormLayer) -> nn.Module:
     """What stays of a layer whose scale and shift are elsewhere."""
     activation = scale_shift.activation(norm)
     if flow.with_keywords(norm):
@@ -175,8 +176,8 @@ def _errors(model: nn.Module, folds: list[_Fold], example_inputs: Any) -> list[t
     """For each fold, the largest difference on the example inputs from what the model does now, and what it may be."""
     worst = [(0.0, 0.0)] * len(folds)
     inputs: dict[int, tuple[Any, ...]] = {}
-    firsts = {one.first: i for i, one in enumerate(folds)}
-    lasts = {one.last: i for i, one in enumerate(folds)}
+    firsts = {change.first: i for i, change in enumerate(folds)}
+    lasts = {change.last: i for i, change in enumerate(folds)}
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs[firsts[module]] = args
@@ -186,8 +187,8 @@ def _errors(model: nn.Module, folds: list[_Fold], example_inputs: Any) -> list[t
         error, tolerance = difference([folds[i].stand_in(*inputs.pop(i), **kwargs)], [y])
         worst[i] = max(worst[i][0], error), tolerance
 
-    with inference_mode(model), hooks_on(list(firsts), before=before), hooks_on(list(lasts), after=after):
-        forwarded(model, example_inputs)
+    with inference(model), forward_hooks(firsts, before=before), forward_hooks(lasts, after=after):
+        forward(model, example_inputs)
     return worst
 
 
@@ -202,11 +203,11 @@ def _why_undo(folded: nn.Module, example_inputs: Any, expected: list[Tensor]) ->
     return f"the whole model folded is off by {error:.1e} on the example inputs", 0.0
 
 
-def _warn_of_scales(norms: dict[str, Norm]) -> None:
+def _warn_of_scales(norms: dict[str, NormLayer]) -> None:
     scales = {path: float(scale_shift.affine(norm).scale.abs().max()) for path, norm in norms.items()}
     large = {path: scale for path, scale in scales.items() if scale > LARGE_SCALE}
     if large:
-        named = ", ".join(f"{path or 'the model itself'} ({scale:.0e})" for path, scale in large.items())
+        named = ", ".join(f"{display_name(path)} ({scale:.0e})" for path, scale in large.items())
         warnings.warn(
             f"these layers multiply a channel by more than {LARGE_SCALE:.0e}: {named}. Their running variance is next "
             f"to nothing, so that rounding comes out large, and half precision may overflow. Check these channels",

@@ -6,7 +6,7 @@ import warnings
 
 from torch import nn
 
-from batchnorm.deferral import find
+from batchnorm.models.norm_layers import our_layers, torch_layer_names
 from batchnorm.modules import BatchNorm, Frozen
 
 _STOPPED = "_stopped_learning"  # a layer's attribute: which parameters' requires_grad `freeze` has set to False
@@ -32,10 +32,9 @@ def freeze(
         `model`, the same object.
     """
     frozen = Frozen(statistics if normalization is None else normalization, statistics, affine)
-    layers, others = find(model)
-    for layer in layers:
+    for layer in our_layers(model):
         _set(layer, frozen)
-    if others:
+    if others := torch_layer_names(model):
         warnings.warn(
             f"not frozen, because these layers are torch.nn's: {', '.join(others)}. Use batchnorm.convert(model) first",
             UserWarning,
@@ -52,7 +51,7 @@ def unfreeze(model: nn.Module) -> nn.Module:
     Returns:
         `model`, the same object.
     """
-    for layer in find(model)[0]:
+    for layer in our_layers(model):
         _set(layer, Frozen())
     return model
 

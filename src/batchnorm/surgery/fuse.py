@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm as Norm
 
+from batchnorm.models.hooks import has_hooks
+from batchnorm.models.norm_layers import NormLayer, display_name, named_norm_layers
 from batchnorm.modules import BatchNorm
 from batchnorm.surgery.convert import become_ours
-from batchnorm.surgery.hooks import hooked
 from batchnorm.surgery.patterns import Match, match
 from batchnorm.surgery.report import Entry, attach, check_free
 from batchnorm.surgery.rewriting import residual_for, restore, rewrite
@@ -62,7 +62,7 @@ def fuse(model: nn.Module) -> nn.Module:
     """
     check_free(model)
     become_ours(model)
-    paths = {module: path for path, module in model.named_modules() if isinstance(module, Norm)}
+    paths = {norm: path for path, norm in named_norm_layers(model)}
     found = regions(model, plain_call, _MODES)
     chosen, why = _choose(found)
     why |= {norm: found.reason(path) for norm, path in paths.items() if norm not in chosen and norm not in why}
@@ -70,7 +70,7 @@ def fuse(model: nn.Module) -> nn.Module:
     names = {module: path for path, module in model.named_modules()}
     for root, graph, region in _plans(chosen, why):
         norms = _rewrite(region, root, graph, chosen)
-        done |= {norm: f"with {chosen[norm].match}, in {names[root] or 'the model itself'}" for norm in norms}
+        done |= {norm: f"with {chosen[norm].match}, in {display_name(names[root])}" for norm in norms}
     for norm in done:
         assert isinstance(norm, BatchNorm)
         norm.activation = chosen[norm].match.activation
@@ -92,17 +92,20 @@ def _choose(found: Regions) -> tuple[dict[nn.Module, _Found], dict[nn.Module, st
     """The layers whose calls all fit, and why others do not."""
     sites: dict[nn.Module, list[tuple[Region, Match | str]]] = {}
     for region, node, module in found.nodes():
-        if isinstance(module, Norm):
+        if isinstance(module, NormLayer):
             sites.setdefault(module, []).append((region, match(region, node)))
     why: dict[nn.Module, str] = {}
     chosen: dict[nn.Module, _Found] = {}
     for norm, calls in sites.items():
-        one = _same([answer for _, answer in calls])
-        place = one if isinstance(one, str) else _place([(r, m) for r, m in calls if isinstance(m, Match)])
-        if isinstance(one, str) or isinstance(place, str):
-            why[norm] = str(place)
+        pattern = _same([answer for _, answer in calls])
+        if isinstance(pattern, str):
+            why[norm] = pattern
+            continue
+        around = _around([(region, answer) for region, answer in calls if isinstance(answer, Match)])
+        if isinstance(around, str):
+            why[norm] = around
         else:
-            chosen[norm] = _Found(one, *place)
+            chosen[norm] = _Found(pattern, *around)
     # Of two layers whose outputs are added, the one less far inside does it; of equals, the later.
     additions: dict[fx.Node, nn.Module] = {}
     for norm in sorted(chosen, key=lambda norm: len(chosen[norm].inner), reverse=True):
@@ -122,16 +125,16 @@ def _same(answers: list[Match | str]) -> Match | str:
         if isinstance(answer, str):
             return answer if len(answers) == 1 else f"of its {len(answers)} calls, one does not fit: {answer}"
     matches = [answer for answer in answers if isinstance(answer, Match)]
-    if len({one.activation for one in matches}) > 1:
+    if len({found.activation for found in matches}) > 1:
         return f"its {len(matches)} calls have different activations"
     return matches[0]
 
 
-def _place(calls: list[tuple[Region, Match]]) -> tuple[tuple[nn.Module, ...], frozenset[nn.Module]] | str:
+def _around(calls: list[tuple[Region, Match]]) -> tuple[tuple[nn.Module, ...], frozenset[nn.Module]] | str:
     """The chain of modules around a layer's pattern and those further in, or why it cannot be rewritten there."""
     chains, inner = set(), set()
-    for region, one in calls:
-        stacks = [region.around(node) for node in one.nodes]
+    for region, found in calls:
+        stacks = [region.around(node) for node in found.nodes]
         depth = 0
         while all(len(s) > depth for s in stacks) and len({s[depth] for s in stacks}) == 1:
             depth += 1
@@ -139,7 +142,7 @@ def _place(calls: list[tuple[Region, Match]]) -> tuple[tuple[nn.Module, ...], fr
         inner |= {module for stack in stacks for module in stack[depth:]}
     if len({chain[-1] for chain in chains}) > 1:
         return "it is called in several modules"
-    if any(hooked(module) for module in inner):
+    if any(has_hooks(module) for module in inner):
         return "a module around it has hooks, which would not be called"
     return chains.pop(), frozenset(inner)
 
@@ -147,15 +150,15 @@ def _place(calls: list[tuple[Region, Match]]) -> tuple[tuple[nn.Module, ...], fr
 def _plans(chosen: dict[nn.Module, _Found], why: dict[nn.Module, str]) -> Iterable[tuple[nn.Module, fx.Graph, Region]]:
     """The modules to rewrite and their graphs; layers that turn out not to fit there leave `chosen`."""
     while True:
-        inner = frozenset[nn.Module]().union(*(one.inner for one in chosen.values()))
+        inner = frozenset[nn.Module]().union(*(found.inner for found in chosen.values()))
         plans: dict[nn.Module, tuple[fx.Graph, Region]] = {}
         misfits: dict[nn.Module, str] = {}
-        for root in dict.fromkeys(one.chain[-1] for one in chosen.values()):
+        for root in dict.fromkeys(found.chain[-1] for found in chosen.values()):
             graph, reason = _graph(root, inner)
             region = Region("", root, graph or fx.Graph())
             plans[root] = region.graph, region
             fitting = set() if graph is None else _fitting(region, chosen)
-            here = {norm for norm, one in chosen.items() if one.chain[-1] is root}
+            here = {norm for norm, found in chosen.items() if found.chain[-1] is root}
             there = {
                 norm for node in region.graph.nodes if (norm := region.called(node)) in chosen and norm is not None
             }
@@ -165,7 +168,7 @@ def _plans(chosen: dict[nn.Module, _Found], why: dict[nn.Module, str]) -> Iterab
             return [(root, graph, region) for root, (graph, region) in plans.items()]
         for norm, reason in misfits.items():
             outer = chosen.pop(norm)
-            if len(outer.chain) > 1 and not hooked(outer.chain[-1]):  # the next module out may do
+            if len(outer.chain) > 1 and not has_hooks(outer.chain[-1]):  # the next module out may do
                 chosen[norm] = outer._replace(chain=outer.chain[:-1], inner=outer.inner | {outer.chain[-1]})
             else:
                 why[norm] = reason
@@ -198,18 +201,18 @@ def _rewrite(region: Region, root: nn.Module, graph: fx.Graph, chosen: dict[nn.M
     """
     matches = [match(region, node) for node in list(graph.nodes) if region.called(node) in chosen]
     paths = []
-    for one in matches:
-        assert isinstance(one, Match)
-        x, path = one.node.args[0], str(one.node.target)
-        with graph.inserting_before(one.last):
+    for found in matches:
+        assert isinstance(found, Match)
+        x, path = found.node.args[0], str(found.node.target)
+        with graph.inserting_before(found.last):
             keywords: dict[str, Any] = {}
-            if one.addition is not None:
+            if found.addition is not None:
                 # Not the operand that was found: what it was may have become another node since.
-                (other,) = [argument for argument in one.addition.args if argument not in one.nodes]
+                (other,) = [argument for argument in found.addition.args if argument not in found.nodes]
                 keywords = {"residual": graph.call_function(residual_for, (other, x))}
             call = graph.call_module(path, (x,), keywords)
-        one.last.replace_all_uses_with(call)
-        for node in reversed(one.nodes):
+        found.last.replace_all_uses_with(call)
+        for node in reversed(found.nodes):
             graph.erase_node(node)
         paths.append(path)
     graph.lint()

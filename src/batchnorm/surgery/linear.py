@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from typing_extensions import TypeIs
 
-Layer = nn.Linear | _ConvNd
+LinearLayer = nn.Linear | _ConvNd
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _LINEAR = (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)
@@ -34,12 +34,12 @@ class Weights(NamedTuple):
     bias: Tensor
 
 
-def is_linear(module: nn.Module) -> TypeIs[Layer]:
+def is_linear(module: nn.Module) -> TypeIs[LinearLayer]:
     """Whether a module is exactly a convolution, its transpose or Linear: a subclass may do anything."""
     return type(module) in _LINEAR
 
 
-def weights(layer: Layer) -> Weights:
+def weights(layer: LinearLayer) -> Weights:
     """What a layer has, in float64."""
     weight = layer.weight.detach().double()
     outputs = weight.shape[1] * _groups(layer) if type(layer) in _TRANSPOSED else weight.shape[0]
@@ -47,14 +47,14 @@ def weights(layer: Layer) -> Weights:
     return Weights(weight, bias)
 
 
-def channel_axis(layer: Layer, rank: int) -> int | None:
+def channel_axis(layer: LinearLayer, rank: int) -> int | None:
     """The channel dimension of the layer's input and output of a rank; None where it has no samples."""
     if type(layer) is nn.Linear:
         return rank - 1
     return 1 if rank == layer.weight.dim() else None
 
 
-def after(layer: Layer, w: Weights, affine: Affine) -> Weights:
+def after(layer: LinearLayer, w: Weights, affine: Affine) -> Weights:
     """The weights that include a scale and shift of the outputs."""
     grouped, out, _ = _grouped(layer, w.weight)
     scale = affine.scale.view(grouped.shape[0], -1)
@@ -63,7 +63,7 @@ def after(layer: Layer, w: Weights, affine: Affine) -> Weights:
     return Weights((grouped * scale.view(shape)).reshape(w.weight.shape), w.bias * affine.scale + affine.shift)
 
 
-def before(layer: Layer, w: Weights, affine: Affine) -> Weights:
+def before(layer: LinearLayer, w: Weights, affine: Affine) -> Weights:
     """The weights that include a scale and shift of the inputs; see `why_not_before`."""
     grouped, _, into = _grouped(layer, w.weight)
     shape = [grouped.shape[0], 1, 1, 1]
@@ -73,7 +73,7 @@ def before(layer: Layer, w: Weights, affine: Affine) -> Weights:
     return Weights((grouped * scale).reshape(w.weight.shape), w.bias + shifted)
 
 
-def why_not_before(layer: Layer) -> str | None:
+def why_not_before(layer: LinearLayer) -> str | None:
     """Why a shift of the inputs is no constant in the outputs; None where it is."""
     if type(layer) in _TRANSPOSED:
         return "the outputs of a transposed convolution see different parts of its weight"
@@ -89,11 +89,11 @@ def _padding(layer: _ConvNd) -> tuple[int, ...]:
     return tuple(layer.padding)
 
 
-def _groups(layer: Layer) -> int:
+def _groups(layer: LinearLayer) -> int:
     return layer.groups if isinstance(layer, _ConvNd) else 1
 
 
-def _grouped(layer: Layer, weight: Tensor) -> tuple[Tensor, int, int]:
+def _grouped(layer: LinearLayer, weight: Tensor) -> tuple[Tensor, int, int]:
     """The weight as (groups, channels, channels, positions), and which of the two are a group's outputs and inputs."""
     positions = weight.shape[2:].numel()
     if type(layer) in _TRANSPOSED:  # (in, out / groups, *kernel)

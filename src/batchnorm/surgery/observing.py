@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from batchnorm.errors import OptionError
+from batchnorm.models.hooks import forward_hooks
+from batchnorm.models.modes import inference
+from batchnorm.models.nested import leaves, map_tensors, same_structure
 
 
 @dataclass(frozen=True)
@@ -36,17 +37,17 @@ class Call:
 
     def alike(self, other: Call) -> bool:
         """Whether both are the same but for the tensors' shapes and dtypes."""
-        here, there = (pytree.tree_flatten((call.args, call.kwargs)) for call in (self, other))
-        return here[1] == there[1] and all(
+        here, there = (self.args, self.kwargs), (other.args, other.kwargs)
+        return same_structure(here, there) and all(
             isinstance(b, Spec) if isinstance(a, Spec) else a is b or a == b
-            for a, b in zip(here[0], there[0], strict=True)
+            for a, b in zip(leaves(here), leaves(there), strict=True)
         )
 
 
 Calls = dict[nn.Module, list[Call]]
 
 
-def forwarded(model: nn.Module, example_inputs: Any) -> Any:  # noqa: ANN401 - whatever models take and return
+def forward(model: nn.Module, example_inputs: Any) -> Any:  # noqa: ANN401 - whatever models take and return
     """Call a model: with a tensor, a tuple or list of arguments, or a dict of keywords.
 
     Raises:
@@ -64,47 +65,13 @@ def forwarded(model: nn.Module, example_inputs: Any) -> Any:  # noqa: ANN401 - w
     )
 
 
-@contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
-    """Inside, a model is in inference mode and no gradients are recorded; afterwards each module is as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
-def hooks_on(
-    modules: list[nn.Module],
-    before: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None] | None = None,
-    after: Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None] | None = None,
-) -> Iterator[None]:
-    """Inside, `before` and `after` are called when these modules are."""
-    handles = []
-    try:
-        for module in modules:
-            if before is not None:
-                handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-            if after is not None:
-                handles.append(module.register_forward_hook(after, with_kwargs=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def observe(model: nn.Module, example_inputs: Any) -> tuple[Calls, Any]:  # noqa: ANN401 - as `forwarded`
+def observe(model: nn.Module, example_inputs: Any) -> tuple[Calls, Any]:  # noqa: ANN401 - as `forward`
     """Every module's calls in one inference pass, in order; and what the model returned."""
     calls: Calls = {}
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        args, kwargs = pytree.tree_map_only(Tensor, lambda t: Spec(tuple(t.shape), t.dtype), (args, kwargs))
+        args, kwargs = map_tensors((args, kwargs), lambda t: Spec(tuple(t.shape), t.dtype))
         calls.setdefault(module, []).append(Call(args, kwargs))
 
-    with inference(model), hooks_on(list(model.modules()), before=note):
-        return calls, forwarded(model, example_inputs)
+    with inference(model), forward_hooks(model.modules(), before=note):
+        return calls, forward(model, example_inputs)

@@ -12,9 +12,9 @@ import torch
 from torch import fx, nn
 
 from batchnorm import activations
+from batchnorm.models.hooks import has_hooks
 from batchnorm.modules import BatchNorm
 from batchnorm.surgery import linear
-from batchnorm.surgery.hooks import hooked
 from batchnorm.surgery.tracing import Region, arguments
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_", "__add__", "__iadd__")
@@ -65,7 +65,7 @@ def match(region: Region, node: fx.Node) -> Match | str:
         return f"{type(norm).__qualname__} is none of ours"
     if len(node.args) != 1 or node.kwargs:
         return "it is called with more than its input"
-    if hooked(norm):
+    if has_hooks(norm):
         return "it has hooks, which would see another output"
     if norm.activation is not None:
         return f"it has an activation inside, {norm.activation}"
@@ -102,7 +102,7 @@ def _next(region: Region, node: fx.Node, nothing: list[fx.Node]) -> tuple[fx.Nod
     while _readers(node) == 1:
         (user,) = node.users
         module = region.called(user)
-        if type(module) is not nn.Identity or hooked(module) or user.args != (node,):
+        if type(module) is not nn.Identity or has_hooks(module) or user.args != (node,):
             return node, user
         nothing.append(user)
         node = user
@@ -131,7 +131,7 @@ def _activation(region: Region, node: fx.Node) -> tuple[str | None, str]:
     """The name of the activation that a node is; None and what it is instead."""
     module = region.called(node)
     if module is not None:
-        if hooked(module):
+        if has_hooks(module):
             return None, f"{region.where(node)} after it has hooks, which would not be called"
         name, why = activations.of_module(module)
         return name, f"after it, {why}"

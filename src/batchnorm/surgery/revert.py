@@ -7,11 +7,12 @@ import warnings
 import torch
 from torch import nn
 
+from batchnorm.models.norm_layers import display_name, named_norm_layers
 from batchnorm.modules import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.surgery.convert import ORIGIN, Origin, additions
 from batchnorm.surgery.fuse import unfuse
 
-THEIRS: dict[type[BatchNorm], type[nn.Module]] = {
+TORCH_CLASSES: dict[type[BatchNorm], type[nn.Module]] = {
     BatchNorm1d: nn.BatchNorm1d,
     BatchNorm2d: nn.BatchNorm2d,
     BatchNorm3d: nn.BatchNorm3d,
@@ -37,21 +38,21 @@ def revert(model: nn.Module) -> nn.Module:
         `model`, the same object.
     """
     unfuse(model)
-    left = []
-    for path, module in list(model.named_modules()):
-        if isinstance(module, BatchNorm) and (obstacle := _become_theirs(module)):
-            left.append(f"{path or 'the model itself'} ({obstacle})")
-    if left:
+    skipped = []
+    for path, layer in list(named_norm_layers(model)):
+        if isinstance(layer, BatchNorm) and (obstacle := _become_torchs(layer)):
+            skipped.append(f"{display_name(path)} ({obstacle})")
+    if skipped:
         warnings.warn(
-            f"left as they are: {', '.join(left)}. torch.nn has no such layers. Set these options back where you can "
-            f"do without them, and revert again",
+            f"left as they are: {', '.join(skipped)}. torch.nn has no such layers. Set these options back where you "
+            f"can do without them, and revert again",
             UserWarning,
             stacklevel=2,
         )
     return model
 
 
-def _become_theirs(layer: BatchNorm) -> str | None:
+def _become_torchs(layer: BatchNorm) -> str | None:
     """Change the layer's class, or say what keeps it from changing."""
     ours = type(layer)
     origin = vars(layer).get(ORIGIN) or _namesake(layer)
@@ -77,9 +78,9 @@ def _become_theirs(layer: BatchNorm) -> str | None:
 def _namesake(layer: BatchNorm) -> Origin | None:
     """What would have become this layer, where it was made as ours."""
     ours = type(layer)
-    if layer.sync and ours in (BatchNorm, *THEIRS):
+    if layer.sync and ours in (BatchNorm, *TORCH_CLASSES):
         return Origin(nn.SyncBatchNorm, {}, {"sync": True, "process_group": layer.process_group})
-    return Origin(THEIRS[ours], {}, {}) if ours in THEIRS else None
+    return Origin(TORCH_CLASSES[ours], {}, {}) if ours in TORCH_CLASSES else None
 
 
 def _dtype(layer: nn.Module, origin: Origin, name: str, buffer: torch.Tensor) -> torch.dtype:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm as Norm
 
 from batchnorm import activations
+from batchnorm.models.norm_layers import NormLayer
 from batchnorm.modules import BatchNorm
 from batchnorm.surgery.linear import Affine
 
 # Besides torch's own: subclasses that normalise in inference as torch's layers do, recognised without their library.
-_TIMMS = "timm.layers.norm_act.BatchNormAct2d"
-_TORCHS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_TIMM_NORM_ACT = "timm.layers.norm_act.BatchNormAct2d"
+_TORCH_LAYERS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class ScaleShift(nn.Module):
@@ -66,14 +66,19 @@ class ScaleShift(nn.Module):
         return y
 
 
-def known(layer: Norm) -> bool:
+def is_timm_norm_act(layer: NormLayer) -> bool:
+    """Whether a layer is timm's `BatchNormAct2d`, which has dropout and an activation inside."""
+    return activations.qualified_name(type(layer)) == _TIMM_NORM_ACT
+
+
+def known(layer: NormLayer) -> bool:
     """Whether a layer does what torch's or ours do, and not something of a subclass."""
     ours = isinstance(layer, BatchNorm) and type(layer).forward is BatchNorm.forward
-    theirs = type(layer) in _TORCHS or activations.qualified_name(type(layer)) == _TIMMS
-    return (ours or theirs) and "forward" not in vars(layer)
+    others = type(layer) in _TORCH_LAYERS or is_timm_norm_act(layer)
+    return (ours or others) and "forward" not in vars(layer)
 
 
-def why_not(layer: Norm) -> str | None:
+def why_not(layer: NormLayer) -> str | None:
     """Why a batch-norm layer is no scale and shift in inference; None where it is."""
     if not known(layer):
         return f"{type(layer).__qualname__} may do anything"
@@ -82,7 +87,7 @@ def why_not(layer: Norm) -> str | None:
     return None
 
 
-def affine(layer: Norm) -> Affine:
+def affine(layer: NormLayer) -> Affine:
     """The scale and shift of a layer in inference."""
     assert layer.running_mean is not None
     assert layer.running_var is not None
@@ -93,22 +98,22 @@ def affine(layer: Norm) -> Affine:
     return Affine(scale, bias - mean * scale)
 
 
-def activation(layer: Norm) -> nn.Module | None:
+def activation(layer: NormLayer) -> nn.Module | None:
     """What comes after the scale and shift inside a layer; None for nothing."""
     if isinstance(layer, BatchNorm):
         return None if layer.activation is None else activations.ACTIVATIONS[layer.activation].module()
-    if activations.qualified_name(type(layer)) != _TIMMS:
+    if not is_timm_norm_act(layer):
         return None
     inside = [module for name in ("drop", "act") if type(module := layer.get_submodule(name)) is not nn.Identity]
     return nn.Sequential(*inside) if inside else None
 
 
-def channel_dim(layer: Norm) -> int:
+def channel_dim(layer: NormLayer) -> int:
     """The dimension of a layer's channels."""
     return layer.channel_dim if isinstance(layer, BatchNorm) else 1
 
 
-def standing_in(layer: Norm) -> ScaleShift:
+def standing_in(layer: NormLayer) -> ScaleShift:
     """A layer as its scale and shift, and what is inside behind them."""
     assert layer.running_mean is not None
     dtype = torch.promote_types(torch.float32, layer.running_mean.dtype)

@@ -6,24 +6,21 @@ attributes, keeps something in them for the next call, or makes tensors of its o
 
 from __future__ import annotations
 
-import copy
-import itertools
 import operator
 import sys
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
 from torch.fx.proxy import TraceError
-from torch.nn.modules.batchnorm import _BatchNorm as Norm
-from torch.utils import _pytree as pytree
 
-from batchnorm.surgery.hooks import without_hooks
+from batchnorm.models.attributes import preserved_attributes
+from batchnorm.models.hooks import without_hooks
+from batchnorm.models.modes import preserved_modes, set_training
+from batchnorm.models.nested import leaves, map_leaves
+from batchnorm.models.norm_layers import NormLayer
 from batchnorm.surgery.observing import Call, Calls, Spec
-
-_Container = list[Any] | dict[Any, Any] | set[Any]
 
 
 class Region(NamedTuple):
@@ -85,13 +82,18 @@ class Regions(NamedTuple):
         return "no forward calls it"
 
 
+def _asked_by_torch() -> bool:
+    """Whether the code that asks for an attribute is torch's; to be called by what computes the attribute."""
+    caller: str = sys._getframe(2).f_globals.get("__name__", "")
+    return caller.startswith("torch.")
+
+
 class _Input(fx.Proxy):
     """A proxy that does not let itself be taken for something that is no tensor."""
 
     @property  # type: ignore[misc]  # what isinstance asks for
     def __class__(self) -> type:
-        asking = sys._getframe(1).f_globals.get("__name__", "")
-        if not asking.startswith("torch."):
+        if not _asked_by_torch():
             raise TraceError("it asks for the type of a tensor")
         return _Input
 
@@ -106,7 +108,7 @@ for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "
 
 
 class _Tracer(fx.Tracer):
-    """Batch-norm layers are leaves, whosever they are; tensors of one call's arguments are the inputs."""
+    """Batch-norm layers, ours and others, are leaves; tensors of one call's arguments are the inputs."""
 
     proxy_buffer_attributes = True  # so that what changes buffers is part of the graph and does not happen
 
@@ -115,7 +117,7 @@ class _Tracer(fx.Tracer):
         self._call, self._leaf = call, leaf
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, Norm):
+        if isinstance(m, NormLayer):
             return True
         if self._leaf is not None:
             return self._leaf(m)
@@ -143,17 +145,17 @@ class _Tracer(fx.Tracer):
             inputs.append(self.create_proxy("placeholder", name, (), {}))
             return inputs[-1]
 
-        args, kwargs = pytree.tree_map(placeholder, (self._call.args, self._call.kwargs))
+        args, kwargs = map_leaves((self._call.args, self._call.kwargs), placeholder)
         return lambda *_: root_fn(root, *args, **kwargs), []
 
 
 def _names(forward: Callable[..., Any], call: Call) -> list[str]:
     """A name for each leaf of a call's arguments: those of `forward` where each argument is one leaf."""
-    leaves = len(pytree.tree_leaves((call.args, call.kwargs)))
+    count = len(list(leaves((call.args, call.kwargs))))
     code = getattr(forward, "__code__", None)
-    if code is None or call.kwargs or len(call.args) != leaves or code.co_argcount != leaves + 1:
-        return [f"argument_{i}" for i in range(leaves)]
-    return list(code.co_varnames[1 : leaves + 1])
+    if code is None or call.kwargs or len(call.args) != count or code.co_argcount != count + 1:
+        return [f"argument_{i}" for i in range(count)]
+    return list(code.co_varnames[1 : count + 1])
 
 
 def trace(
@@ -168,7 +170,7 @@ def trace(
     """
     if "forward" in vars(module):
         return None, "it has a forward of its own"
-    with without_hooks(module), _as_it_was(module) as changed, torch.random.fork_rng(devices=()):
+    with without_hooks(module), preserved_attributes(module) as changed, torch.random.fork_rng(devices=()):
         try:
             graph = _Tracer(call, leaf).trace(module)
         except Exception as error:
@@ -176,44 +178,6 @@ def trace(
     if changed:
         return None, f"it sets {', '.join(sorted(changed))}"
     return graph, ""
-
-
-@contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[set[str]]:
-    """Undo what a forward sets on modules or keeps in their lists, dicts and sets; the names are in the yielded set."""
-    changed: set[str] = set()
-    dicts = [
-        (d, {**d}) for m in model.modules() for d in (vars(m), m._parameters, m._buffers, m._modules) if d is not None
-    ]
-    kept = [(name, c, copy.copy(c)) for m in model.modules() for name, value in vars(m).items() for c in _kept(value)]
-    try:
-        yield changed
-    finally:
-        for current, before in dicts:
-            names = current.keys() | before.keys()
-            changed |= {n for n in names if n not in current or n not in before or current[n] is not before[n]}
-            if changed:
-                current.clear()
-                current.update(before)
-        for name, container, contents in kept:
-            if _identities(container) != _identities(contents):
-                changed.add(name)
-                container.clear()
-                (container.extend if isinstance(container, list) else container.update)(contents)
-
-
-def _kept(value: object) -> Iterator[_Container]:
-    """A list, dict or set, and those inside it; modules and tensors are no business of ours."""
-    if isinstance(value, (list, dict, set)):
-        yield value
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _kept(inner)
-
-
-def _identities(container: _Container) -> list[int]:
-    """What is in it, without asking a proxy whether it equals something."""
-    items = itertools.chain.from_iterable(container.items()) if isinstance(container, dict) else container
-    return [id(item) for item in items]
 
 
 def plain_call(module: nn.Module) -> tuple[Call | None, str]:
@@ -249,7 +213,11 @@ def regions(
     seen: set[nn.Module] = set()
 
     def visit(path: str, module: nn.Module) -> None:
-        if module in seen or isinstance(module, Norm) or not any(isinstance(m, Norm) for m in module.modules()):
+        if (
+            module in seen
+            or isinstance(module, NormLayer)
+            or not any(isinstance(m, NormLayer) for m in module.modules())
+        ):
             return
         seen.add(module)
         graph, reason = in_modes(module, call_of, modes)
@@ -279,19 +247,15 @@ def in_modes(
     call, reason = call_of(module)
     if call is None:
         return None, reason
-    before = [(m, m.training) for m in module.modules()]
     graphs = []
-    try:
+    with preserved_modes(module):
         for training in modes:
-            for m, _ in before:
-                m.training = training
+            for inner in module.modules():
+                set_training(inner, training)
             graph, reason = trace(module, call, leaf=leaf)
             if graph is None:
                 return None, reason
             graphs.append(graph)
-    finally:
-        for m, training in before:
-            m.training = training
     if len({str(graph) for graph in graphs}) > 1:
         return None, "it computes something else in training than in inference"
     return graphs[0], ""
