@@ -96,14 +96,12 @@ def test_outside_graphs_is_not_looked_into_and_does_not_import_the_compiler() ->
     assert run.returncode == 0, run.stderr
 
 
-def test_trees() -> None:
-    tree = {"a": (torch.ones(1), [2]), "b": None}
-    leaves, spec = _torch.tree_flatten(tree)
-    assert leaves == _torch.tree_leaves(tree)
-    assert len(leaves) == 3 or len(leaves) == 2  # whether None is a leaf differs between torch's versions
-    assert spec is not None
-    assert _torch.tree_map_only(int, lambda value: value + 1, tree)["a"][1] == [3]
-    assert _torch.tree_map(type, [1, "a"]) == [int, str]
+def test_what_torch_takes_apart() -> None:
+    node = _torch.registered_tree(dict)
+    items, context = node.flatten_fn({"a": 1, "b": 2})
+    assert items == [1, 2]
+    assert node.unflatten_fn([3, 4], context) == {"a": 3, "b": 4}
+    assert _torch.registered_tree(int) is None
 
 
 def test_trees_go_on_inside_registered_classes() -> None:
@@ -112,7 +110,45 @@ def test_trees_go_on_inside_registered_classes() -> None:
             self.both = first, second
 
     _torch.register_tree(Pair, lambda pair: list(pair.both), lambda leaves: Pair(*leaves))
-    assert _torch.tree_map(lambda value: value + 1, [Pair(1, 2)])[0].both == (2, 3)
+    node = _torch.registered_tree(Pair)
+    items, context = node.flatten_fn(Pair(1, 2))
+    assert items == [1, 2]
+    assert node.unflatten_fn([3, 4], context).both == (3, 4)
+    # And torch.func, which has trees of its own, sees them.
+    doubled = torch.func.vmap(lambda pair: Pair(pair.both[0] * 2, pair.both[1]))(Pair(torch.ones(2), torch.zeros(2)))
+    assert doubled.both[0].tolist() == [2, 2]
+
+
+def test_modules_own_dicts() -> None:
+    layer = nn.BatchNorm1d(2, affine=False)
+    assert _torch.parameters_of(layer) == {"weight": None, "bias": None}
+    assert list(_torch.buffers_of(layer)) == ["running_mean", "running_var", "num_batches_tracked"]
+    both = nn.Sequential(layer, layer)
+    assert list(_torch.children_of(both).values()) == [layer, layer]
+    _torch.buffers_of(layer)["running_mean"] = torch.ones(2)
+    assert layer.running_mean is not None
+    assert layer.running_mean.tolist() == [1, 1]
+
+
+WITHOUT_COMPILED_CODE = """
+import sys, torch
+from batchnorm import _torch
+with _torch.without_compiled_code():
+    assert "torch._dynamo" not in sys.modules
+called = []
+model = torch.compile(torch.nn.Linear(1, 1), backend="eager")
+model(torch.ones(1, 1))
+model._orig_mod.register_forward_hook(lambda *_: called.append(torch.compiler.is_compiling()))
+with _torch.without_compiled_code():
+    model(torch.ones(1, 1))
+assert called == [False]
+"""
+
+
+def test_compiled_models_run_as_they_were_written() -> None:
+    code = WITHOUT_COMPILED_CODE
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr
 
 
 def test_thread_modes_change_inside_modes() -> None:

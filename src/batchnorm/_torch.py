@@ -10,10 +10,11 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils import _pytree
 
@@ -69,12 +70,12 @@ def outside_graphs(function: Callable[..., R]) -> Callable[..., R]:
     return call
 
 
-# Trees of tensors, as torch.func, torch.export and torch.fx have them: what `torch.utils.pytree` is to become. Without
-# it, outputs of models could only be tuples, lists and dicts.
-tree_flatten = _pytree.tree_flatten
-tree_leaves = _pytree.tree_leaves
-tree_map = _pytree.tree_map
-tree_map_only = _pytree.tree_map_only
+def registered_tree(cls: type) -> Any:  # noqa: ANN401 - torch gives the entry no public type
+    """How torch takes objects of a class apart, `flatten_fn`, and makes them again, `unflatten_fn`; None if it cannot.
+
+    Of trees of tensors torch has nothing public. Without it, outputs of models could only be tuples, lists and dicts.
+    """
+    return _pytree.SUPPORTED_NODES.get(cls)
 
 
 def register_tree(cls: type, flatten: Callable[[Any], list[Any]], unflatten: Callable[[list[Any]], Any]) -> None:
@@ -97,6 +98,33 @@ def thread_modes() -> tuple[object, ...]:
         torch._C._len_torch_function_stack(),
         torch._C._autograd._top_saved_tensors_default_hooks(True),
     )
+
+
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """A module's own parameters by name, those that are None too: `named_parameters` leaves these out.
+
+    Torch's dict itself: to set an entry that torch's `__setattr__` would refuse.
+    """
+    return module._parameters
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """A module's own buffers by name, those that are None too; torch's dict itself."""
+    return module._buffers
+
+
+def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
+    """A module's own children by name, None and repeated ones too; torch's dict itself."""
+    return module._modules
+
+
+def without_compiled_code() -> AbstractContextManager[object]:
+    """Inside, compiled models run as they were written, so that hooks are called.
+
+    `torch.compiler.set_stance`, where the compiler is loaded: loading it takes seconds, and without it there is nothing
+    compiled.
+    """
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 # What a module calls around its forward. There is no public way to see whether there are any.

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from batchnorm import extras
 from batchnorm.errors import UsageError
 from batchnorm.loading import state_dict
 from batchnorm.loading.state_dict import check_place, save_weights, whole_file
+from batchnorm.models.nested import map_leaves
 
 
 def check_program(path: Path) -> None:
@@ -59,7 +59,7 @@ def save_program(model: nn.Module, inputs: Any, path: Path) -> None:  # noqa: AN
 
 
 def _exported(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> torch.export.ExportedProgram:
-    open_sizes = pytree.tree_map(_open, (arguments, keywords))
+    open_sizes = map_leaves(_open, (arguments, keywords))
     try:
         with _quiet():
             return torch.export.export(

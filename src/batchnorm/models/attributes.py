@@ -13,6 +13,8 @@ from torch import nn
 
 _Container = list[Any] | dict[Any, Any] | set[Any]
 
+from batchnorm._torch import buffers_of, children_of, parameters_of
+
 
 def attribute_at(model: nn.Module, path: str) -> object:
     """What a path such as "layer1.0.weight" leads to: a parameter, a buffer, a module, anything."""
@@ -28,7 +30,10 @@ def preserved_attributes(model: nn.Module) -> Iterator[set[str]]:
     """
     changed: set[str] = set()
     dicts = [
-        (d, {**d}) for m in model.modules() for d in (vars(m), m._parameters, m._buffers, m._modules) if d is not None
+        (d, {**d})
+        for m in model.modules()
+        for d in (vars(m), parameters_of(m), buffers_of(m), children_of(m))
+        if d is not None
     ]
     containers = [
         (name, container, copy.copy(container))

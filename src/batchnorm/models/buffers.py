@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from batchnorm._torch import buffers_of
+
 
 class SavedBuffers:
     """Every buffer of a model as it is now: the tensors, by module and name, and their values.
@@ -14,7 +16,7 @@ class SavedBuffers:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._buffers = [(module, dict(module._buffers)) for module in model.modules()]
+        self._buffers = [(module, dict(buffers_of(module))) for module in model.modules()]
         every = [buffer for _, named in self._buffers for buffer in named.values() if buffer is not None]
         self._values = {buffer: _copy(buffer) for buffer in every}
 
@@ -25,9 +27,9 @@ class SavedBuffers:
     def restore(self) -> None:
         """Put everything back."""
         for module, named in self._buffers:
-            if list(map(id, module._buffers.values())) != list(map(id, named.values())):
-                module._buffers.clear()
-                module._buffers.update(named)
+            if list(map(id, buffers_of(module).values())) != list(map(id, named.values())):
+                buffers_of(module).clear()
+                buffers_of(module).update(named)
         for buffer, value in self._values.items():
             _write_back(buffer, value)
 

@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import nn
 
-# torch has no public way to ask for a module's hooks.
-_HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+from batchnorm._torch import HOOK_DICTS
 
 PreHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
 Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
@@ -18,7 +17,7 @@ Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether something is called when the module is."""
-    return any(getattr(module, hooks) for hooks in _HOOK_DICTS)
+    return any(getattr(module, hooks) for hooks in HOOK_DICTS)
 
 
 @contextmanager
@@ -46,7 +45,7 @@ def forward_hooks(
 @contextmanager
 def without_hooks(model: nn.Module) -> Iterator[None]:
     """Inside, no hooks of a model's modules are called."""
-    set_aside = [(m, name, getattr(m, name)) for m in model.modules() if has_hooks(m) for name in _HOOK_DICTS]
+    set_aside = [(m, name, getattr(m, name)) for m in model.modules() if has_hooks(m) for name in HOOK_DICTS]
     try:
         for module, name, _ in set_aside:
             setattr(module, name, OrderedDict())

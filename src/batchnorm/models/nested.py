@@ -1,6 +1,6 @@
 """Containers of tensors: what models take and return, and what batches are.
 
-A container is a tuple, a named tuple, a list, a mapping, or what is registered with torch.utils._pytree, of any depth.
+A container is a tuple, a named tuple, a list, a mapping, or what is registered with torch as such, of any depth.
 Everything else is a leaf.
 """
 
@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from batchnorm import _torch
 
 
 class _Opened(NamedTuple):
@@ -84,7 +85,7 @@ def _mapping_like(value: Any, keys: list[Any], items: list[Any]) -> Any:  # noqa
 
 def _open_registered(value: object) -> _Opened | None:
     """What torch itself can take apart and rebuild: dataclasses, deques, caches of other libraries."""
-    node = pytree.SUPPORTED_NODES.get(type(value))
+    node = _torch.registered_tree(type(value))
     if node is None:
         return None
     items, context = node.flatten_fn(value)

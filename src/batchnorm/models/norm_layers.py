@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import nn
 
+from batchnorm._torch import BatchNormBase
 from batchnorm.modules import BatchNorm
 
-NormLayer = torch.nn.modules.batchnorm._BatchNorm
+NormLayer = BatchNormBase  # torch's, from which all of them come
 
 
 def named_norm_layers(model: nn.Module) -> Iterator[tuple[str, NormLayer]]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from batchnorm import functional, layout
-from batchnorm._torch import in_functorch
+from batchnorm._torch import buffers_of, in_functorch
 from batchnorm.call import Call
 from batchnorm.errors import BatchNormError, NonFiniteError, OptionError, OrderError
 from batchnorm.models.hooks import forward_hooks
@@ -90,7 +90,7 @@ class Layer:
 
 def statistics_of(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     """A layer's running mean and variance."""
-    return module._buffers.get("running_mean"), module._buffers.get("running_var")
+    return buffers_of(module).get("running_mean"), buffers_of(module).get("running_var")
 
 
 def select_layers(model: nn.Module) -> tuple[list[Layer], list[SkippedLayer]]:

@@ -17,6 +17,7 @@ import torch
 from greenlet import GreenletExit
 from typing_extensions import Self
 
+from batchnorm._torch import thread_modes
 from batchnorm.errors import OrderError
 from batchnorm.moments import Moments
 from batchnorm.population.batches import Batch
@@ -112,7 +113,7 @@ class Lockstep:
             )
         if batch_pass.stopping:  # the model caught what was to end it
             raise GreenletExit
-        if _modes() != self._modes:
+        if thread_modes() != self._modes:
             raise OrderError(
                 'got a call inside a mode of torch that a forward pass cannot be interrupted in, such as "with '
                 'torch.device(...)" or saved_tensors_hooks; method "exact" has to interrupt it there. Enter it around '
@@ -138,7 +139,7 @@ class Lockstep:
 
     def _enter(self, batch_pass: Pass) -> None:
         batch_pass.open_contexts.enter_context(self.make_context())
-        self._modes = _modes()
+        self._modes = thread_modes()
 
     def stop(self, batch_pass: Pass) -> None:
         """End a pass where it waits: its `finally`s run, and its memory is free. It can begin again."""
@@ -169,12 +170,3 @@ class Lockstep:
                 if error is None:
                     raise
         self.passes.clear()
-
-
-def _modes() -> tuple[object, ...]:
-    """What torch keeps for a thread and nobody can exchange, as something to compare."""
-    return (
-        torch._C._len_torch_dispatch_stack(),
-        torch._C._len_torch_function_stack(),
-        torch._C._autograd._top_saved_tensors_default_hooks(True),
-    )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
+from batchnorm._torch import without_compiled_code
 from batchnorm.models.buffers import SavedBuffers
 from batchnorm.models.modes import preserved_modes
 from batchnorm.population.layers import Layer
@@ -30,7 +30,7 @@ def transaction(model: nn.Module, layers: Sequence[Layer], devices: set[str]) ->
     buffers, torch_state = SavedBuffers(model), TorchState.here(devices)
     with preserved_modes(model):
         try:
-            with torch.no_grad(), _eagerly():
+            with torch.no_grad(), without_compiled_code():
                 yield
             for layer in layers:
                 buffers.accept(layer.mean)
@@ -38,9 +38,3 @@ def transaction(model: nn.Module, layers: Sequence[Layer], devices: set[str]) ->
         finally:
             buffers.restore()
             torch_state.restore()
-
-
-def _eagerly() -> AbstractContextManager[object]:
-    """Compiled models run as they were written, so that hooks are called."""
-    # Without the compiler loaded, which takes seconds, there is nothing compiled.
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()

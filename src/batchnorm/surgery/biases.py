@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from batchnorm._torch import parameters_of
 from batchnorm.models.nested import tensors
 from batchnorm.models.norm_layers import NormLayer, named_norm_layers
 from batchnorm.modules import BatchNorm
@@ -95,7 +96,7 @@ def _remove(layer: LinearLayer, norm: NormLayer) -> Callable[[], None]:
     Returns:
         What undoes it.
     """
-    bias, mean = layer._parameters["bias"], norm.running_mean
+    bias, mean = parameters_of(layer)["bias"], norm.running_mean
     before = None if mean is None else mean.clone()
     assert bias is not None
     layer.register_parameter("bias", None)

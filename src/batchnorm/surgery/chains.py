@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import fx, nn
 
+from batchnorm._torch import parameters_of
 from batchnorm.models.attributes import attribute_at
 from batchnorm.models.hooks import has_hooks
 from batchnorm.models.norm_layers import NormLayer
@@ -55,7 +56,7 @@ class Flow:
             self.sites.setdefault(module, []).append(Site(region, node))
         owners: dict[int, int] = {}
         for module in model.modules():
-            for parameter in module._parameters.values():
+            for parameter in parameters_of(module).values():
                 owners[id(parameter)] = owners.get(id(parameter), 0) + 1
         for region in regions.traced:
             for node in region.graph.nodes:
@@ -111,7 +112,9 @@ class Flow:
         where = self.where(layer)
         if has_hooks(layer):
             return f"{where} has hooks, which would see other values"
-        if any(parameter is not None and self._owners[id(parameter)] > 1 for parameter in layer._parameters.values()):
+        if any(
+            parameter is not None and self._owners[id(parameter)] > 1 for parameter in parameters_of(layer).values()
+        ):
             return f"others use the parameters of {where} too"
         return None
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from batchnorm import activations
+from batchnorm._torch import buffers_of, children_of, parameters_of
 from batchnorm.call import check_sync, check_virtual_batch_size
 from batchnorm.models.hooks import has_hooks
 from batchnorm.models.norm_layers import NormLayer, display_name, named_norm_layers
@@ -121,10 +122,10 @@ def _become_ours(layer: NormLayer, path: str, options: dict[str, Any]) -> str | 
         return before.__qualname__
     added, buffers = additions(after, before)
     defined = {name for cls in after.__mro__ if issubclass(cls, BatchNorm) for name in vars(cls)}
-    own = vars(layer).keys() | layer._parameters.keys() | layer._buffers.keys() | layer._modules.keys()
+    own = vars(layer).keys() | parameters_of(layer).keys() | buffers_of(layer).keys() | children_of(layer).keys()
     if clash := sorted(own & (added.keys() | buffers | defined | {ORIGIN})):
         return f"{before.__qualname__} with its own {', '.join(clash)}"
-    tensors = {**layer._parameters, **layer._buffers}
+    tensors = {**parameters_of(layer), **buffers_of(layer)}
     dtypes = {name: tensor.dtype for name, tensor in tensors.items() if tensor is not None}
     # The class of an object, and not a new object: that would leave the old one with whoever else refers to it, and a
     # compiled call would go on calling the old one. torch's parametrizations and lazy layers change class like this.
@@ -152,4 +153,4 @@ def additions(our_class: type[BatchNorm], torch_class: type[nn.Module]) -> tuple
     like = torch_class if torch_class in OUR_CLASSES else nn.BatchNorm2d
     ours, torchs = (cls(1, device="meta") for cls in (our_class, like))
     attributes = {name: value for name, value in vars(ours).items() if name not in vars(torchs)}
-    return attributes, ours._buffers.keys() - torchs._buffers.keys()
+    return attributes, buffers_of(ours).keys() - buffers_of(torchs).keys()

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from batchnorm._torch import buffers_of, children_of, parameters_of
 from batchnorm.models.attributes import attribute_at
 from batchnorm.modules import BatchNorm
 
@@ -85,10 +86,10 @@ def _insert(module: fx.GraphModule, layer: nn.Module, node: fx.Node) -> str:
     owners = {str(s.target).rpartition(".")[0] for s in stored}
     path = owners.pop() if len(owners) == 1 else ""
     holder = module.get_submodule(path)
-    if not path or holder._modules or not holder._parameters.keys() <= layer._parameters.keys():
+    if not path or children_of(holder) or not parameters_of(holder).keys() <= parameters_of(layer).keys():
         path = f"{node.name}_layer"
     parent, _, name = path.rpartition(".")
-    module.get_submodule(parent)._modules[name] = layer
+    children_of(module.get_submodule(parent))[name] = layer
     return path
 
 
@@ -97,10 +98,10 @@ def _with(layer: nn.Module, operands: Operands) -> nn.Module:
     for name in ("weight", "bias"):
         value = operands[name]
         keep = value is None or isinstance(value, nn.Parameter)
-        layer._parameters[name] = value if keep else nn.Parameter(value, requires_grad=False)
+        parameters_of(layer)[name] = value if keep else nn.Parameter(value, requires_grad=False)
     for name in ("running_mean", "running_var"):
-        if name in layer._buffers:
-            layer._buffers[name] = operands[name]
+        if name in buffers_of(layer):
+            buffers_of(layer)[name] = operands[name]
     return layer
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from batchnorm._torch import children_of
 from batchnorm.models.hooks import forward_hooks, has_hooks
 from batchnorm.models.modes import inference
 from batchnorm.models.nested import tensors
@@ -166,9 +167,9 @@ def _behind(flow: Flow, norm: NormLayer) -> nn.Module:
 def _replaced(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
     """A model with a module in all places of another."""
     for parent in list(model.modules()):
-        for name, child in parent._modules.items():
+        for name, child in children_of(parent).items():
             if child is old:
-                parent._modules[name] = new
+                children_of(parent)[name] = new
     return new if model is old else model
 
 

@@ -6,6 +6,7 @@ import warnings
 
 from torch import nn
 
+from batchnorm._torch import parameters_of
 from batchnorm.models.norm_layers import our_layers, torch_layer_names
 from batchnorm.modules import BatchNorm, Frozen
 
@@ -59,7 +60,7 @@ def unfreeze(model: nn.Module) -> nn.Module:
 def _set(layer: BatchNorm, frozen: Frozen) -> None:
     stopped: set[str] = vars(layer).pop(_STOPPED, set())
     # Not the attributes: a pruned or parametrized weight is computed, and only a leaf has a requires_grad of its own.
-    own = {name: p for name in ("weight", "bias") if (p := layer._parameters.get(name)) is not None}
+    own = {name: p for name in ("weight", "bias") if (p := parameters_of(layer).get(name)) is not None}
     if frozen.affine:
         for parameter in own.values():
             parameter.grad = None  # an optimizer would still apply it

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from batchnorm._torch import BatchNormBase
 from batchnorm.errors import CountError, OptionError
 from batchnorm.modules import BatchNorm
 
@@ -95,9 +96,7 @@ def from_convention(library: str, values: Mapping[str, Any], *, batch_count: int
     return layer
 
 
-def to_convention(
-    layer: torch.nn.modules.batchnorm._BatchNorm, library: str, *, batch_count: int | None = None
-) -> dict[str, Any]:
+def to_convention(layer: BatchNormBase, library: str, *, batch_count: int | None = None) -> dict[str, Any]:
     """A layer's values in another library's names and meanings: the inverse of `from_convention`.
 
     Args:

@@ -7,6 +7,7 @@ import warnings
 import torch
 from torch import nn
 
+from batchnorm._torch import buffers_of, parameters_of
 from batchnorm.models.norm_layers import display_name, named_norm_layers
 from batchnorm.modules import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.surgery.convert import ORIGIN, Origin, additions
@@ -70,8 +71,8 @@ def _become_torchs(layer: BatchNorm) -> str | None:
         delattr(layer, name)
     layer.__class__ = origin.cls  # type: ignore[assignment]
     for name in _STATISTICS:
-        if (buffer := layer._buffers[name]) is not None:
-            layer._buffers[name] = buffer.to(_dtype(layer, origin, name, buffer))
+        if (buffer := buffers_of(layer)[name]) is not None:
+            buffers_of(layer)[name] = buffer.to(_dtype(layer, origin, name, buffer))
     return None
 
 
@@ -85,7 +86,7 @@ def _namesake(layer: BatchNorm) -> Origin | None:
 
 def _dtype(layer: nn.Module, origin: Origin, name: str, buffer: torch.Tensor) -> torch.dtype:
     """What torch.nn's layer would keep a statistic in."""
-    weight = layer._parameters.get("weight")
+    weight = parameters_of(layer).get("weight")
     if weight is not None and weight.dtype != origin.dtypes.get("weight"):
         return weight.dtype  # made as ours, or moved since: torch moves both
     return origin.dtypes.get(name, buffer.dtype)

@@ -7,7 +7,6 @@ attributes, keeps something in them for the next call, or makes tensors of its o
 from __future__ import annotations
 
 import operator
-import sys
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ import torch
 from torch import fx, nn
 from torch.fx.proxy import TraceError
 
+from batchnorm._torch import called_by_torch, children_of
 from batchnorm.models.attributes import preserved_attributes
 from batchnorm.models.hooks import without_hooks
 from batchnorm.models.modes import preserved_modes, set_training
@@ -82,18 +82,12 @@ class Regions(NamedTuple):
         return "no forward calls it"
 
 
-def _asked_by_torch() -> bool:
-    """Whether the code that asks for an attribute is torch's; to be called by what computes the attribute."""
-    caller: str = sys._getframe(2).f_globals.get("__name__", "")
-    return caller.startswith("torch.")
-
-
 class _Input(fx.Proxy):
     """A proxy that does not let itself be taken for something that is no tensor."""
 
     @property  # type: ignore[misc]  # what isinstance asks for
     def __class__(self) -> type:
-        if not _asked_by_torch():
+        if not called_by_torch(1):
             raise TraceError("it asks for the type of a tensor")
         return _Input
 
@@ -122,7 +116,7 @@ class _Tracer(fx.Tracer):
         if self._leaf is not None:
             return self._leaf(m)
         # A module without others inside, like drop path, may do as it likes: it goes on doing it.
-        return not m._modules or super().is_leaf_module(m, module_qualified_name)
+        return not children_of(m) or super().is_leaf_module(m, module_qualified_name)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Input(node, self)
