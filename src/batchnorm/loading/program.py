@@ -59,7 +59,7 @@ def save_program(model: nn.Module, inputs: Any, path: Path) -> None:  # noqa: AN
 
 
 def _exported(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> torch.export.ExportedProgram:
-    open_sizes = map_leaves(_open, (arguments, keywords))
+    open_sizes = map_leaves((arguments, keywords), _open)
     try:
         with _quiet():
             return torch.export.export(

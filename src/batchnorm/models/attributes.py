@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
-_Container = list[Any] | dict[Any, Any] | set[Any]
-
 from batchnorm._torch import buffers_of, children_of, parameters_of
+
+_Container = list[Any] | dict[Any, Any] | set[Any]
 
 
 def attribute_at(model: nn.Module, path: str) -> object:
