@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from batchnorm.models.norm_layers import our_layers, torch_layer_names
+from batchnorm.models.norm_layers import split_by_origin
 from batchnorm.modules import BatchNorm
 from batchnorm.moments import Moments
 
@@ -64,8 +64,8 @@ def deferred(model: nn.Module) -> Iterator[Pending]:
         A `Pending`, whose `discard()` drops what was proposed.
     """
     pending = Pending()
-    layers = our_layers(model)
-    if others := torch_layer_names(model):
+    layers, others = split_by_origin(model)
+    if others:
         warnings.warn(
             f"these layers are torch.nn's and commit at once: {', '.join(others)}. Use batchnorm.convert(model) first",
             UserWarning,

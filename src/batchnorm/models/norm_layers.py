@@ -24,11 +24,12 @@ def display_name(path: str) -> str:
     return path or "the model itself"
 
 
-def our_layers(model: nn.Module) -> list[BatchNorm]:
-    """The layers that are ours."""
-    return [layer for _, layer in named_norm_layers(model) if isinstance(layer, BatchNorm)]
-
-
-def torch_layer_names(model: nn.Module) -> list[str]:
-    """The names of the layers that are torch.nn's, which know neither proposals nor freezing."""
-    return [display_name(path) for path, layer in named_norm_layers(model) if not isinstance(layer, BatchNorm)]
+def split_by_origin(model: nn.Module) -> tuple[list[BatchNorm], list[str]]:
+    """The layers that are ours, and the names of torch.nn's, which know neither proposals nor freezing."""
+    ours, torch_names = [], []
+    for path, layer in named_norm_layers(model):
+        if isinstance(layer, BatchNorm):
+            ours.append(layer)
+        else:
+            torch_names.append(display_name(path))
+    return ours, torch_names

@@ -7,7 +7,7 @@ import warnings
 from torch import nn
 
 from batchnorm._torch import parameters_of
-from batchnorm.models.norm_layers import our_layers, torch_layer_names
+from batchnorm.models.norm_layers import split_by_origin
 from batchnorm.modules import BatchNorm, Frozen
 
 _STOPPED = "_stopped_learning"  # a layer's attribute: which parameters' requires_grad `freeze` has set to False
@@ -33,9 +33,10 @@ def freeze(
         `model`, the same object.
     """
     frozen = Frozen(statistics if normalization is None else normalization, statistics, affine)
-    for layer in our_layers(model):
+    layers, others = split_by_origin(model)
+    for layer in layers:
         _set(layer, frozen)
-    if others := torch_layer_names(model):
+    if others:
         warnings.warn(
             f"not frozen, because these layers are torch.nn's: {', '.join(others)}. Use batchnorm.convert(model) first",
             UserWarning,
@@ -52,7 +53,7 @@ def unfreeze(model: nn.Module) -> nn.Module:
     Returns:
         `model`, the same object.
     """
-    for layer in our_layers(model):
+    for layer in split_by_origin(model)[0]:
         _set(layer, Frozen())
     return model
 
