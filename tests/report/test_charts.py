@@ -14,7 +14,7 @@ from batchnorm.report.charts import STYLES, file, svg
 from batchnorm.report.document import Chart, Curve
 
 ONE = Curve("ours", [1, 2, 3], [10.0, 20.0, 30.0], [9.0, 19.0, 29.0], [11.0, 21.0, 31.0])
-OTHER = Curve("theirs", [1, 2, 3], [30.0, None, 10.0], [29.0, None, 9.0], [31.0, None, 11.0])
+OTHER = Curve("torch", [1, 2, 3], [30.0, None, 10.0], [29.0, None, 9.0], [31.0, None, 11.0])
 CHART = Chart('"Title" <b>', 'What "it" <shows> & more', "step", "accuracy, %", [ONE, OTHER], mark=25)
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -64,7 +64,7 @@ def test_colours_are_the_pages() -> None:
 
 def test_text_stays_text() -> None:
     texts = {"".join(node.itertext()).strip() for node in ElementTree.fromstring(svg(CHART, "one")).iter(f"{SVG}text")}
-    assert {"step", "accuracy, %", "ours", "theirs"} <= texts
+    assert {"step", "accuracy, %", "ours", "torch"} <= texts
 
 
 def test_a_gap_is_a_gap() -> None:
