@@ -134,11 +134,11 @@ def test_points_of_one_name_stand_beside_each_other() -> None:
     names = [(1, "an <odd> $name$"), (2, "two words"), (3, "3")]
     both = [replace(ONE, low=None, high=None, points=True), replace(OTHER, low=None, high=None, points=True)]
     drawing = svg(replace(CHART, curves=both, names=names, mark=None), "names")
-    ours, theirs = (
+    ours, others = (
         sorted({float(x) for x in re.findall(rf'<use [^>]*x="([\d.]+)"[^>]*style="fill: var\(--curve-{i}\)', drawing)})
         for i in (0, 1)
     )
-    assert not set(ours) & set(theirs)
+    assert not set(ours) & set(others)
     texts = {"".join(node.itertext()).strip() for node in ElementTree.fromstring(drawing).iter(f"{SVG}text")}
     assert {"an <odd> $name$", "two words", "3"} <= {" ".join(text.split()) for text in texts}
 
