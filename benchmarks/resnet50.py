@@ -57,7 +57,7 @@ class Contender:
 
 
 def network() -> nn.Module:
-    """ResNet-50 from a fixed seed: what transformers' ResNetConfig describes unless told otherwise.
+    """ResNet-50 from a fixed seed: what transformers' ResNetConfig describes by default.
 
     Raises:
         SystemExit: transformers is not installed.

@@ -121,7 +121,7 @@ class Version:
         return seconds
 
     def answer(self) -> list[Tensor]:
-        """Y, dx, dweight and dbias, as float32."""
+        """The output y and the gradients dx, dweight and dbias, as float32."""
         path = Path(self._folder.name) / "answer.pt"
         self._ask(do="answer", file=str(path))
         tensors: list[Tensor] = torch.load(path)

@@ -118,7 +118,7 @@ def one_value(rank: int, size: int, *, nothing: bool) -> dict[str, Any]:
 
 
 def of_some(rank: int, size: int) -> dict[str, Any]:
-    """The first and the last process share theirs; the one between is alone."""
+    """The first and the last process share statistics; the one between is alone."""
     groups = [dist.new_group([0, 2]), dist.new_group([1])]
     made = layer(process_group=groups[rank % 2])
     copied = copy.deepcopy(nn.Sequential(made))

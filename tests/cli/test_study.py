@@ -41,19 +41,22 @@ def test_out_is_a_file(inside: str, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert f"cannot write to {out}: " in fails(capsys, "study", "--out", out)
 
 
-@pytest.mark.parametrize("module", ["sklearn", "matplotlib", "jinja2"])
-def test_a_missing_extra_is_one_line(module: str, tmp_path: Path) -> None:
-    """In a fresh process, so that nothing has been imported before."""
-    process = start(
-        "study", "--out", str(tmp_path / "out"), code=f"import sys; sys.modules['{module}'] = None; {START}"
-    )
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 2
-    assert output == ""
-    assert errors.count("\n") == 1
-    assert errors.startswith("batchnorm: the study needs ")
-    assert errors.endswith('pip install "batchnorm[study]"\n')
-    assert not (tmp_path / "out").exists()
+def test_a_missing_extra_is_one_line(tmp_path: Path) -> None:
+    """In fresh processes, so that nothing has been imported before."""
+    started = {
+        module: start(
+            "study", "--out", str(tmp_path / module), code=f"import sys; sys.modules['{module}'] = None; {START}"
+        )
+        for module in ("sklearn", "matplotlib", "jinja2")
+    }
+    for module, process in started.items():
+        output, errors = process.communicate(timeout=120)
+        assert process.returncode == 2, module
+        assert output == ""
+        assert errors.count("\n") == 1
+        assert errors.startswith("batchnorm: the study needs ")
+        assert errors.endswith('pip install "batchnorm[study]"\n')
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")

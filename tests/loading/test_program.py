@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.errors import UsageError
-from batchnorm.loading.program import SUFFIXES, check_program, save_program
+from batchnorm.loading.program import SUFFIXES, check_program_path, save_program
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 
@@ -82,11 +82,11 @@ def test_a_file_stays_where_a_model_cannot_be_exported(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_what_can_be_written(tmp_path: Path, suffix: str) -> None:
-    check_program(tmp_path / f"net{suffix}")
+    check_program_path(tmp_path / f"net{suffix}")
     with pytest.raises(UsageError, match="cannot write to"):
-        check_program(tmp_path / "no" / f"net{suffix}")
+        check_program_path(tmp_path / "no" / f"net{suffix}")
 
 
 def test_an_unknown_suffix(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"must end with \.pt2, \.onnx, \.safetensors, \.pt, \.pth"):
-        check_program(tmp_path / "net")
+        check_program_path(tmp_path / "net")

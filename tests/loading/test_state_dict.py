@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from batchnorm.errors import UsageError
 from batchnorm.loading import state_dict
-from batchnorm.loading.state_dict import check_output, check_place, load_weights, save_weights
+from batchnorm.loading.state_dict import check_state_dict_path, check_writable, load_state_dict, save_state_dict
 
 
 class Tied(nn.Module):
@@ -35,16 +35,16 @@ def state(model: nn.Module) -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pt", "w.pth"])
 def test_there_and_back(name: str, tmp_path: Path) -> None:
     path, model, other = tmp_path / name, Tied(0), Tied(1)
-    check_output(path)
-    save_weights(model, path)
+    check_state_dict_path(path)
+    save_state_dict(model, path)
     assert os.listdir(tmp_path) == [name]
-    load_weights(other, path)
+    load_state_dict(other, path)
     assert state(other) == state(model)
     assert other.last.weight is other.first.weight
 
 
 def test_torch_reads_what_is_written(tmp_path: Path) -> None:
-    save_weights(Tied(0), tmp_path / "w.pt")
+    save_state_dict(Tied(0), tmp_path / "w.pt")
     read = torch.load(tmp_path / "w.pt", weights_only=True)
     assert {name: tensor.tolist() for name, tensor in read.items()} == state(Tied(0))
 
@@ -52,7 +52,7 @@ def test_torch_reads_what_is_written(tmp_path: Path) -> None:
 def test_any_other_suffix_is_read_as_torchs(tmp_path: Path) -> None:
     torch.save(Tied(0).state_dict(), tmp_path / "w.bin")
     other = Tied(1)
-    load_weights(other, tmp_path / "w.bin")
+    load_state_dict(other, tmp_path / "w.bin")
     assert state(other) == state(Tied(0))
 
 
@@ -65,18 +65,18 @@ def test_weights_of_another_model(name: str, tmp_path: Path) -> None:
     model, path = nn.Linear(2, 2), tmp_path / name
     written(path, {"weight": torch.zeros(2, 2), "scale": torch.zeros(2)})
     with pytest.raises(UsageError) as caught:
-        load_weights(model, path)
+        load_state_dict(model, path)
     assert str(caught.value).startswith(f"{path} does not fit the model: it lacks bias; the model has no scale. ")
     written(path, {"weight": torch.zeros(3, 2), "bias": torch.zeros(2)})
     with pytest.raises(UsageError, match="size mismatch for weight"):
-        load_weights(model, path)
+        load_state_dict(model, path)
 
 
 def test_long_lists_of_names_are_cut(tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "w.pt")
     model = nn.Sequential(*(nn.Linear(1, 1) for _ in range(4)))
     with pytest.raises(UsageError, match=r"lacks 0\.weight, .*, 2\.weight and 3 more; the model has no state_dict\. "):
-        load_weights(model, tmp_path / "w.pt")
+        load_state_dict(model, tmp_path / "w.pt")
 
 
 class Trap:
@@ -93,7 +93,7 @@ def test_a_file_with_code_is_not_run(tmp_path: Path) -> None:
     with (tmp_path / "w.pt").open("wb") as file:
         torch.save({"weight": Trap(tmp_path / "sprung")}, file)
     with pytest.raises(UsageError, match=r"^cannot load \S*w\.pt: it holds other things than tensors"):
-        load_weights(nn.Linear(1, 1), tmp_path / "w.pt")
+        load_state_dict(nn.Linear(1, 1), tmp_path / "w.pt")
     assert not (tmp_path / "sprung").exists()
 
 
@@ -102,27 +102,27 @@ def test_a_file_with_code_is_not_run(tmp_path: Path) -> None:
 def test_files_that_cannot_be_read(name: str, content: bytes, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UsageError, match=rf"^cannot load \S*{name}: "):
-        load_weights(nn.Linear(1, 1), tmp_path / name)
+        load_state_dict(nn.Linear(1, 1), tmp_path / name)
 
 
 def test_a_file_of_something_else(tmp_path: Path) -> None:
     torch.save(torch.zeros(2), tmp_path / "w.pt")
     with pytest.raises(UsageError, match="it holds an object of type Tensor; it must be a state_dict"):
-        load_weights(nn.Linear(1, 1), tmp_path / "w.pt")
+        load_state_dict(nn.Linear(1, 1), tmp_path / "w.pt")
 
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pt"])
 def test_no_file(name: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=f"cannot read .*{name}: No such file"):
-        load_weights(nn.Linear(1, 1), tmp_path / name)
+        load_state_dict(nn.Linear(1, 1), tmp_path / name)
 
 
-def test_places_that_cannot_be_written_to(tmp_path: Path) -> None:
+def test_paths_that_cannot_be_written_to(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"must end with \.safetensors, \.pt, \.pth"):
-        check_output(tmp_path / "w.onnx")
+        check_state_dict_path(tmp_path / "w.onnx")
     (tmp_path / "folder.pt").mkdir()
     for path in (tmp_path / "no" / "w.pt", tmp_path / "folder.pt"):
-        for check in (check_output, check_place):
+        for check in (check_state_dict_path, check_writable):
             with pytest.raises(UsageError, match="cannot write to"):
                 check(path)
 
@@ -138,5 +138,5 @@ def test_a_write_that_fails_leaves_the_old_file(
     (tmp_path / "w.pt").write_bytes(b"old")
     monkeypatch.setitem(state_dict._FORMATS, ".pt", state_dict._FORMATS[".pt"]._replace(save=half))
     with pytest.raises(UsageError if isinstance(error, OSError) else KeyboardInterrupt):
-        save_weights(nn.Linear(1, 1), tmp_path / "w.pt")
+        save_state_dict(nn.Linear(1, 1), tmp_path / "w.pt")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"w.pt": b"old"}

@@ -14,7 +14,7 @@ from batchnorm.report.charts import STYLES, file, svg
 from batchnorm.report.document import Chart, Curve
 
 ONE = Curve("ours", [1, 2, 3], [10.0, 20.0, 30.0], [9.0, 19.0, 29.0], [11.0, 21.0, 31.0])
-OTHER = Curve("theirs", [1, 2, 3], [30.0, None, 10.0], [29.0, None, 9.0], [31.0, None, 11.0])
+OTHER = Curve("torch", [1, 2, 3], [30.0, None, 10.0], [29.0, None, 9.0], [31.0, None, 11.0])
 CHART = Chart('"Title" <b>', 'What "it" <shows> & more', "step", "accuracy, %", [ONE, OTHER], mark=25)
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -64,7 +64,7 @@ def test_colours_are_the_pages() -> None:
 
 def test_text_stays_text() -> None:
     texts = {"".join(node.itertext()).strip() for node in ElementTree.fromstring(svg(CHART, "one")).iter(f"{SVG}text")}
-    assert {"step", "accuracy, %", "ours", "theirs"} <= texts
+    assert {"step", "accuracy, %", "ours", "torch"} <= texts
 
 
 def test_a_gap_is_a_gap() -> None:
@@ -134,11 +134,11 @@ def test_points_of_one_name_stand_beside_each_other() -> None:
     names = [(1, "an <odd> $name$"), (2, "two words"), (3, "3")]
     both = [replace(ONE, low=None, high=None, points=True), replace(OTHER, low=None, high=None, points=True)]
     drawing = svg(replace(CHART, curves=both, names=names, mark=None), "names")
-    ours, theirs = (
+    ours, others = (
         sorted({float(x) for x in re.findall(rf'<use [^>]*x="([\d.]+)"[^>]*style="fill: var\(--curve-{i}\)', drawing)})
         for i in (0, 1)
     )
-    assert not set(ours) & set(theirs)
+    assert not set(ours) & set(others)
     texts = {"".join(node.itertext()).strip() for node in ElementTree.fromstring(drawing).iter(f"{SVG}text")}
     assert {"an <odd> $name$", "two words", "3"} <= {" ".join(text.split()) for text in texts}
 

@@ -190,8 +190,8 @@ OPERATOR_LAYOUTS = [
 def operator_cases() -> list[OperatorCase]:
     """Pairwise what decides which results an operator returns and of which dtypes; layouts in turn.
 
-    An activation with a residual has one gradient more, weight and bias give theirs a dtype, and a mask gives one to
-    the count: no operator looks at more than two of these at once.
+    An activation with a residual has one gradient more, the dtypes of weight and bias are those of their gradients,
+    and a mask's dtype decides the count's: no operator looks at more than two of these at once.
     """
     choices = pairwise(
         DTYPES, (None, torch.bool, torch.float64), (None, "silu"), (False, True), (True, False), (False, True)

@@ -1,4 +1,4 @@
-"""Traps in what goes in: shapes, layouts, padding, dtypes, and the transforms around. Checks as in `trap_updates`."""
+"""Traps in what goes in: shapes, layouts, padding, dtypes, and the transforms around. Checks as in `updates`."""
 
 from __future__ import annotations
 

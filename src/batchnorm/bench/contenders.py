@@ -38,7 +38,7 @@ class Contender(Protocol):
         """Do the work once; seconds, or None where it cannot be told from the rest."""
 
     def answer(self) -> list[Tensor]:
-        """Y, dx, dweight and dbias, as float32 in the layout of the case."""
+        """The output y and the gradients dx, dweight and dbias, as float32 in the layout of the case."""
 
     def close(self) -> None:
         """Free the tensors of the case."""
@@ -79,7 +79,7 @@ class TorchModule:
         return seconds
 
     def answer(self) -> list[Tensor]:
-        """Y and the gradients."""
+        """The output and the gradients."""
         y = self._layers[0](self._x)
         return [t.detach().float() for t in (y, *torch.autograd.grad(y, self._inputs, self._dy))]
 
@@ -160,7 +160,7 @@ class Peer:
         return seconds
 
     def answer(self) -> list[Tensor]:
-        """Y and the gradients, through files."""
+        """The output and the gradients, read from files."""
         self._ask(do="answer", folder=self._folder.name)
         names = ("y", "dx", "dweight", "dbias")
         results = [torch.from_numpy(np.load(Path(self._folder.name) / f"{name}.npy")) for name in names]

@@ -36,7 +36,7 @@ class Case:
 
     @property
     def channels(self) -> int:
-        """C."""
+        """The number of channels."""
         return self.shape[1]
 
     @property
@@ -53,7 +53,7 @@ class Case:
         return x.contiguous()
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """X, dy, weight and bias."""
+        """The input x, the gradient dy of the output, weight and bias."""
         generator = torch.Generator().manual_seed(0)
         x, dy = (self.arrange(torch.randn(self.shape, generator=generator).to(DTYPES[self.dtype])) for _ in range(2))
         weight, bias = (torch.rand(self.channels, generator=generator) + 0.5 for _ in range(2))

@@ -16,7 +16,7 @@ import click
     show_default=True,
     help="Which shapes.",
 )
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Of the inputs.  [default: both]")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Of the inputs; both by default.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write every number there.")
 @click.option("--peers", is_flag=True, help="Measure JAX and TensorFlow too, from .peers (make peers).")
 @click.option("--compile/--no-compile", default=True, help="Measure torch.compile too (compiling takes minutes).")

@@ -14,7 +14,7 @@ from batchnorm.errors import UsageError
 from batchnorm.loading.data import load_data
 from batchnorm.loading.model import load_model
 from batchnorm.loading.object_reference import blaming
-from batchnorm.loading.program import check_program, save_program
+from batchnorm.loading.program import check_program_path, save_program
 from batchnorm.population.batches import samples
 
 _FILE = click.Path(path_type=Path)
@@ -35,7 +35,7 @@ def fold(model: str, output: Path, example: str, weights: Path | None) -> None:
     FILE ends with .pt2 (a program of torch.export, which runs without MODEL's code), .onnx, or .safetensors or .pt
     (the weights of the folded model).
     """
-    check_program(output)
+    check_program_path(output)
     net = load_model(model, weights)
     inputs = _example(example)
     with blaming("the model"):

@@ -15,7 +15,7 @@ from batchnorm.cli.processes import processes
 from batchnorm.loading.data import load_data
 from batchnorm.loading.model import load_model
 from batchnorm.loading.object_reference import blaming
-from batchnorm.loading.state_dict import check_output, check_place, save_weights
+from batchnorm.loading.state_dict import check_state_dict_path, check_writable, save_state_dict
 from batchnorm.population.batches import default_forward
 from batchnorm.population.recalibrate import METHODS
 
@@ -41,7 +41,7 @@ def _bytes(context: click.Context, parameter: click.Parameter, value: str | None
 @click.option(
     "--method", type=click.Choice(list(METHODS)), default="exact", show_default=True, help="Which statistics."
 )
-@click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Of a .npz file; 32 unless told.")
+@click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Of a .npz file; 32 by default.")
 @click.option("--max-samples", type=click.IntRange(min=1), metavar="N", help="Use so many at most, in each process.")
 @click.option("--memory-limit", callback=_bytes, metavar="BYTES", help='Of "exact": 2GB, say; half of what is free.')
 @click.option("--checkpoint", type=_FILE, metavar="FILE", help='Of "pooled": progress, so that a killed run goes on.')
@@ -72,11 +72,11 @@ def recalibrate(
         with blaming("the model"):
             default_forward(net, batch)
 
-    check_output(output)
+    check_state_dict_path(output)
     if checkpoint is not None:
-        check_place(checkpoint)
+        check_writable(checkpoint)
     with processes() as group:
-        torch.manual_seed(0)  # data that are shuffled come in the same order in every process
+        torch.manual_seed(0)  # shuffled data must come in the same order in every process
         net = load_model(model, weights)
         batches = load_data(data, batch_size=batch_size, rank=group.rank, size=group.size)
         first = group.rank == 0
@@ -92,5 +92,5 @@ def recalibrate(
                 checkpoint=checkpoint,
             )
         if first:
-            save_weights(net, output)
+            save_state_dict(net, output)
             click.echo(str(result))

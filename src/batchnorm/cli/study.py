@@ -20,7 +20,7 @@ import click
 @click.option(
     "--data",
     metavar="DATA",
-    help="A .npz file with x and y, or a callable that returns (x, y); scikit-learn's digits unless told.",
+    help="A .npz file with x and y, or a callable that returns (x, y); by default scikit-learn's digits.",
 )
 @click.option(
     "--layers",

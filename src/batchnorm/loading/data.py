@@ -32,7 +32,7 @@ def load_data(reference: str, *, batch_size: int | None = None, rank: int = 0, s
     Args:
         reference: `package.module:callable`, `path/file.py:callable`, or a `.npz` file with an array `x` and
             optionally a `y` of the same length, whose batches are `x` or pairs.
-        batch_size: of a `.npz` file; 32 unless told.
+        batch_size: of a `.npz` file; 32 by default.
         rank: the process, from 0.
         size: how many processes there are.
 
@@ -41,7 +41,7 @@ def load_data(reference: str, *, batch_size: int | None = None, rank: int = 0, s
     """
     if reference.endswith(".npz"):
         arrays = _arrays(Path(reference))
-        return Share(reference, Slices(arrays, batch_size or BATCH_SIZE), rank, size)
+        return Shard(reference, ArrayBatches(arrays, batch_size or BATCH_SIZE), rank, size)
     if batch_size is not None:
         raise UsageError(f"got --batch-size and DATA {reference}; it is for .npz files, a callable makes its batches")
     make = resolve(reference, "DATA")
@@ -52,10 +52,10 @@ def load_data(reference: str, *, batch_size: int | None = None, rank: int = 0, s
             batches = make()
     if not isinstance(batches, Iterable):
         raise UsageError(f"{reference} returned {type(batches).__name__}; DATA must return an iterable of batches")
-    return Share(reference, batches, rank, size)
+    return Shard(reference, batches, rank, size)
 
 
-class Share:
+class Shard:
     """Every `size`-th of the batches, from number `rank` on; what reading them raises names `reference`."""
 
     def __init__(self, reference: str, batches: Iterable[Any], rank: int, size: int) -> None:
@@ -66,7 +66,7 @@ class Share:
 
     def __len__(self) -> int:
         """Raises TypeError where the batches have no length."""
-        return len(range(len(self._batches))[self._rank :: self._size])  # type: ignore[arg-type]  # said above
+        return len(range(len(self._batches))[self._rank :: self._size])  # type: ignore[arg-type]  # documented
 
     def __iter__(self) -> Iterator[Any]:
         with blaming(self._reference):
@@ -79,8 +79,8 @@ class Share:
             yield batch
 
 
-class Slices:
-    """Arrays cut along their first dimension, as tensors over the same memory."""
+class ArrayBatches:
+    """Batches of arrays, cut along their first dimension without copying."""
 
     def __init__(self, arrays: Sequence[Tensor], batch_size: int) -> None:
         self._arrays = arrays

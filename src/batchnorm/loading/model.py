@@ -8,7 +8,7 @@ from torch import nn
 
 from batchnorm.errors import UsageError
 from batchnorm.loading.object_reference import blaming, resolve
-from batchnorm.loading.state_dict import load_weights
+from batchnorm.loading.state_dict import load_state_dict
 
 
 def load_model(reference: str, file: Path | None = None) -> nn.Module:
@@ -28,5 +28,5 @@ def load_model(reference: str, file: Path | None = None) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise UsageError(f"{reference} returned {type(model).__name__}; MODEL must return a torch.nn.Module")
     if file is not None:
-        load_weights(model, file)
+        load_state_dict(model, file)
     return model

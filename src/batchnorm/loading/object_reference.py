@@ -17,31 +17,33 @@ from typing import Any
 from batchnorm.errors import BatchNormError, UsageError
 
 _PACKAGE = str(Path(__file__).parents[1])
-# Python, what is installed, and this package: an error's line in there says less than the line that led there.
+# Python, what is installed, and this package: their lines say less about an error than the user's line before them.
 _NOT_THE_USERS = (*{sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}, _PACKAGE, "<")
 
 
 def resolve(reference: str, what: str) -> Callable[..., Any]:
     """The callable that a reference names.
 
-    Modules are looked for in the current folder first, and a file's own folder is on `sys.path`, as with `python FILE`.
+    Modules are searched for in the current folder first, and a file's own folder is on `sys.path`, as with
+    `python FILE`.
 
     Args:
         reference: `package.module:callable` or `path/file.py:callable`.
         what: what it is for, as messages name it.
 
     Raises:
-        UsageError: no such form, no such module or file, no such name, or nothing to call; or the module raises.
+        UsageError: the reference has another form, there is no such module, file or name, it is not callable, or the
+            module raises.
     """
-    place, _, name = reference.rpartition(":")
-    if not place or not all(part.isidentifier() for part in name.split(".")):
+    source, _, name = reference.rpartition(":")
+    if not source or not all(part.isidentifier() for part in name.split(".")):
         raise UsageError(f"got {what} {reference}; it must be package.module:callable or path/file.py:callable")
-    with blaming(f"importing {place}"):
-        module = _file(Path(place)) if place.endswith(".py") else _module(place)
+    with blaming(f"importing {source}"):
+        module = _file(Path(source)) if source.endswith(".py") else _module(source)
     try:
         found: Any = operator.attrgetter(name)(module)
     except AttributeError as error:
-        raise UsageError(f"got {what} {reference}; {place} has no {name}. Check the name") from error
+        raise UsageError(f"got {what} {reference}; {source} has no {name}. Check the name") from error
     if not callable(found):
         raise UsageError(f"got {what} {reference}; it must be callable, and is of type {type(found).__name__}")
     return found  # type: ignore[no-any-return]  # it can be called, which is all that is known

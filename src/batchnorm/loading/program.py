@@ -16,29 +16,29 @@ from torch import Tensor, nn
 from batchnorm import extras
 from batchnorm.errors import UsageError
 from batchnorm.loading import state_dict
-from batchnorm.loading.state_dict import check_place, save_weights, whole_file
+from batchnorm.loading.state_dict import atomic_write, check_writable, save_state_dict
 from batchnorm.models.nested import map_leaves
 
 
-def check_program(path: Path) -> None:
-    """A model, or its weights, can be written there: before work is done that would be lost.
+def check_program_path(path: Path) -> None:
+    """Check that a model, or its weights, can be written to a path, before work is done that would be lost.
 
     Raises:
-        UsageError: an unknown suffix, a missing package, or no such place.
+        UsageError: an unknown suffix, a missing package, or a path that cannot be written to.
     """
     if path.suffix not in SUFFIXES:
         raise UsageError(f"got {path}; the name of a folded model must end with {', '.join(SUFFIXES)}")
     if path.suffix not in _PROGRAMS:
-        state_dict.check_output(path)
+        state_dict.check_state_dict_path(path)
     elif path.suffix == ".onnx":
         extras.require("onnx", "a .onnx file")
-    check_place(path)
+    check_writable(path)
 
 
 def save_program(model: nn.Module, inputs: Any, path: Path) -> None:  # noqa: ANN401 - what the model takes
     """Write a model in inference mode as a program that runs without its code, or its weights, as the suffix says.
 
-    The first dimension of the inputs is left open where it is at least 2 and the model allows it.
+    The first dimension of the inputs may be of any size where it is at least 2 and the model allows it.
 
     Args:
         model: in inference mode.
@@ -49,22 +49,20 @@ def save_program(model: nn.Module, inputs: Any, path: Path) -> None:  # noqa: AN
         UsageError: torch cannot export the model, or the file cannot be written.
     """
     if path.suffix not in _PROGRAMS:
-        save_weights(model, path)
+        save_state_dict(model, path)
         return
     arguments, keywords = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
     arguments = (arguments,) if isinstance(arguments, Tensor) else tuple(arguments)
     program = _exported(model, arguments, keywords)
-    with whole_file(path) as temporary, _quiet():
+    with atomic_write(path) as temporary, _quiet():
         _PROGRAMS[path.suffix](program, temporary)
 
 
 def _exported(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> torch.export.ExportedProgram:
-    open_sizes = map_leaves((arguments, keywords), _open)
+    shapes = map_leaves((arguments, keywords), _dynamic_shape)
     try:
         with _quiet():
-            return torch.export.export(
-                model, arguments, keywords, dynamic_shapes=(*open_sizes[0], *open_sizes[1].values())
-            )
+            return torch.export.export(model, arguments, keywords, dynamic_shapes=(*shapes[0], *shapes[1].values()))
     except Exception as error:  # of many kinds: whatever the model's code and torch.export raise
         raise UsageError(
             f"torch.export cannot make a program of this model ({type(error).__name__}: {str(error).splitlines()[0]}). "
@@ -86,8 +84,8 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _open(value: object) -> dict[int, Any] | None:
-    """What torch.export is told about an input: its first dimension may be another one."""
+def _dynamic_shape(value: object) -> dict[int, Any] | None:
+    """An input's dynamic shape for torch.export: the first dimension is of any size where it is at least 2."""
     several = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] > 1
     return {0: torch.export.Dim.AUTO} if several else None
 

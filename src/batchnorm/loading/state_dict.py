@@ -32,8 +32,8 @@ class _Format(NamedTuple):
     needs: tuple[str, ...] = ()
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Put a file's weights into a model: exactly those that it has. Any suffix but .safetensors is torch's.
+def load_state_dict(model: nn.Module, path: Path) -> None:
+    """Load a file's weights into a model, whose names must be the file's. Any suffix but .safetensors is torch's.
 
     Raises:
         UsageError: the file cannot be read, holds more than tensors, or does not fit the model.
@@ -48,21 +48,21 @@ def load_weights(model: nn.Module, path: Path) -> None:
     lists = [f"it lacks {_listed(missing)}"] if missing else []
     lists += [f"the model has no {_listed(unexpected)}"] if unexpected else []
     if lists:
-        raise UsageError(f"{path} does not fit the model: {'; '.join(lists)}. Give the weights of this very model")
+        raise UsageError(f"{path} does not fit the model: {'; '.join(lists)}. Give the weights of this model")
 
 
-def check_output(path: Path) -> None:
-    """Weights can be written there: before work is done that would be lost.
+def check_state_dict_path(path: Path) -> None:
+    """Check that weights can be written to a path, before work is done that would be lost.
 
     Raises:
-        UsageError: an unknown suffix, a missing package, or no such place.
+        UsageError: an unknown suffix, a missing package, or a path that cannot be written to.
     """
     _format(path)
-    check_place(path)
+    check_writable(path)
 
 
-def check_place(path: Path) -> None:
-    """A file can be written there.
+def check_writable(path: Path) -> None:
+    """Check that a file can be written to a path.
 
     Raises:
         UsageError: it cannot.
@@ -71,20 +71,20 @@ def check_place(path: Path) -> None:
         raise UsageError(f"cannot write to {path}; it must be a file in a folder that is there and can be written to")
 
 
-def save_weights(model: nn.Module, path: Path) -> None:
+def save_state_dict(model: nn.Module, path: Path) -> None:
     """Write a model's weights: a whole file or none, and until it is whole the old one stays.
 
     Raises:
         UsageError: it cannot be written.
     """
     form = _format(path)
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         form.save(model, temporary)
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Where to write what becomes `path` at the end, if there is no error.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """A temporary path to write to; it becomes `path` at the end, if there is no error.
 
     Raises:
         UsageError: it cannot be written.

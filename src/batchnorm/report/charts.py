@@ -137,7 +137,7 @@ def _drawing(chart: Chart, name: str) -> str:
 def _curve(axes: Axes, chart: Chart, i: int) -> Line2D:
     """Draw curve i; what the legend is to show of it."""
     curve, colour, style = chart.curves[i], _CURVES[i], STYLES[i]
-    # Points of the same name stand beside each other, lest one hide the other.
+    # Points of the same name stand beside each other, so that none hides another.
     aside = 0.13 * (i - (len(chart.curves) - 1) / 2) if chart.names and curve.points else 0.0
     x, middle = [value + aside for value in curve.x], _floats(curve.middle)
     interval = _interval(curve)
