@@ -9,49 +9,20 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-import pytest
-
 import batchnorm
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "batchnorm"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-# Imports go down: a file may import from lower floors, and inside its own room.
-FLOORS = {
-    "errors": 0,
-    "_torch": 0,
-    "ghost": 0,
-    "layout": 1,
-    "activations": 1,
-    "extras": 1,
-    "kernels": 2,
-    "ops": 3,
-    "call": 3,
-    "moments": 4,
-    "distributed": 5,
-    "renorm": 5,
-    "statistics": 6,
-    "autograd": 7,
-    "sync": 8,
-    "functional": 9,
-    "modules": 10,
-    "models": 11,
-    "deferral": 12,
-    "population": 12,
-    "surgery": 12,
-    "report": 12,
-    "loading": 13,
-    "integrations": 13,
-    "bench": 13,
-    "study": 14,
-    "cli": 15,
-    "__main__": 16,
-}
+PUBLIC = "__init__"  # what `import batchnorm` brings
 
 
 def room(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+ROOMS = {room(path) for path in SOURCES}
 
 
 def imported_rooms(path: Path) -> set[str]:
@@ -64,20 +35,39 @@ def imported_rooms(path: Path) -> set[str]:
             assert node.level == 0, f"{path}: relative import"
             module = node.module or ""
             names |= {f"{module}.{alias.name}" for alias in node.names} if module == "batchnorm" else {module}
-    return {name.split(".")[1] for name in names if name.startswith("batchnorm.")}
+    parts = [(*name.split("."), PUBLIC)[1] for name in names if name.split(".")[0] == "batchnorm"]
+    return {part if part in ROOMS else PUBLIC for part in parts}
 
 
-@pytest.mark.parametrize("path", [p for p in SOURCES if p != PACKAGE / "__init__.py"], ids=lambda p: p.name)
-def test_imports_go_down(path: Path) -> None:
-    here = room(path)
-    assert here in FLOORS, f"{path} has no floor yet"
-    for other in imported_rooms(path) & set(FLOORS):
-        allowed = other == here or FLOORS[other] < FLOORS[here]
-        assert allowed, f"{path.name} (floor {FLOORS[here]}) imports {other} (floor {FLOORS[other]})"
+def floors() -> dict[str, int]:
+    """Every room's floor: one above the highest that it imports from."""
+    below: dict[str, set[str]] = {}
+    for path in SOURCES:
+        below.setdefault(room(path), set()).update(imported_rooms(path) - {room(path)})
+    found: dict[str, int] = {}
+    while ready := [name for name in below if name not in found and below[name] <= found.keys()]:
+        found |= {name: 1 + max((found[other] for other in below[name]), default=-1) for name in ready}
+    circle = below.keys() - found.keys()
+    assert not circle, f"these import each other in a circle, or from one: {sorted(circle)}"
+    return found
 
 
-def test_the_floors_are_read() -> None:
+def test_imports_go_down_and_the_table_of_floors_says_how_far() -> None:
+    rows = re.findall(r"^\| (\d+) \| (.+?) \|", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.M)
+    told = {
+        name.removesuffix("/").removesuffix(".py"): int(floor)
+        for floor, names in rows
+        for name in re.findall(r"`([^`]+)`", names)
+    }
+    inside = {name for name in told if "/" in name}  # a file of a room that has a row of its own
+    assert {name: told[name] for name in told.keys() - inside} == floors()
+    assert all(told[name] == floors()[name.split("/")[0]] for name in inside)
+
+
+def test_the_imports_are_read() -> None:
     assert imported_rooms(PACKAGE / "renorm.py") == {"errors", "moments"}
+    assert imported_rooms(PACKAGE / "ops.py") == {"_torch", "kernels"}
+    assert PUBLIC in imported_rooms(PACKAGE / "bench" / "contenders.py")
 
 
 def test_only_ops_speaks_to_torch_ops() -> None:
