@@ -120,7 +120,7 @@ ACTIVATIONS: dict[str, Activation] = {
         Activation(
             "relu6",
             F.relu6,
-            lambda dy, z: torch.where((z <= 0) | (z >= 6), 0, dy),
+            lambda dy, z: torch.where((z > 0) & (z < 6), dy, 0),
             nn.ReLU6,
             (F.relu6,),
             kinks=(0.0, 6.0),
