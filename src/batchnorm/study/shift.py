@@ -130,9 +130,9 @@ def expand(weights: Sequence[float], rate: float) -> list[float]:
     orders = [1.0]
     for weight, gradient in zip(weights, _gradients(weights), strict=True):
         moved = -rate * gradient
-        kept = [weight * term for term in orders] + [0.0]
-        taken = [0.0] + [moved * term for term in orders]
-        orders = [a + b for a, b in zip(kept, taken, strict=True)]
+        same_order = [weight * term for term in orders] + [0.0]
+        next_order = [0.0] + [moved * term for term in orders]
+        orders = [a + b for a, b in zip(same_order, next_order, strict=True)]
     return orders
 
 

@@ -60,12 +60,12 @@ def compute(work: Callable[[T], R], tasks: Sequence[T], processes: int) -> Itera
         # Forked children of a process with threads can hang, and torch has threads.
         context = multiprocessing.get_context("spawn")
         for _ in range(min(processes, len(tasks))):
-            ours, theirs = context.Pipe()
-            process: BaseProcess = context.Process(target=_serve, args=(theirs, shared), daemon=True)
+            parent_end, child_end = context.Pipe()
+            process: BaseProcess = context.Process(target=_serve, args=(child_end, shared), daemon=True)
             process.start()
-            theirs.close()  # so that its end is felt here
+            child_end.close()  # so that this process notices when the child is gone
             started.append(process)
-            give(ours, process)
+            give(parent_end, process)
         while busy:
             for ready in multiprocessing.connection.wait(list(busy)):
                 assert isinstance(ready, Connection)
