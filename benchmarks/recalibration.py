@@ -155,13 +155,13 @@ def greenlets(number: int, x: Tensor) -> str:
     before, start, outside = of_this_process("VmRSS"), time.perf_counter(), greenlet.getcurrent()
     model = Nested(10, outside.switch)
     passes = [greenlet.greenlet(model) for _ in range(number)]
-    for one in passes:
-        one.switch(x)
+    for forward_pass in passes:
+        forward_pass.switch(x)
     begun = time.perf_counter() - start
     memory, count = of_this_process("VmRSS") - before, of_this_process("Threads")
     start = time.perf_counter()
-    for one in passes:
-        one.switch()
+    for forward_pass in passes:
+        forward_pass.switch()
     return row(number, "greenlets", begun, time.perf_counter() - start, memory, count)
 
 

@@ -129,8 +129,8 @@ _COLOURS = """
         const [r, g, b] = colour.map(v => (v / 255 <= 0.04045 ? v / 255 / 12.92 : ((v / 255 + 0.055) / 1.055) ** 2.4));
         return 0.2126 * r + 0.7152 * g + 0.0722 * b;
     };
-    const contrast = (one, other) => {
-        const [dim, bright] = [light(one), light(other)].sort((a, b) => a - b);
+    const contrast = (first, second) => {
+        const [dim, bright] = [light(first), light(second)].sort((a, b) => a - b);
         return (bright + 0.05) / (dim + 0.05);
     };
 """

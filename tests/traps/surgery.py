@@ -29,8 +29,8 @@ def hooks(kit: Kit) -> str:
 def shared(kit: Kit) -> str:
     layer = nn.BatchNorm2d(3)
     model = kit.convert(nn.ModuleDict({"a": nn.Sequential(layer), "b": nn.Sequential(layer)}))
-    one = model["a"][0] is model["b"][0]
-    return expect(one, f"a layer in two places is {'one layer' if one else 'two layers'} after converting")
+    still_one = model["a"][0] is model["b"][0]
+    return expect(still_one, f"a layer in two places is {'one layer' if still_one else 'two layers'} after converting")
 
 
 def subclass(kit: Kit) -> str:
