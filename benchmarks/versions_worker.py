@@ -35,7 +35,7 @@ def arranged(x: torch.Tensor, layout: str) -> torch.Tensor:
 
 
 def works(case: dict[str, Any]) -> dict[str, Work]:
-    """The work of each phase, for a case as `versions.VersionCase` has it; "answer" begins with y, dx, dweight, dbias."""
+    """The work of each phase, for a case as `versions.VersionCase` has it; "answer" begins with y and its gradients."""
     generator = torch.Generator().manual_seed(0)
     shape, dtype = case["shape"], getattr(torch, case["dtype"])
     x, dy, residual = (arranged(torch.randn(shape, generator=generator).to(dtype), case["layout"]) for _ in range(3))
