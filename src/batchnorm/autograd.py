@@ -49,14 +49,14 @@ class _BatchNorm(torch.autograd.Function):
         options: Options,  # torch looks for tensors among the arguments alone, not in what they hold
         operations: Operations,
         statistics: RunningStatistics | Synced | None,
-        commits: bool,
+        commits: bool,  # whether x is normalised by its own moments, and these are committed to the statistics
     ) -> Any:  # noqa: ANN401 - y, and the batch's moments
         _, _, activation = options
         ctx.operations, ctx.options, ctx.group = operations, options, None
         # Without an activation the residual's value has no part in any gradient.
         saved_residual = None if activation is None else residual
-        if commits:
-            y, count, mean, m2 = operations.forward_commit(x, weight, bias, residual, *options, mask, *statistics)  # type: ignore[misc]
+        if commits and isinstance(statistics, RunningStatistics):
+            y, count, mean, m2 = operations.forward_commit(x, weight, bias, residual, *options, mask, *statistics)
             ctx.save_for_backward(x, count, mean, m2, weight, bias, saved_residual, mask)
             return y
         ctx.set_materialize_grads(False)
@@ -119,12 +119,12 @@ class _BatchNorm(torch.autograd.Function):
         )
 
 
-# For `Operations.eager` only.
+# For eager operations only; `functional.normalize_and_commit` calls it itself, because small inputs feel every call.
 plain_apply = _torch.plain_apply(_BatchNorm)
 
 
-def apply(call: Call, operations: Operations, statistics: RunningStatistics | Synced | None = None) -> Any:  # noqa: ANN401
-    """Y by given statistics; without any, y, count, mean and m2 of the batch."""
+def apply(call: Call, operations: Operations, statistics: RunningStatistics | Synced | None = None) -> Any:  # noqa: ANN401 - y, and the batch's moments
+    """The output y by given statistics; without any, y, count, mean and m2 of the batch."""
     function = plain_apply if operations.eager else _BatchNorm.apply
     options = (call.eps, call.channel_dim, call.activation)
     return function(call.x, call.weight, call.bias, call.residual, call.mask, options, operations, statistics, False)
