@@ -56,7 +56,19 @@ class _BatchNorm(torch.autograd.Function):
         # Without an activation the residual's value has no part in any gradient.
         saved_residual = None if activation is None else residual
         if commits and isinstance(statistics, RunningStatistics):
-            y, count, mean, m2 = operations.forward_commit(x, weight, bias, residual, *options, mask, *statistics)
+            y, count, mean, m2 = operations.forward_commit(
+                x,
+                weight,
+                bias,
+                residual,
+                *options,
+                mask,
+                statistics.mean,
+                statistics.var,
+                statistics.num_batches_tracked,
+                statistics.num_batches_skipped,
+                statistics.momentum,
+            )
             ctx.save_for_backward(x, count, mean, m2, weight, bias, saved_residual, mask)
             return y
         ctx.set_materialize_grads(False)
