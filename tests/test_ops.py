@@ -186,21 +186,21 @@ def backend(graph, inputs):
         return graph
     return aot_autograd(fw_compiler=compiler, bw_compiler=compiler)(graph, inputs)
 backend = backend if sys.argv[1] == "graphs" else "inductor"
-for activation in (None, "relu", "gelu", "mish"):
-    for mask in (None, torch.rand(8, 5) > 0.3):
-        x, residual = torch.randn(8, 3, 5), torch.randn(8, 3, 5)
-        eager = bn.BatchNorm1d(3, activation=activation)
-        compiled = bn.BatchNorm1d(3, activation=activation)
-        step = torch.compile(compiled, backend=backend, fullgraph=True)
-        results = []
-        for layer, call in ((eager, eager), (compiled, step)):
-            leaf = x.clone().requires_grad_()
-            y = call(leaf, residual=residual, mask=mask)
-            y.square().sum().backward()
-            results.append((y, leaf.grad, layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var))
-        for actual, expected in zip(*reversed(results)):
-            torch.testing.assert_close(actual, expected)
-        assert compiled.num_batches_tracked == 1
+for activation, masked in ((None, True), ("gelu", False), ("mish", True)):
+    mask = torch.rand(8, 5) > 0.3 if masked else None
+    x, residual = torch.randn(8, 3, 5), torch.randn(8, 3, 5)
+    eager = bn.BatchNorm1d(3, activation=activation)
+    compiled = bn.BatchNorm1d(3, activation=activation)
+    step = torch.compile(compiled, backend=backend, fullgraph=True)
+    results = []
+    for layer, call in ((eager, eager), (compiled, step)):
+        leaf = x.clone().requires_grad_()
+        y = call(leaf, residual=residual, mask=mask)
+        y.square().sum().backward()
+        results.append((y, leaf.grad, layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var))
+    for actual, expected in zip(*reversed(results)):
+        torch.testing.assert_close(actual, expected)
+    assert compiled.num_batches_tracked == 1
 assert sys.argv[1] != "graphs" or (seen and not [name for name in seen if "batchnorm" in name]), seen
 """
 
