@@ -84,7 +84,7 @@ def test_options_compute_as_on_the_cpu(options: dict[str, Any]) -> None:
         close(a.cpu(), b, tolerances.STATISTIC)
 
 
-def test_a_channel_that_is_not_finite_is_held_back() -> None:
+def test_a_channel_that_is_not_finite_is_skipped() -> None:
     layer, x = bn.BatchNorm1d(3, device="cuda"), draw(8, 3)
     x[0, 1] = torch.inf
     with without_waiting():

@@ -104,7 +104,7 @@ def test_a_layer_used_twice_joins_both() -> None:
     same(layer, of_torch(BATCH))
 
 
-def test_a_channel_that_is_not_finite_is_held_back_and_the_others_move() -> None:
+def test_a_channel_that_is_not_finite_is_skipped_and_the_others_move() -> None:
     layer, bad = bn.BatchNorm1d(3), CHUNKS[1].clone()
     bad[0, 1, 0] = torch.nan
     with bn.deferred(layer):

@@ -124,18 +124,18 @@ def test_commit_is_the_oracles(
     mean, m2 = torch.randn(5, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
     running = torch.randn(5).to(dtype), torch.rand(5).to(dtype)
     tracked = None if batches is None else torch.tensor(batches)
-    held = torch.zeros(5, dtype=torch.int64)
+    skips = torch.zeros(5, dtype=torch.int64)
     # Statistics that were loaded with a counter of 0 weigh as one batch.
     after = None if batches is None else batches + 1 + (momentum is None and batches == 0)
     factor = momentum if momentum is not None else (0.0 if after is None else 1 / after)
     before = [t.double().numpy() for t in running]
     expected = oracle.commit((before[0], before[1]), count.item(), mean.numpy(), m2.numpy(), factor)
-    implementation.commit(*running, tracked, held, count, mean, m2, momentum)
+    implementation.commit(*running, tracked, skips, count, mean, m2, momentum)
     for actual, e in zip(running, expected, strict=True):
         relative, absolute = tolerances.ONE_ROUNDING[dtype]
         np.testing.assert_allclose(actual.double().numpy(), e, rtol=relative, atol=max(absolute, tolerances.BLEND))
     assert tracked is None or tracked == after
-    assert held.tolist() == [0] * 5
+    assert skips.tolist() == [0] * 5
 
 
 @IMPLEMENTATIONS
@@ -151,26 +151,26 @@ def test_the_first_batch_replaces_initial_statistics(implementation: Any) -> Non
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_commit_holds_back_what_is_not_finite(implementation: Any, bad: float) -> None:
-    running, held = (torch.zeros(4), torch.ones(4)), torch.zeros(4, dtype=torch.int64)
+    running, skips = (torch.zeros(4), torch.ones(4)), torch.zeros(4, dtype=torch.int64)
     mean, m2 = torch.ones(4).double(), torch.ones(4).double()
     mean[1], m2[1], m2[3] = bad, float("nan"), bad
     for _ in range(2):
-        implementation.commit(*running, None, held, torch.tensor(3), mean, m2, 0.5)
-    assert held.tolist() == [0, 2, 0, 2]
+        implementation.commit(*running, None, skips, torch.tensor(3), mean, m2, 0.5)
+    assert skips.tolist() == [0, 2, 0, 2]
     assert running[0].tolist() == [0.75, 0, 0.75, 0]
     assert running[1].tolist() == [0.625, 1, 0.625, 1]
 
 
 @IMPLEMENTATIONS
-@pytest.mark.parametrize(("count", "tracked", "held"), [(0, 5, 0), (0.0, 5, 0), (1, 6, 1), (0.5, 6, 1)])
-def test_commit_of_too_little(implementation: Any, count: float, tracked: int, held: int) -> None:
-    running, counter, held_back = (torch.zeros(2), torch.ones(2)), torch.tensor(5), torch.zeros(2, dtype=torch.int64)
+@pytest.mark.parametrize(("count", "tracked", "skips"), [(0, 5, 0), (0.0, 5, 0), (1, 6, 1), (0.5, 6, 1)])
+def test_commit_of_too_little(implementation: Any, count: float, tracked: int, skips: int) -> None:
+    running, counter, skipped = (torch.zeros(2), torch.ones(2)), torch.tensor(5), torch.zeros(2, dtype=torch.int64)
     n = torch.tensor(count, dtype=torch.int64 if isinstance(count, int) else torch.float64)
-    implementation.commit(*running, counter, held_back, n, torch.ones(2).double(), torch.zeros(2).double(), 0.1)
+    implementation.commit(*running, counter, skipped, n, torch.ones(2).double(), torch.zeros(2).double(), 0.1)
     assert running[0].tolist() == [0, 0]
     assert running[1].tolist() == [1, 1]
     assert counter == tracked
-    assert held_back.tolist() == [held, held]
+    assert skipped.tolist() == [skips, skips]
 
 
 FUSED = """

@@ -248,13 +248,13 @@ class BatchNorm(BatchNormBase):
             functional.commit(proposal, RunningStatistics(mean, var, *counters, self.momentum))
 
     def reset_running_stats(self) -> None:
-        """torch's, and the counter of what was held back. Frozen statistics stay: `update_bn` begins with this."""
+        """torch's, and the counter of what was skipped. Frozen statistics stay: `update_bn` begins with this."""
         if "frozen" in vars(self) and self.frozen.statistics:  # torch's constructor comes here before ours is done
             return
         super().reset_running_stats()
-        held_back = self._buffers.get("num_batches_skipped")
-        if held_back is not None:
-            held_back.zero_()
+        skipped = self._buffers.get("num_batches_skipped")
+        if skipped is not None:
+            skipped.zero_()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Torch's `.to()`, `.half()` and the like, but running statistics keep the precision that they had."""
@@ -267,7 +267,7 @@ class BatchNorm(BatchNormBase):
         return self
 
     def _load_from_state_dict(self, state_dict: Any, *args: Any) -> None:  # noqa: ANN401 - torch's own has no types
-        """torch's; what a checkpoint assigns in half precision becomes float32, and nothing was held back since."""
+        """torch's; what a checkpoint assigns in half precision becomes float32, and nothing was skipped since."""
         super()._load_from_state_dict(state_dict, *args)
         for name in _STATISTICS:
             if (buffer := self._buffers[name]) is not None:
