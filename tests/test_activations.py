@@ -9,7 +9,8 @@ from torch import nn
 
 from batchnorm import activations, errors
 from batchnorm.activations import ACTIVATIONS, check_activation
-from support import oracle, tolerances
+from support import oracle
+from support.comparison import close
 
 EVERY = pytest.mark.parametrize("name", ACTIVATIONS)
 FAR = torch.cat([torch.linspace(-12, 12, 481, dtype=torch.float64), torch.tensor([-800.0, 800.0]).double()])
@@ -19,8 +20,7 @@ FAR = torch.cat([torch.linspace(-12, 12, 481, dtype=torch.float64), torch.tensor
 def test_the_formula_is_the_oracles(name: str) -> None:
     z = torch.linspace(-12, 12, 481, dtype=torch.float64)
     expected = torch.from_numpy(oracle.activate(z.numpy(), name))
-    relative, absolute = tolerances.AGAINST_TORCH[torch.float64]
-    torch.testing.assert_close(ACTIVATIONS[name].formula(z), expected, rtol=relative, atol=absolute)
+    close(ACTIVATIONS[name].formula(z), expected)
 
 
 @EVERY
@@ -29,8 +29,7 @@ def test_the_gradient_is_torchs_at_kinks_and_far_out_too(name: str) -> None:
     z = torch.cat([FAR, torch.tensor(row.kinks, dtype=torch.float64)]).requires_grad_()
     dy = torch.linspace(-3, 2, len(z), dtype=torch.float64)
     (expected,) = torch.autograd.grad(row.module()(z), z, dy)
-    relative, absolute = tolerances.AGAINST_TORCH[torch.float64]
-    torch.testing.assert_close(row.gradient(dy, z.detach()), expected, rtol=relative, atol=absolute)
+    close(row.gradient(dy, z.detach()), expected)
 
 
 @EVERY
@@ -38,10 +37,7 @@ def test_the_gradient_is_the_oracles(name: str) -> None:
     z = torch.linspace(-12, 12, 481, dtype=torch.float64)
     z = z[~torch.isin(z, torch.tensor(ACTIVATIONS[name].kinks, dtype=torch.float64))]
     expected = torch.from_numpy(oracle.activate_grad(z.numpy(), name))
-    relative, absolute = tolerances.AGAINST_TORCH[torch.float64]
-    torch.testing.assert_close(
-        ACTIVATIONS[name].gradient(torch.ones_like(z), z), expected, rtol=relative, atol=absolute
-    )
+    close(ACTIVATIONS[name].gradient(torch.ones_like(z), z), expected)
 
 
 @EVERY
@@ -57,13 +53,12 @@ def test_modules_and_functions_that_are_recognised_compute_the_same(name: str) -
     row = ACTIVATIONS[name]
     z = torch.linspace(-6, 6, 101, dtype=torch.float64)
     expected = torch.from_numpy(oracle.activate(z.numpy(), name))
-    relative, absolute = tolerances.AGAINST_TORCH[torch.float64]
     assert activations.of_module(row.module()) == (name, "")
-    torch.testing.assert_close(row.module()(z), expected, rtol=relative, atol=absolute)
+    close(row.module()(z), expected)
     for function in row.functions:
         assert activations.of_function(function, (z,), {}) == name
         called = getattr(torch.Tensor, function) if isinstance(function, str) else function
-        torch.testing.assert_close(called(z.clone()), expected, rtol=relative, atol=absolute)
+        close(called(z.clone()), expected)
 
 
 @pytest.mark.parametrize("name", ["Tanh", "ReLU", "", "softmax"])

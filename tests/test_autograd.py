@@ -14,12 +14,8 @@ import batchnorm as bn
 from batchnorm.activations import ACTIVATIONS
 from batchnorm.functional import batch_norm
 from support import tolerances
+from support.comparison import close
 from support.samples import LAYOUTS, Sample
-
-
-def close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
-    relative, absolute = tolerances.AGAINST_TORCH[dtype]
-    torch.testing.assert_close(actual, expected, rtol=relative, atol=absolute)
 
 
 def function_of(
@@ -75,9 +71,7 @@ def test_the_third_derivative(dtype: torch.dtype, training: bool, activation: st
     function, inputs = function_of(training, activation, dtype)
     exact = [t.detach().double().requires_grad_() for t in inputs]
     expected = third(plain, exact)
-    torch.testing.assert_close(
-        third(function, inputs).double(), expected, rtol=tolerances.THIRD_DERIVATIVE[dtype], atol=0
-    )
+    close(third(function, inputs).double(), expected, relative=tolerances.THIRD_DERIVATIVE[dtype])
 
 
 def test_one_input_computed_from_another() -> None:
@@ -91,7 +85,7 @@ def test_one_input_computed_from_another() -> None:
     (expected,) = torch.autograd.grad(function(F.batch_norm, x), x, dy)
     for create_graph in (False, True):
         (actual,) = torch.autograd.grad(function(batch_norm, x), x, dy, create_graph=create_graph)
-        close(actual.detach(), expected, torch.float64)
+        close(actual.detach(), expected)
     assert torch.autograd.gradgradcheck(
         lambda v: batch_norm(v, None, None, v[0].exp(), v[1], True, residual=v * 2), (x,)
     )
@@ -101,11 +95,11 @@ def test_vmap_and_forward_mode_use_the_same_formula() -> None:
     x = torch.randn(4, 6, 3)
     one_by_one = torch.stack([batch_norm(v, None, None, training=True, activation="relu") for v in x])
     mapped = torch.func.vmap(lambda v: batch_norm(v, None, None, training=True, activation="relu"))(x)
-    close(mapped, one_by_one, torch.float32)
+    close(mapped, one_by_one)
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(x[0], torch.ones_like(x[0]))
         tangent = forward_ad.unpack_dual(batch_norm(dual, None, None, training=True)).tangent
-    close(tangent, torch.zeros_like(x[0]), torch.float32)  # a shift of everything changes nothing
+    close(tangent, torch.zeros_like(x[0]))  # a shift of everything changes nothing
 
 
 @pytest.mark.parametrize("needs", ["x", "weight", "bias", "residual"])

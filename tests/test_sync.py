@@ -14,6 +14,7 @@ import batchnorm as bn
 import sync_scenarios
 from batchnorm.errors import OptionError
 from support import oracle, processes, tolerances
+from support.comparison import close
 
 Found = list[dict[str, Any]]
 SCRIPT = sync_scenarios.__file__
@@ -58,15 +59,14 @@ def agree(at: Found, wanted: dict[str, np.ndarray], *, rounding: float = 0.0, la
     inputs = (lambda t: t.double().reshape(-1, sync_scenarios.CHANNELS).numpy()) if last else flat
     for name, bound in (("y", tolerances.OUTPUT), ("dx", tolerances.GRADIENT)):
         actual = np.concatenate([inputs(f[name]) for f in at])
-        assert actual.shape == wanted[name].shape
-        assert (np.abs(actual - wanted[name]) <= (bound + rounding) * (1 + np.abs(wanted[name]))).all(), name
+        close(actual, wanted[name], bound + rounding, name=name)
     root = len(wanted["y"]) ** 0.5
     for name in ("dweight", "dbias"):
         total = sum(f[name].double().numpy() for f in at)
-        assert (np.abs(total - wanted[name]) <= (tolerances.SUM_PER_ROOT + rounding) * root * 3).all(), name
+        close(total, wanted[name], absolute=(tolerances.SUM_PER_ROOT + rounding) * root * 3, name=name)
     for name in ("running_mean", "running_var"):
         assert all(torch.equal(f[name], at[0][name]) for f in at)
-        np.testing.assert_allclose(at[0][name].double(), wanted[name], rtol=tolerances.STATISTIC)
+        close(at[0][name], wanted[name], relative=tolerances.STATISTIC, name=name)
     assert all(f["num_batches_tracked"] == 1 for f in at)
 
 
@@ -113,31 +113,31 @@ def test_bfloat16(found: Found) -> None:
 def test_the_function(found: Found) -> None:
     wanted = expected(parts_of("nothing here"))
     y = (wanted["y"] - BIAS) / WEIGHT
-    np.testing.assert_allclose(flat(found[1]["functional"]["y"]), y, atol=10 * tolerances.OUTPUT)
+    close(flat(found[1]["functional"]["y"]), y, absolute=10 * tolerances.OUTPUT)
     assert found[0]["functional"]["y"].shape == (0, 3, 5)
     for f in found:
-        np.testing.assert_allclose(f["functional"]["running_var"], wanted["running_var"], rtol=tolerances.STATISTIC)
+        close(f["functional"]["running_var"], wanted["running_var"], relative=tolerances.STATISTIC)
 
 
 def test_without_running_statistics(found: Found) -> None:
     wanted = expected(parts_of("equal"))
     y = np.concatenate([flat(f["no running statistics"]["y"]) for f in found])
-    np.testing.assert_allclose(y, wanted["y"], atol=10 * tolerances.OUTPUT)
+    close(y, wanted["y"], absolute=10 * tolerances.OUTPUT)
 
 
 def test_the_average_of_all_batches(found: Found) -> None:
     x = np.concatenate([flat(own["x"]) for own in parts_of("equal")])
     for f in found:
-        np.testing.assert_allclose(f["average"]["running_mean"], x.mean(0), rtol=tolerances.STATISTIC)
-        np.testing.assert_allclose(f["average"]["running_var"], x.var(0, ddof=1), rtol=tolerances.STATISTIC)
+        close(f["average"]["running_mean"], x.mean(0), relative=tolerances.STATISTIC)
+        close(f["average"]["running_var"], x.var(0, ddof=1), relative=tolerances.STATISTIC)
 
 
 def test_frozen_normalization_shares_what_it_proposes(found: Found) -> None:
     x = flat(parts_of("nothing here")[1]["x"])
     for f in found:
-        np.testing.assert_allclose(f["normalised by running"]["running_mean"], x.mean(0), rtol=tolerances.STATISTIC)
+        close(f["normalised by running"]["running_mean"], x.mean(0), relative=tolerances.STATISTIC)
     y = x / np.sqrt(1 + 1e-5) * WEIGHT + BIAS
-    np.testing.assert_allclose(flat(found[1]["normalised by running"]["y"]), y, rtol=tolerances.OUTPUT)
+    close(flat(found[1]["normalised by running"]["y"]), y, relative=tolerances.OUTPUT)
 
 
 def test_micro_batches_are_joined_over_all(found: Found) -> None:
@@ -145,8 +145,8 @@ def test_micro_batches_are_joined_over_all(found: Found) -> None:
     n, mean, m2 = oracle.moments(np.concatenate([flat(x) for x in parts]))
     running = oracle.commit((np.zeros(3), np.ones(3)), n, mean, m2, 0.1)
     for f in (f["micro-batches"] for f in found):
-        np.testing.assert_allclose(f["running_mean"], running[0], rtol=tolerances.STATISTIC)
-        np.testing.assert_allclose(f["running_var"], running[1], rtol=tolerances.STATISTIC)
+        close(f["running_mean"], running[0], relative=tolerances.STATISTIC)
+        close(f["running_var"], running[1], relative=tolerances.STATISTIC)
         assert f["num_batches_tracked"] == 1
 
 
@@ -154,8 +154,8 @@ def test_a_repeated_forward_pass_commits_once(found: Found) -> None:
     wanted = expected(parts_of("equal"))
     for f, dx in zip((f["repeated"] for f in found), np.split(wanted["dx"], 2), strict=True):
         assert f["num_batches_tracked"] == 1
-        np.testing.assert_allclose(f["running_var"], wanted["running_var"], rtol=tolerances.STATISTIC)
-        np.testing.assert_allclose(flat(f["dx"]), dx, atol=10 * tolerances.GRADIENT)
+        close(f["running_var"], wanted["running_var"], relative=tolerances.STATISTIC)
+        close(flat(f["dx"]), dx, absolute=10 * tolerances.GRADIENT)
 
 
 def test_batch_renormalization(found: Found) -> None:
@@ -165,7 +165,7 @@ def test_batch_renormalization(found: Found) -> None:
     single = sync_scenarios.step(sync_scenarios.layer(sync=False, renorm=bn.Renorm(1.5, 0.5)), together)
     for name in ("y", "dx"):
         actual = torch.cat([f["renormalised"][name] for f in found])
-        torch.testing.assert_close(actual, single[name], rtol=0, atol=20 * tolerances.GRADIENT)
+        close(actual, single[name], absolute=20 * tolerances.GRADIENT)
 
 
 def test_a_compiled_model(found: Found) -> None:
@@ -181,8 +181,7 @@ def test_data_parallel_training_is_that_of_one_process(found: Found) -> None:
     sync_scenarios.train(single, sync_scenarios.samples())
     for f in found:
         for name, value in single.state_dict().items():
-            relative, absolute = tolerances.AGAINST_TORCH[torch.float32] if value.is_floating_point() else (0, 0)
-            torch.testing.assert_close(f["trained"][name], value, rtol=relative, atol=absolute, msg=name)
+            close(f["trained"][name], value, name=name)
             # A process's statistics are everyone's, so that it does not matter whose are saved.
             assert torch.equal(f["trained"][name], found[0]["trained"][name])
 
@@ -193,12 +192,12 @@ def test_two_forward_passes_before_one_backward_pass(found: Found) -> None:
     layer = nn.BatchNorm1d(3, dtype=torch.float64)  # in float32 torch's own rounding at a mean of 100 would be seen
     layer.load_state_dict(sync_scenarios.layer().state_dict())
     (layer(x) * torch.cat([own["dy"] for own in parts]) + 2 * layer(x)).sum().backward()
-    relative, absolute = tolerances.AGAINST_TORCH[torch.float32]
     dx = torch.cat([f["twice"]["dx"] for f in found])
-    torch.testing.assert_close(dx.double(), x.grad, rtol=relative, atol=absolute)
+    assert x.grad is not None
+    close(dx, x.grad.numpy())
     for f in found:  # of the mean over processes
         for name, wanted in (("dweight", layer.weight.grad / 2), ("running_mean", layer.running_mean)):
-            torch.testing.assert_close(f["twice"][name].double(), wanted, rtol=relative, atol=absolute)
+            close(f["twice"][name], wanted.numpy(), name=name)
 
 
 def test_a_group_of_some(found_by_three: Found) -> None:
@@ -229,7 +228,7 @@ def test_nothing_together_changes_nothing(found: Found) -> None:
 def test_inference_waits_for_nobody(found: Found) -> None:
     x = sync_scenarios.part((4, 3), 0)["x"].double().numpy()
     y = x / np.sqrt(1 + 1e-5) * WEIGHT + BIAS
-    np.testing.assert_allclose(found[0]["inference"]["y"].detach(), y, rtol=tolerances.OUTPUT)
+    close(found[0]["inference"]["y"], y, relative=tolerances.OUTPUT)
 
 
 @pytest.mark.parametrize(

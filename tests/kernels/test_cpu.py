@@ -13,25 +13,11 @@ from torch import Tensor
 
 from batchnorm.kernels import cpu
 from support import oracle, tolerances
+from support.comparison import close
 from support.samples import KINKS, LAYOUTS, NATIVE, Layout, Sample
 
 EPS = 1e-5
 native = torch.ops.batchnorm
-
-
-def close(actual: Tensor, expected: oracle.Array, tolerance: float, scale: float | oracle.Array = 0.0) -> None:
-    """Within `tolerance` x (1 + |expected|), or x scale."""
-    error = np.abs(actual.double().numpy() - expected)
-    assert (error <= tolerance * (scale if np.any(scale) else 1 + np.abs(expected))).all(), error.max()
-
-
-def close_rounded(actual: Tensor, expected: oracle.Array, dtype: torch.dtype) -> None:
-    """Within one rounding to `dtype` and the kernels' own error."""
-    assert actual.dtype == dtype
-    relative, absolute = tolerances.ONE_ROUNDING[dtype]
-    error = np.abs(actual.double().numpy() - expected)
-    bound = tolerances.NATIVE[dtype] * (1 + np.abs(expected)) + relative * np.abs(expected) + absolute
-    assert (error <= bound).all(), (error / bound).max()
 
 
 def away_from_the_kinks(sample: Sample, dy: Tensor, z: oracle.Array) -> Tensor:
@@ -61,10 +47,11 @@ def test_operations_are_the_oracles(sample: Sample, level: str) -> None:
         native.forward(t["x"], *affine),
         (native.normalize(t["x"], *statistics, *affine), *native.batch_moments(t["x"], channel_dim)),
     ]:
-        close_rounded(actual_y, y, sample.dtype)
+        assert actual_y.dtype == sample.dtype
+        close(actual_y, y, tolerances.NATIVE[sample.dtype], rounded=True)
         assert torch.equal(actual_count, torch.tensor(int(n)))
-        close(actual_mean, mean, tolerances.STATISTIC, std + 1e-300)
-        close(actual_m2, m2, tolerances.STATISTIC, m2 + 1e-300)
+        close(actual_mean, mean, absolute=tolerances.STATISTIC * std)
+        close(actual_m2, m2, relative=tolerances.STATISTIC)
 
     z = oracle.preactivation(o["x"], mean, var, *arrays[:4], channel_dim)
     t["dy"] = away_from_the_kinks(sample, t["dy"], z)
@@ -83,11 +70,13 @@ def test_operations_are_the_oracles(sample: Sample, level: str) -> None:
                 for g, t in zip(fused[1:3], affine[:2], strict=True)
             )
         for actual_dx, actual_dresidual, actual_dbias, actual_dweight in results:
-            close_rounded(actual_dx, dx, sample.dtype)
-            close(actual_dbias, dbias, tolerances.SUM_PER_ROOT, n**0.5)
-            close(actual_dweight, dweight, tolerances.SUM_PER_ROOT, n**0.5)
+            assert actual_dx.dtype == sample.dtype
+            close(actual_dx, dx, tolerances.NATIVE[sample.dtype], rounded=True)
+            close(actual_dbias, dbias, absolute=tolerances.SUM_PER_ROOT * n**0.5)
+            close(actual_dweight, dweight, absolute=tolerances.SUM_PER_ROOT * n**0.5)
             if sample.with_residual and sample.activation is not None:
-                close_rounded(actual_dresidual, dz, sample.dtype)
+                assert actual_dresidual.dtype == sample.dtype
+                close(actual_dresidual, dz, tolerances.NATIVE[sample.dtype], rounded=True)
             else:
                 assert actual_dresidual.shape == (0,)
 
@@ -122,21 +111,24 @@ def test_masked_operations_are_the_oracles(sample: Sample, kind: str, level: str
     dx, dz, dweight, dbias = oracle.backward(t["dy"].double().numpy(), o["x"], mean, m2 / n, *arrays, weights=weights)
 
     actual_y, *moments = native.forward(t["x"], *affine, mask)
-    close_rounded(actual_y, y, sample.dtype)
+    assert actual_y.dtype == sample.dtype
+    close(actual_y, y, tolerances.NATIVE[sample.dtype], rounded=True)
     for count, actual_mean, actual_m2 in (moments, native.batch_moments(t["x"], options[1], mask)):
         assert count.dtype == (torch.int64 if kind == "bool" else torch.float64)
         assert abs(count.item() - n) <= tolerances.STATISTIC * n
-        close(actual_mean, mean, tolerances.STATISTIC, std + 1e-300)
-        close(actual_m2, m2, tolerances.STATISTIC, m2 + 1e-300)
+        close(actual_mean, mean, absolute=tolerances.STATISTIC * std)
+        close(actual_m2, m2, relative=tolerances.STATISTIC)
     actual_dx, actual_dweight, actual_dbias, actual_dresidual = native.backward(
         t["dy"], t["x"], *moments, *affine, mask
     )
-    close_rounded(actual_dx, dx, sample.dtype)
+    assert actual_dx.dtype == sample.dtype
+    close(actual_dx, dx, tolerances.NATIVE[sample.dtype], rounded=True)
     root = (o["x"].size / sample.layout.channels) ** 0.5
-    close(actual_dweight, dweight, tolerances.SUM_PER_ROOT, root)
-    close(actual_dbias, dbias, tolerances.SUM_PER_ROOT, root)
+    close(actual_dweight, dweight, absolute=tolerances.SUM_PER_ROOT * root)
+    close(actual_dbias, dbias, absolute=tolerances.SUM_PER_ROOT * root)
     if sample.with_residual and sample.activation is not None:
-        close_rounded(actual_dresidual, dz, sample.dtype)
+        assert actual_dresidual.dtype == sample.dtype
+        close(actual_dresidual, dz, tolerances.NATIVE[sample.dtype], rounded=True)
 
 
 @pytest.mark.parametrize("kind", ["bool", "float16", "float64"])
@@ -204,8 +196,8 @@ def test_precision_far_from_zero(layout: Layout, ratio: float, sign: int, level:
     affine = (torch.from_numpy(weight), torch.from_numpy(bias), None, EPS, 1, None)
     y, _, actual_mean, actual_m2 = native.forward(x, *affine)
     std = np.sqrt(m2 / (x.numel() / layout.channels))
-    close(actual_mean, mean, tolerances.STATISTIC, std)
-    close(actual_m2, m2, tolerances.STATISTIC, m2)
+    close(actual_mean, mean, absolute=tolerances.STATISTIC * std)
+    close(actual_m2, m2, relative=tolerances.STATISTIC)
     close(y, expected, tolerances.OUTPUT)
 
 
@@ -225,8 +217,8 @@ def test_an_outlier_first_does_not_cost_precision(level: str) -> None:
     x[0] = 1e8  # the pivot of every channel
     _, mean, m2 = oracle.moments(x.double().numpy())
     _, actual_mean, actual_m2 = native.batch_moments(x, 1)
-    close(actual_mean, mean, tolerances.STATISTIC, np.sqrt(m2 / len(x)))
-    close(actual_m2, m2, tolerances.STATISTIC, m2)
+    close(actual_mean, mean, absolute=tolerances.STATISTIC * np.sqrt(m2 / len(x)))
+    close(actual_m2, m2, relative=tolerances.STATISTIC)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from torch import Tensor
 from batchnorm.activations import ACTIVATIONS
 from batchnorm.kernels import reference
 from support import oracle, tolerances
+from support.comparison import close
 from support.samples import LAYOUTS, Sample
 
 EPS = 1e-5
@@ -23,13 +24,11 @@ SAMPLES = [
 ] + [Sample(layout, "relu", True) for layout in LAYOUTS]
 
 
-def close(actual: Tensor, expected: oracle.Array, dtype: torch.dtype = torch.float64) -> None:
+def check(actual: Tensor, expected: oracle.Array, dtype: torch.dtype = torch.float64) -> None:
+    """Within one rounding to `dtype`, and the reference's own error before it: a few hundred additions in float64."""
     assert actual.dtype == dtype
-    relative, absolute = tolerances.ONE_ROUNDING[dtype]
-    # The reference computes in float64: its own error, before the rounding, is that of a few hundred additions.
     own, _ = tolerances.ONE_ROUNDING[torch.float64]
-    bound = absolute + own * (1 + np.abs(expected).max(initial=0)) * 100
-    np.testing.assert_allclose(actual.double().numpy(), expected, rtol=relative, atol=bound)
+    close(actual, expected, rounded=True, absolute=own * (1 + np.abs(expected).max(initial=0)) * 100)
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s.name)
@@ -48,10 +47,10 @@ def test_operations_are_the_oracles(sample: Sample) -> None:
         reference.forward(x, *affine),
         (reference.normalize(x, *map(torch.from_numpy, (mean, var)), *affine), *reference.batch_moments(x, options[1])),
     ]:
-        close(actual_y, y, sample.dtype)
+        check(actual_y, y, sample.dtype)
         assert torch.equal(actual_count, torch.tensor(int(n)))
-        close(actual_mean, mean)
-        close(actual_m2, m2)
+        check(actual_mean, mean)
+        check(actual_m2, m2)
 
     statistics = (torch.from_numpy(mean), torch.from_numpy(var))
     for constants in (False, True):
@@ -62,15 +61,15 @@ def test_operations_are_the_oracles(sample: Sample) -> None:
         if not constants:
             moments = (torch.tensor(int(n)), torch.from_numpy(mean), torch.from_numpy(m2))
             fused = reference.backward(dy, x, *moments, *affine)
-            close(fused[0], dx, sample.dtype)
+            check(fused[0], dx, sample.dtype)
             for actual, expected, parameter in ((fused[1], dweight, weight), (fused[2], dbias, bias)):
-                close(actual, expected, torch.float64 if parameter is None else parameter.dtype)
+                check(actual, expected, torch.float64 if parameter is None else parameter.dtype)
         for actual_dx, actual_dresidual, actual_dbias, actual_dweight in results:
-            close(actual_dx, dx, sample.dtype)
-            close(actual_dbias, dbias)
-            close(actual_dweight, dweight)
+            check(actual_dx, dx, sample.dtype)
+            check(actual_dbias, dbias)
+            check(actual_dweight, dweight)
             if sample.with_residual and sample.activation is not None:
-                close(actual_dresidual, dz, sample.dtype)
+                check(actual_dresidual, dz, sample.dtype)
             else:
                 assert actual_dresidual.shape == (0,)
 

@@ -11,10 +11,8 @@ from torch.optim.swa_utils import update_bn
 
 import batchnorm as bn
 from batchnorm.errors import CountError
-from support import tolerances
+from support.comparison import close
 from support.populations import images, layers, made
-
-RELATIVE, ABSOLUTE = tolerances.AGAINST_TORCH[torch.float32]
 
 
 @pytest.mark.parametrize("sizes", [(8, 8, 8), (8, 3, 5, 2), (6,)])
@@ -28,9 +26,7 @@ def test_it_is_update_bn(sizes: tuple[int, ...]) -> None:
     update_bn(images(*sizes), torch_model)
     for name, layer in layers(model).items():
         for statistic in ("running_mean", "running_var"):
-            torch.testing.assert_close(
-                getattr(layer, statistic), getattr(layers(torch_model)[name], statistic), rtol=RELATIVE, atol=ABSOLUTE
-            )
+            close(getattr(layer, statistic), getattr(layers(torch_model)[name], statistic))
 
 
 def test_a_layer_that_is_called_twice() -> None:
@@ -39,8 +35,8 @@ def test_a_layer_that_is_called_twice() -> None:
     torch_model = copy.deepcopy(model)
     bn.recalibrate(model, batches, method="average")
     update_bn(batches, torch_model)
-    torch.testing.assert_close(layer.running_mean, torch_model[0].running_mean, rtol=RELATIVE, atol=ABSOLUTE)
-    torch.testing.assert_close(layer.running_var, torch_model[0].running_var, rtol=RELATIVE, atol=ABSOLUTE)
+    close(layer.running_mean, torch_model[0].running_mean)
+    close(layer.running_var, torch_model[0].running_var)
 
 
 def test_batches_have_one_weight_whatever_their_size() -> None:

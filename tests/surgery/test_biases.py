@@ -13,14 +13,10 @@ import batchnorm as bn
 from batchnorm.surgery import biases, linear
 from batchnorm.surgery.biases import remove_dead_biases
 from support import tolerances
+from support.comparison import close
 from support.networks import Block, Calls, Untraceable, draw, used
 
 Norm = nn.modules.batchnorm._BatchNorm
-RELATIVE, ABSOLUTE = tolerances.AGAINST_TORCH[torch.float64]
-
-
-def close(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=RELATIVE, atol=ABSOLUTE)
 
 
 def compare(model: nn.Module, original: nn.Module, x: Tensor) -> None:
@@ -73,7 +69,7 @@ def test_a_dead_bias_goes(name: str) -> None:
     assert "0.bias" not in model.state_dict()
     last = f"{len(layers) - 1}"
     assert model.report.done == {last: "the bias of 0 is part of the running mean"}
-    assert model.report.error < ABSOLUTE
+    assert model.report.error < tolerances.AGAINST_TORCH[torch.float64][1]
 
 
 def test_the_running_mean_is_without_the_bias() -> None:

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize, prune
 
 import batchnorm as bn
 from batchnorm.surgery.convert import ORIGIN, OUR_CLASSES, convert
-from support import tolerances
+from support.comparison import close
 
 PAIRS = [(bn.BatchNorm1d, nn.BatchNorm1d), (bn.BatchNorm2d, nn.BatchNorm2d), (bn.BatchNorm3d, nn.BatchNorm3d)]
 SHAPES = {nn.BatchNorm1d: (6, 4), nn.BatchNorm2d: (6, 4, 5, 3), nn.BatchNorm3d: (6, 4, 2, 3, 2)}
@@ -56,11 +56,6 @@ def net() -> nn.Sequential:
 
 def images() -> Tensor:
     return torch.randn(5, 3, 6, 7, 8, generator=torch.Generator().manual_seed(1)) + 1
-
-
-def close(actual: Tensor, expected: Tensor) -> None:
-    relative, absolute = tolerances.AGAINST_TORCH.get(expected.dtype, (0, 0))  # counters are exact
-    torch.testing.assert_close(actual, expected, rtol=relative, atol=absolute)
 
 
 def steps(model: nn.Module, x: Tensor) -> list[Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import batchnorm as bn
 from batchnorm.surgery.exported import as_module
 from batchnorm.surgery.fold import fold
-from support import tolerances
+from support.comparison import close
 from support.networks import Block, Calls, draw, used
 
 Norm = nn.modules.batchnorm._BatchNorm
@@ -24,11 +24,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:onnxscript"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.onnx"),
 ]
-
-
-def close(actual: Tensor, expected: Tensor) -> None:
-    relative, absolute = tolerances.AGAINST_TORCH[expected.dtype]
-    torch.testing.assert_close(actual, expected, rtol=relative, atol=absolute)
 
 
 def exported(model: nn.Module, x: Tensor) -> torch.export.ExportedProgram:

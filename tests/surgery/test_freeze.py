@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize, prune
 
 import batchnorm as bn
 from batchnorm.modules import Frozen
-from support import tolerances
+from support.comparison import close
 
 EVERY = [Frozen(*switches) for switches in itertools.product((False, True), repeat=3)]
 X = torch.randn(6, 3, 5, generator=torch.Generator().manual_seed(1)) * 2 + 1
@@ -40,12 +40,6 @@ def made(cls: Any = bn.BatchNorm1d, **options: Any) -> Any:
 
 def frozen(model: Any, switches: Frozen) -> Any:
     return bn.freeze(model, **switches._asdict())
-
-
-def close(actual: Tensor | None, expected: Tensor | None) -> None:
-    assert actual is not None
-    relative, absolute = tolerances.AGAINST_TORCH[actual.dtype]
-    torch.testing.assert_close(actual, expected, rtol=relative, atol=absolute)
 
 
 def step(layer: nn.Module, x: Tensor = X) -> Tensor:
@@ -105,11 +99,13 @@ def test_the_gradient_of_the_input_goes_on(switches: Frozen) -> None:
     inputs = [X.clone().requires_grad_() for _ in range(2)]
     dy = torch.randn(X.shape)
     (layer(inputs[0]) * dy).sum().backward(), (F.silu(torch_layer(inputs[1])) * dy).sum().backward()
+    assert inputs[0].grad is not None
     close(inputs[0].grad, inputs[1].grad)
     for p, q in zip(layer.parameters(), torch_layer.parameters(), strict=True):
         if switches.affine:
             assert p.grad is None
         else:
+            assert p.grad is not None
             close(p.grad, q.grad)
 
 

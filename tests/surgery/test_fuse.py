@@ -13,10 +13,10 @@ from torch import Tensor, nn
 import batchnorm as bn
 from batchnorm.surgery.fuse import fuse
 from support import tolerances
+from support.comparison import close
 from support.networks import Block, Calls, Untraceable, draw, used
 
 Norm = nn.modules.batchnorm._BatchNorm
-RELATIVE, ABSOLUTE = tolerances.AGAINST_TORCH[torch.float64]
 
 
 def steps(model: nn.Module, x: Tensor) -> list[Tensor]:
@@ -42,7 +42,7 @@ def check(model: nn.Module, *shape: int) -> nn.Module:
     assert all(state[key] is tensors[key] for key in state)
     x = draw(*shape)
     for actual, expected in zip(steps(copy.deepcopy(fused), x), steps(model, x), strict=True):
-        torch.testing.assert_close(actual, expected, rtol=RELATIVE, atol=ABSOLUTE)
+        close(actual, expected)
     return fused
 
 
@@ -164,7 +164,7 @@ def test_dropout_and_its_mode_stay() -> None:
     y = model(x)
     torch.manual_seed(0)
     torch.testing.assert_close(fused(x), y)
-    torch.testing.assert_close(fused.eval()(x), model.eval()(x), rtol=RELATIVE, atol=1e-6)
+    close(fused.eval()(x), model.eval()(x), relative=tolerances.AGAINST_TORCH[torch.float64][0], absolute=1e-6)
 
 
 # --- what is left ----------------------------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ def test_an_optimizer_made_before_goes_on() -> None:
             optimizer.step()
     relative, absolute = tolerances.AGAINST_TORCH[torch.float32]
     for (name, a), b in zip(model.named_parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e2 * relative, atol=absolute, msg=lambda m, name=name: f"{name}: {m}")
+        close(a, b, relative=1e2 * relative, absolute=absolute, name=name)
 
 
 def test_revert_undoes_it() -> None:
@@ -284,7 +284,7 @@ def test_a_fused_model_folds() -> None:
     folded = bn.fold(fuse(model), x)
     assert folded.report.left == {}
     assert all(what.startswith("part of ") for what in folded.report.done.values())
-    torch.testing.assert_close(folded(x), y, rtol=RELATIVE, atol=ABSOLUTE)
+    close(folded(x), y)
 
 
 def test_a_fused_model_compiles_and_checkpoints() -> None:

@@ -15,9 +15,9 @@ import batchnorm as bn
 from batchnorm.errors import CountError, OptionError
 from batchnorm.surgery.interop import CONVENTIONS, Convention, from_convention, to_convention
 from support import oracle, tolerances
+from support.comparison import close
 from support.networks import used
 
-RELATIVE, ABSOLUTE = tolerances.AGAINST_TORCH[torch.float32]
 LIBRARIES = list(CONVENTIONS)
 
 
@@ -52,7 +52,7 @@ def test_a_training_step_is_the_librarys(library: str, momentum: float | None) -
     layer(torch.from_numpy(x).float())
     found = to_convention(layer, library, batch_count=24)
     for name, expected in stepped(names, values, x, momentum or names.momentum).items():
-        np.testing.assert_allclose(found[name], expected, rtol=RELATIVE, atol=ABSOLUTE)
+        close(found[name], expected)
 
 
 @pytest.mark.parametrize("changes", [{}, {"epsilon": 0.1}])
@@ -64,7 +64,7 @@ def test_inference_is_the_librarys(library: str, changes: dict[str, float]) -> N
     eps = {"keras": 1e-3, "flax": 1e-5, "onnx": 1e-5}[library] if not changes else 0.1
     expected = oracle.preactivation(x, *arrays, None, eps, 1 if library == "onnx" else -1)
     y = from_convention(library, values).eval()(torch.from_numpy(x).float())
-    np.testing.assert_allclose(y.detach(), expected, rtol=RELATIVE, atol=ABSOLUTE)
+    close(y, expected)
 
 
 def test_onnx_runs_what_it_is_given() -> None:
@@ -85,7 +85,7 @@ def test_onnx_runs_what_it_is_given() -> None:
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 15)], ir_version=8)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     (y,) = session.run(None, {"X": x})
-    np.testing.assert_allclose(y, layer(torch.from_numpy(x)).detach(), rtol=RELATIVE, atol=ABSOLUTE)
+    close(torch.from_numpy(y), layer(torch.from_numpy(x)))
 
 
 @pytest.mark.parametrize("parameters", [(), ("weight",), ("bias",), ("weight", "bias")])
@@ -97,7 +97,7 @@ def test_there_and_back(library: str, parameters: tuple[str, ...]) -> None:
     found = to_convention(from_convention(library, values, batch_count=9), library, batch_count=9)
     assert found.keys() == values.keys()
     for name, value in values.items():
-        np.testing.assert_allclose(found[name], value, rtol=RELATIVE)
+        close(found[name], value, relative=tolerances.AGAINST_TORCH[torch.float32][0])
 
 
 def test_what_onnx_needs_is_there() -> None:
