@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import batchnorm as bn
-from batchnorm.surgery.observing import Call, Spec, forward, observe
+from batchnorm.surgery.observing import ModuleCall, Spec, forward, observe
 from support.networks import Calls
 
 F32 = torch.float32
@@ -22,11 +22,11 @@ def test_calls_are_seen_in_order() -> None:
     model = Calls(lambda m, x: m.a(m.b(m.a(x), y=x), factor=2.0), a=Optional(), b=Optional())
     calls, _ = observe(model, torch.zeros(2, 3))
     spec = Spec((2, 3), F32)
-    assert calls[model] == [Call((spec,), {})]
-    assert calls[model.a] == [Call((spec,), {}), Call((spec,), {"factor": 2.0})]
-    assert calls[model.b] == [Call((spec,), {"y": spec})]
+    assert calls[model] == [ModuleCall((spec,), {})]
+    assert calls[model.a] == [ModuleCall((spec,), {}), ModuleCall((spec,), {"factor": 2.0})]
+    assert calls[model.b] == [ModuleCall((spec,), {"y": spec})]
     assert not calls[model.a][0].alike(calls[model.a][1])
-    assert calls[model][0].alike(Call((Spec((5, 7), torch.float64),), {}))
+    assert calls[model][0].alike(ModuleCall((Spec((5, 7), torch.float64),), {}))
 
 
 def test_observing_leaves_nothing_behind() -> None:

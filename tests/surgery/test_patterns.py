@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import batchnorm as bn
-from batchnorm.surgery.observing import Call, Spec
+from batchnorm.surgery.observing import ModuleCall, Spec
 from batchnorm.surgery.patterns import Match, match, writes_over_its_input
 from batchnorm.surgery.tracing import Region, trace
 from support.networks import Calls
@@ -22,7 +22,7 @@ def matched(forward: Callable[..., Any], **modules: nn.Module) -> Match | str:
     """The answer for the first call of `bn` in a forward."""
     modules.setdefault("bn", bn.BatchNorm2d(3))
     model = Calls(forward, **modules)
-    graph, reason = trace(model, Call((Spec((), torch.float32),), {}))
+    graph, reason = trace(model, ModuleCall((Spec((), torch.float32),), {}))
     assert graph is not None, reason
     return match(region := Region("", model, graph), next(n for n in graph.nodes if region.called(n) is model.bn))
 

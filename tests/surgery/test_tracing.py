@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from batchnorm.surgery.observing import Call, Spec, observe
+from batchnorm.surgery.observing import ModuleCall, Spec, observe
 from batchnorm.surgery.tracing import in_modes, plain_call, regions, seen_call, trace
 from support.networks import Block, Calls, Untraceable
 
-ONE = Call((Spec((), torch.float32),), {})
+ONE = ModuleCall((Spec((), torch.float32),), {})
 BOTH = (True, False)
 
 
-def one(_: nn.Module) -> tuple[Call, str]:
+def one(_: nn.Module) -> tuple[ModuleCall, str]:
     return ONE, ""
 
 

@@ -29,13 +29,13 @@ class Spec:
 
 
 @dataclass(frozen=True)
-class Call:
+class ModuleCall:
     """One call of a module: its arguments, where a `Spec` stands for each tensor."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def alike(self, other: Call) -> bool:
+    def alike(self, other: ModuleCall) -> bool:
         """Whether both are the same but for the tensors' shapes and dtypes."""
         here, there = (self.args, self.kwargs), (other.args, other.kwargs)
         return same_structure(here, there) and all(
@@ -44,11 +44,11 @@ class Call:
         )
 
 
-Calls = dict[nn.Module, list[Call]]
+Calls = dict[nn.Module, list[ModuleCall]]
 
 
 def forward(model: nn.Module, example_inputs: Any) -> Any:  # noqa: ANN401 - whatever models take and return
-    """Call a model: with a tensor, a tuple or list of arguments, or a dict of keywords.
+    """ModuleCall a model: with a tensor, a tuple or list of arguments, or a dict of keywords.
 
     Raises:
         OptionError: `example_inputs` is none of these.
@@ -71,7 +71,7 @@ def observe(model: nn.Module, example_inputs: Any) -> tuple[Calls, Any]:  # noqa
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         args, kwargs = map_tensors((args, kwargs), lambda t: Spec(tuple(t.shape), t.dtype))
-        calls.setdefault(module, []).append(Call(args, kwargs))
+        calls.setdefault(module, []).append(ModuleCall(args, kwargs))
 
     with inference(model), forward_hooks(model.modules(), before=note):
         return calls, forward(model, example_inputs)

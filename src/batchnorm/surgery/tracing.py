@@ -20,7 +20,7 @@ from batchnorm.models.hooks import without_hooks
 from batchnorm.models.modes import preserved_modes, set_training
 from batchnorm.models.nested import leaves, map_leaves
 from batchnorm.models.norm_layers import NormLayer
-from batchnorm.surgery.observing import Call, Calls, Spec
+from batchnorm.surgery.observing import Calls, ModuleCall, Spec
 
 
 class Region(NamedTuple):
@@ -106,7 +106,7 @@ class _Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True  # so that what changes buffers is part of the graph and does not happen
 
-    def __init__(self, call: Call, leaf: Callable[[nn.Module], bool] | None) -> None:
+    def __init__(self, call: ModuleCall, leaf: Callable[[nn.Module], bool] | None) -> None:
         super().__init__()
         self._call, self._leaf = call, leaf
 
@@ -143,7 +143,7 @@ class _Tracer(fx.Tracer):
         return lambda *_: root_fn(root, *args, **kwargs), []
 
 
-def _names(forward: Callable[..., Any], call: Call) -> list[str]:
+def _names(forward: Callable[..., Any], call: ModuleCall) -> list[str]:
     """A name for each leaf of a call's arguments: those of `forward` where each argument is one leaf."""
     count = len(list(leaves((call.args, call.kwargs))))
     code = getattr(forward, "__code__", None)
@@ -153,7 +153,7 @@ def _names(forward: Callable[..., Any], call: Call) -> list[str]:
 
 
 def trace(
-    module: nn.Module, call: Call, *, leaf: Callable[[nn.Module], bool] | None = None
+    module: nn.Module, call: ModuleCall, *, leaf: Callable[[nn.Module], bool] | None = None
 ) -> tuple[fx.Graph | None, str]:
     """The graph of one call of a module; None and the reason where it cannot be traced.
 
@@ -174,16 +174,16 @@ def trace(
     return graph, ""
 
 
-def plain_call(module: nn.Module) -> tuple[Call | None, str]:
+def plain_call(module: nn.Module) -> tuple[ModuleCall | None, str]:
     """The only call that a module takes: a tensor for each argument; None and the reason where there are others."""
     code = getattr(type(module).forward, "__code__", None)
     defaults = getattr(type(module).forward, "__defaults__", None)
     if code is None or code.co_flags & (0x04 | 0x08) or code.co_kwonlyargcount or defaults:
         return None, "its forward has optional arguments"
-    return Call((Spec((), torch.float32),) * (code.co_argcount - 1), {}), ""
+    return ModuleCall((Spec((), torch.float32),) * (code.co_argcount - 1), {}), ""
 
 
-def seen_call(calls: Calls, module: nn.Module) -> tuple[Call | None, str]:
+def seen_call(calls: Calls, module: nn.Module) -> tuple[ModuleCall | None, str]:
     """How a module was called; None and the reason where it was not, or in several ways."""
     seen = calls.get(module, [])
     if not seen:
@@ -194,7 +194,7 @@ def seen_call(calls: Calls, module: nn.Module) -> tuple[Call | None, str]:
 
 
 def regions(
-    model: nn.Module, call_of: Callable[[nn.Module], tuple[Call | None, str]], modes: Collection[bool]
+    model: nn.Module, call_of: Callable[[nn.Module], tuple[ModuleCall | None, str]], modes: Collection[bool]
 ) -> Regions:
     """The largest parts of a model that can be traced, of those that contain batch-norm layers.
 
@@ -230,7 +230,7 @@ def regions(
 
 def in_modes(
     module: nn.Module,
-    call_of: Callable[[nn.Module], tuple[Call | None, str]],
+    call_of: Callable[[nn.Module], tuple[ModuleCall | None, str]],
     modes: Collection[bool],
     *,
     leaf: Callable[[nn.Module], bool] | None = None,
