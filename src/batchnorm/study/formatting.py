@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 from batchnorm.report.document import Curve, percent
-from batchnorm.study.statistics import Interval
+from batchnorm.study.statistics import Interval, mean_interval
 
 
 def span(interval: Interval, form: str = ".3g", unit: str = "") -> str:
@@ -62,6 +62,14 @@ def interval_curve(label: str, x: Sequence[float], intervals: Sequence[Interval]
         [interval.high for interval in intervals],
         points,
     )
+
+
+def mean_curve(
+    label: str, x: Sequence[float], values: Sequence[Sequence[float]], *, times: float = 1.0, points: bool = False
+) -> Curve:
+    """The mean of the values at each x, so many times as large, with its 95 % interval."""
+    intervals = [mean_interval(at).map(lambda mean: times * mean) for at in values]
+    return interval_curve(label, x, intervals, points=points)
 
 
 def mean_and_range(label: str, x: Sequence[float], values: Sequence[Sequence[float]]) -> Curve:
