@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from batchnorm.report.document import Curve, percent
 from batchnorm.study.statistics import Interval, mean_interval
@@ -72,8 +72,9 @@ def mean_curve(
     return interval_curve(label, x, intervals, points=points)
 
 
-def mean_and_range(label: str, x: Sequence[float], values: Sequence[Sequence[float]]) -> Curve:
-    """The mean of the values at each x, from the smallest to the largest of them."""
+def mean_and_range(label: str, x: Sequence[float], fractions: Iterable[Sequence[float]]) -> Curve:
+    """The mean of the fractions at each x, from the smallest to the largest of them, in per cent."""
+    values = [[100 * fraction for fraction in at] for at in fractions]
     means = [statistics.fmean(at) for at in values]
     return Curve(label, x, means, [min(at) for at in values], [max(at) for at in values])
 
