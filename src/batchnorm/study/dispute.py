@@ -129,21 +129,21 @@ def run(setting: Setting, plan: Plan, kind: str, seed: int) -> dict[str, Any]:
         chosen = next(order)
         x, y = train.inputs[chosen], train.labels[chosen]
         model.train()
-        now = step % plan.every == 0
         # Before the step's own pass and after it: the noise is to be that of two steps, as anything watched would see.
-        before = layer_inputs(model, watched) if now else []
+        before = layer_inputs(model, watched) if step % plan.every == 0 else []
         again = _repeatable(model, x, y)
         outputs = model(x)
         right.append(training.accuracy(outputs.detach().argmax(1), y))
         gradients = torch.autograd.grad(nn.functional.cross_entropy(outputs, y), parameters)
-        found = asdict(measure_along_step(parameters, again, rates)) if now else {}
-        if now:
-            found["disturbance"] = disturbance(model, again, plan.learning_rate)
+        if step % plan.every:
+            descend(parameters, gradients, plan.learning_rate)
+            continue
+        found = asdict(measure_along_step(parameters, again, rates))
+        found["disturbance"] = disturbance(model, again, plan.learning_rate)
         descend(parameters, gradients, plan.learning_rate)
-        if now:
-            after = layer_inputs(model, watched)
-            found["shift"] = statistics.geometric_mean(shift(*pair) for pair in zip(before, after, strict=True))
-            found["curve"] = statistics.fmean(right[-plan.every :])
+        after = layer_inputs(model, watched)
+        found["shift"] = statistics.geometric_mean(shift(*pair) for pair in zip(before, after, strict=True))
+        found["curve"] = statistics.fmean(right[-plan.every :])
         for name, value in found.items():
             measured.setdefault(name, []).append(value)
     recalibrate(model, torch.split(train.inputs, plan.watched))
