@@ -36,9 +36,10 @@ def test_a_ratio_is_the_geometric_mean() -> None:
 
 
 def test_equivalence_is_a_margin_less_the_distance() -> None:
-    found = Paired(A, B).difference().equivalent(4.0)
+    found = Paired(A, B).equivalent(4.0)
     assert found.interval == within(4.0, mean_interval(DIFFERENCES))
     assert found.effect == effect_size(DIFFERENCES)
+    assert found == Paired(A, B).difference().equivalent(4.0)
 
 
 def test_another_scale_keeps_count_and_effect() -> None:

@@ -74,3 +74,7 @@ class Paired:
     def ratio(self) -> Measured:
         """The geometric mean of `a / b`."""
         return self.log_ratio().map(math.exp)
+
+    def equivalent(self, margin: float) -> Measured:
+        """`margin - |difference|`: above 0 where the two surely differ by less than the margin."""
+        return self.difference().equivalent(margin)
