@@ -180,16 +180,13 @@ def _equations(z: Tensor, gamma: Tensor, beta: Tensor) -> dict[str, Tensor]:
 
 def _example(layers: Layers, z: Tensor, gamma: Tensor, beta: Tensor, shown: int) -> dict[str, Any]:
     """One mini-batch step by step; what the layer returned stands beside it."""
-    steps = _equations(z, gamma, beta)
+    values = _equations(z, gamma, beta)
+    of_channels = {"mean": values.pop("mean"), "std": values.pop("std"), "gamma": gamma, "beta": beta}
     with torch.no_grad():
-        layer = _tuned(layers, gamma, beta)(z).double()
-    values = {name: steps[name] for name in ("z", "centred", "scaled", "output")} | {"layer": layer}
+        values["layer"] = _tuned(layers, gamma, beta)(z).double()
     return {
         "values": {name: value[:shown, 0].tolist() for name, value in values.items()},
-        "mean": steps["mean"][:shown].tolist(),
-        "std": steps["std"][:shown].tolist(),
-        "gamma": gamma[:shown].tolist(),
-        "beta": beta[:shown].tolist(),
+        **{name: value[:shown].tolist() for name, value in of_channels.items()},
         "channels": {
             name: {
                 "mean": values[name].mean(0)[:shown].tolist(),
