@@ -10,10 +10,9 @@ import torch
 from batchnorm.report.document import Chart, Table
 from batchnorm.study import training
 from batchnorm.study.experiment import Conclusion, Experiment, Setting
-from batchnorm.study.formatting import in_points, interval_curve, mean_percent, points
+from batchnorm.study.formatting import in_points, mean_curve, mean_percent, points
 from batchnorm.study.grid import Grid, Results
 from batchnorm.study.measured import Paired
-from batchnorm.study.statistics import mean_interval
 from batchnorm.study.verdict import Claim
 
 LONGER = Claim(
@@ -45,18 +44,16 @@ def run(setting: Setting, plan: Plan, steps: int, seed: int) -> dict[str, Any]:
 
 def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
     """Compare the two lengths, seed by seed."""
-    accuracy = {steps: [run["accuracy"] for run in results.runs(steps)] for steps in plan.steps}
+    accuracy = {steps: results.column("accuracy", steps) for steps in plan.steps}
     shorter, longer = accuracy.values()
     gain = Paired(longer, shorter).difference()
-    intervals = [mean_interval(values).map(in_points) for values in accuracy.values()]
+    curve = mean_curve("plain", plan.steps, [shorter, longer], times=100)
     return Conclusion(
         numbers={"runs": results.records("steps", "seed")},
         findings=[LONGER.judge(gain.map(in_points))],
         summary=[f"The longer training changed the test accuracy by {points(gain.interval)}."],
         tables=[Table("Accuracy", ["steps", "%"], [[str(n), mean_percent(accuracy[n])] for n in plan.steps])],
-        charts=[
-            Chart("Accuracy", "More is better.", "steps", "%", [interval_curve("plain", plan.steps, intervals)]),
-        ],
+        charts=[Chart("Accuracy", "More is better.", "steps", "%", [curve])],
         notes=["Plain gradient descent."],
     )
 

@@ -31,7 +31,7 @@ from batchnorm.study.experiment import Conclusion, Setting
 from batchnorm.study.grid import Results
 from batchnorm.study.networks import OURS, TORCH, Layers, perceptron
 from batchnorm.study.verdict import Verdict
-from study.plans import TINY, Start, carried_out, runs_as_printed
+from study.plans import TINY, Start, carried_out
 from support import tolerances
 
 PLAN = TINY["dropout"]
@@ -198,11 +198,6 @@ def test_the_rate_is_chosen_by_the_other_seeds_on_the_test_samples(setting: Sett
     assert found.tables[0].rows[0] == ("plain", "0.1 or 0.2", "73.3", "53.3", "20.0")
 
 
-def test_gaps() -> None:
-    network = dropout.AtBestRates(PLAIN, (0.1, 0.1), (1.0, 0.75), (0.5, 0.875))
-    assert network.gaps == (0.5, -0.125)
-
-
 @pytest.mark.parametrize(
     ("tests", "change", "words"),
     [
@@ -260,28 +255,8 @@ def test_what_is_drawn(setting: Setting) -> None:
 
 
 @pytest.mark.parametrize("layers", [OURS, TORCH], ids=lambda layers: layers.name)
-@pytest.mark.parametrize("network", [NORM, BOTH])
-def test_a_seed_gives_the_same_numbers_again(setting: Setting, network: str, layers: Layers) -> None:
-    """Whatever torch's global generator is at, which is left there."""
-    chosen = Setting(setting.data, layers)
-    first = run(chosen, SEEN, network, RATE, 1)
-    torch.manual_seed(77)
-    before = torch.get_rng_state()
-    assert run(chosen, SEEN, network, RATE, 1) == first
-    assert torch.equal(torch.get_rng_state(), before)
-    assert run(chosen, SEEN, network, RATE, 0) != first
-
-
-@pytest.mark.parametrize("layers", [OURS, TORCH], ids=lambda layers: layers.name)
 def test_it_runs_with_either_layer(setting: Setting, layers: Layers) -> None:
     """Two seeds decide nothing."""
     found = carried_out(dropout.EXPERIMENT, Setting(setting.data, layers), PLAN)
     assert {finding.verdict for finding in found.findings} == {OPEN}
     assert all(0 < value < 1 for c in found.numbers["networks"] for value in (*c["train"], *c["test"]))
-
-
-def test_the_code_runs() -> None:
-    printed = runs_as_printed(dropout.CODE).splitlines()
-    assert [line.split()[2:5] for line in printed] == [
-        [placement, "dropout:", share] for placement in ("before", "none") for share in ("0.0", "0.2")
-    ]

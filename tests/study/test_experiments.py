@@ -11,19 +11,40 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
-from batchnorm.study.experiment import Experiment
+from batchnorm.study.experiment import Experiment, Setting
 from batchnorm.study.experiments import EXPERIMENTS
+from batchnorm.study.networks import OURS, TORCH, Layers
 from batchnorm.study.runner import study
 from batchnorm.study.verdict import Verdict
 from study import example
-from study.plans import TINY
+from study.plans import TINY, runs_as_printed
 
 DOCS = Path(__file__).parents[2] / "docs"
 CLAIMS, SCHEMA = ((DOCS / name).read_text(encoding="utf-8") for name in ("study.md", "study-results.md"))
 KINDS = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null"}
 SMALL = [replace(row, quick=TINY[row.name]) for row in EXPERIMENTS]
+# What each section's snippet prints: the whole of it, or its beginning.
+PRINTED = {
+    "placement": "".join(rf"batch norm: {placement} .+\n" for placement in ("before", "after", "none")) + "$",
+    "equations": r"tensor\(.+\n",
+    "noise": "(.+\n){5}",
+    "inference": r"tensor\((.|\n)+tensor\(",
+    "shift": "1 -0.1 0.*\n(.+\n){2}$",
+    "scales": r"tensor\(.+\) tensor\(.+\n$",
+    "speed": "batch norm: before .+\nbatch norm: none .+\n$",
+    "rates": "".join(
+        rf"batch norm: {placement} rate: {rate} .+\n" for placement in ("before", "none") for rate in (0.01, 0.1, 1.0)
+    )
+    + "$",
+    "dropout": "".join(
+        rf"batch norm: {placement} dropout: {share} .+\n" for placement in ("before", "none") for share in (0.0, 0.2)
+    )
+    + "$",
+    "dispute": "plain .+\nbatch norm .+\nnoisy batch norm .+\n$",
+}
 
 
 @pytest.fixture(scope="module", params=["digits ours", pytest.param("vectors torch", marks=pytest.mark.long)])
@@ -138,3 +159,22 @@ def test_the_docs_have_every_claim_with_its_criterion(row: Experiment[Any]) -> N
     for claim in row.claims:
         unit = f" {claim.unit}" if claim.unit else ""
         assert f"| {claim.mission} | {claim.statement} | {claim.measure} | {claim.threshold:g}{unit} |" in CLAIMS
+
+
+@pytest.mark.parametrize("layers", [OURS, TORCH], ids=lambda layers: layers.name)
+@pytest.mark.parametrize("row", EXPERIMENTS, ids=lambda row: row.name)
+def test_a_seed_gives_the_same_numbers_again(setting: Setting, row: Experiment[Any], layers: Layers) -> None:
+    """Whatever torch's global generator is at, which is left there; another seed gives others."""
+    chosen, plan = Setting(setting.data, layers), TINY[row.name]
+    for args in row.grid(plan).tasks():
+        if args[-1] == 0:
+            first = row.run(chosen, plan, *args)
+            before = torch.manual_seed(77).get_state()
+            assert row.run(chosen, plan, *args) == first
+            assert torch.equal(torch.get_rng_state(), before)
+            assert row.run(chosen, plan, *args[:-1], 1) != first
+
+
+@pytest.mark.parametrize("row", EXPERIMENTS, ids=lambda row: row.name)
+def test_the_code_runs(row: Experiment[Any]) -> None:
+    assert re.match(PRINTED[row.name], runs_as_printed(row.code))

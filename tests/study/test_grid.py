@@ -32,6 +32,7 @@ def test_the_runs_of_a_setting() -> None:
     assert [run["value"] for run in RESULTS.runs("batch norm", 1.0)] == [1, 5]
     assert [run["value"] for run in RESULTS.runs("plain", 0.1)] == [2, 6]
     assert RESULTS.runs("plain") == []
+    assert RESULTS.column("value", "batch norm", 1.0) == [1, 5]
 
 
 def test_records_name_the_arguments() -> None:
@@ -53,9 +54,11 @@ def test_the_best_rate_of_each_seed_is_the_others_choice() -> None:
             for seed, score in enumerate(values)
         }
     )
-    rates, runs = results.best(lambda run: run["score"], "batch norm")
+    best = results.best(lambda run: run["score"], "batch norm")
+    rates, runs = best
     assert rates == best_of_the_others(scores) == (0.3, 0.1, 0.1)
     assert [run["name"] for run in runs] == [("batch norm", rate, seed) for seed, rate in enumerate(rates)]
+    assert best.column("name") == tuple(run["name"] for run in runs)
 
 
 def test_one_seed_has_no_others() -> None:

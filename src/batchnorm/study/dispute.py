@@ -23,7 +23,7 @@ from batchnorm.report.document import Chart, Curve, Table
 from batchnorm.study import training
 from batchnorm.study.experiment import Conclusion, Experiment, Setting
 from batchnorm.study.formatting import cell
-from batchnorm.study.grid import Grid, Results, Run
+from batchnorm.study.grid import Grid, Results
 from batchnorm.study.loss_landscape import Loss, descend, disturbance, measure_along_step
 from batchnorm.study.measured import Measured, Paired
 from batchnorm.study.networks import Placement
@@ -67,31 +67,22 @@ GRADIENTS = Claim(
     "1 - cosine of a layer's gradients before and after, with batch norm less without",
     -0.05,
 )
-_RATIO = "of the plain network over that with batch norm, along the step"
-LOSS = Claim(
-    "smoother-loss",
-    "M14",
-    "With batch norm the loss changes less along the step",
-    f"range of the loss {_RATIO}",
-    1.0,
-    "times",
+LOSS, PREDICTIVE, SMOOTH = (
+    Claim(
+        key,
+        "M14",
+        f"With batch norm the {statement}",
+        f"{measure} of the plain network over that with batch norm, along the step",
+        1.0,
+        "times",
+    )
+    for key, statement, measure in (
+        ("smoother-loss", "loss changes less along the step", "range of the loss"),
+        ("predictive-gradient", "gradient changes less along the step", "largest change of the gradient"),
+        ("beta-smoothness", "gradient changes less per length of step", "effective beta-smoothness"),
+    )
 )
-PREDICTIVE = Claim(
-    "predictive-gradient",
-    "M14",
-    "With batch norm the gradient changes less along the step",
-    f"largest change of the gradient {_RATIO}",
-    1.0,
-    "times",
-)
-SMOOTH = Claim(
-    "beta-smoothness",
-    "M14",
-    "With batch norm the gradient changes less per length of step",
-    f"effective beta-smoothness {_RATIO}",
-    1.0,
-    "times",
-)
+CLAIMS = (NOISIER, EXPLAINS, STILL, GRADIENTS, LOSS, PREDICTIVE, SMOOTH)
 
 
 @dataclass(frozen=True)
@@ -147,10 +138,8 @@ def run(setting: Setting, plan: Plan, kind: str, seed: int) -> dict[str, Any]:
         if step % plan.every:
             descend(parameters, gradients, plan.learning_rate)
             continue
-        found = {
-            **asdict(measure_along_step(parameters, again, rates)),
-            "disturbance": disturbance(model, again, plan.learning_rate),
-        }
+        found = asdict(measure_along_step(parameters, again, rates))
+        found["disturbance"] = disturbance(model, again, plan.learning_rate)
         descend(parameters, gradients, plan.learning_rate)
         after = layer_inputs(model, watched)
         found["shift"] = statistics.geometric_mean(shift(*pair) for pair in zip(before, after, strict=True))
@@ -178,14 +167,17 @@ def _repeatable(model: nn.Module, x: Tensor, y: Tensor) -> Loss:
 
 def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
     """Judge both accounts over the seeds."""
-    runs = {kind: results.runs(kind) for kind in NETWORKS}
-    learning = {kind: [run["learning"] for run in runs[kind]] for kind in NETWORKS}
-    disturbed = {kind: [statistics.fmean(run["disturbance"]) for run in runs[kind]] for kind in NETWORKS}
+    plainly = {name: {kind: results.column(name, kind) for kind in NETWORKS} for name in ("learning", "test")}
+    plainly["disturbance"] = {kind: [*map(statistics.fmean, results.column("disturbance", kind))] for kind in NETWORKS}
     # Logarithms of the means over the measured steps, so that differences of them are ratios.
     logs = {
-        name: {kind: [math.log(statistics.geometric_mean(run[name])) for run in runs[kind]] for kind in NETWORKS}
+        name: {
+            kind: [math.log(statistics.geometric_mean(series)) for series in results.column(name, kind)]
+            for kind in NETWORKS
+        }
         for name in ("shift", "loss_range", "gradient_change", "smoothness")
     }
+    learning, disturbed = plainly["learning"], plainly["disturbance"]
     gains = {kind: Paired(learning[kind], learning[PLAIN]).differences() for kind in (WITH, NOISY)}
     gone = [0.5 * ours - noisy for ours, noisy in zip(gains[WITH], gains[NOISY], strict=True)]
     measured = {
@@ -198,13 +190,12 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
         SMOOTH: _ratio(logs["smoothness"], PLAIN, WITH),
     }
     findings = {claim: claim.judge(measured[claim]) for claim in CLAIMS}
-    means = {
-        name: {kind: mean_interval(values).map(math.exp) for kind, values in by_kind.items()}
-        for name, by_kind in logs.items()
-    }
-    means["learning"] = {kind: mean_interval(values) for kind, values in learning.items()}
-    means["disturbance"] = {kind: mean_interval(values) for kind, values in disturbed.items()}
-    means["test"] = {kind: mean_interval([run["test"] for run in runs[kind]]) for kind in NETWORKS}
+    means = {name: {kind: mean_interval(of_kind[kind]) for kind in NETWORKS} for name, of_kind in plainly.items()}
+    for name, of_kind in logs.items():
+        means[name] = {kind: mean_interval(of_kind[kind]).map(math.exp) for kind in NETWORKS}
+    smoothness = [findings[claim] for claim in (LOSS, PREDICTIVE, SMOOTH)]
+    factors = [f"{1 / finding.interval.estimate:.2f}" for finding in smoothness]
+    verdicts = [finding.verdict for finding in smoothness]
     return Conclusion(
         numbers={"runs": results.records("network", "seed")},
         findings=list(findings.values()),
@@ -216,17 +207,26 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
             f"Shift of the layers' inputs in one step, in standard deviations: {_three(means['shift'], '.4f')}. "
             f"Training accuracy, mean over the training, in per cent: {_three(means['learning'], '.1f', 100)}.",
             _account(findings),
-            f"Batch normalization changed the range of the loss along the step by a factor of "
-            f"{1 / findings[LOSS].interval.estimate:.2f}, the gradient's change by "
-            f"{1 / findings[PREDICTIVE].interval.estimate:.2f}, and effective beta-smoothness by "
-            f"{1 / findings[SMOOTH].interval.estimate:.2f} (below 1 is smoother). {_smoothness(findings)}",
+            f"Batch normalization changed the range of the loss along the step by a factor of {factors[0]}, the "
+            f"gradient's change by {factors[1]}, and effective beta-smoothness by {factors[2]} (below 1 is smoother). "
+            f"{verdicts.count(Verdict.SUPPORTED)} of these 3 measures support the sceptics' account, "
+            f"{verdicts.count(Verdict.NOT_SUPPORTED)} speak against it.",
         ],
-        tables=[_table(means)],
+        tables=[
+            Table(
+                "Means over seeds and measured steps (geometric for shift, loss and gradient) with 95 % intervals",
+                ["Measure", *NETWORKS],
+                [
+                    [label, *(cell(means[name][kind], form, times) for kind in NETWORKS)]
+                    for name, (label, form, times) in _NAMES.items()
+                ],
+            )
+        ],
         charts=[
-            _chart(runs, "curve", "Training accuracy", "accuracy on mini-batches", log=False),
-            _chart(runs, "shift", "Covariate shift", "shift (standard deviations)"),
-            _chart(runs, "loss_range", "Range of the loss along the step", "range of the loss"),
-            _chart(runs, "gradient_change", "Change of the gradient along the step", "change of the gradient"),
+            _chart(results, "curve", "Training accuracy", "accuracy on mini-batches", log=False),
+            _chart(results, "shift", "Covariate shift", "shift (standard deviations)"),
+            _chart(results, "loss_range", "Range of the loss along the step", "range of the loss"),
+            _chart(results, "gradient_change", "Change of the gradient along the step", "change of the gradient"),
         ],
         notes=[
             f"Networks of {len(plan.hidden)} hidden layers of {plan.hidden[0]}, all from the same weights, plain "
@@ -267,14 +267,6 @@ def _account(findings: dict[Claim, Finding]) -> str:
     return "How much of the gain is left when the shift is brought back cannot be told from these numbers."
 
 
-def _smoothness(findings: dict[Claim, Finding]) -> str:
-    """How many of the three measures say smoother."""
-    verdicts = [findings[claim].verdict for claim in (LOSS, PREDICTIVE, SMOOTH)]
-    return f"{verdicts.count(Verdict.SUPPORTED)} of these 3 measures support the sceptics' account, " + (
-        f"{verdicts.count(Verdict.NOT_SUPPORTED)} speak against it."
-    )
-
-
 _NAMES = {
     "learning": ("Training accuracy, mean over the training (%)", ".1f", 100),
     "test": ("Test accuracy at the end (%)", ".1f", 100),
@@ -286,23 +278,12 @@ _NAMES = {
 }
 
 
-def _table(means: dict[str, dict[str, Interval]]) -> Table:
-    return Table(
-        "Means over seeds and measured steps (geometric for shift, loss and gradient) with 95 % intervals",
-        ["Measure", *NETWORKS],
-        [
-            [label, *(cell(means[name][kind], form, times) for kind in NETWORKS)]
-            for name, (label, form, times) in _NAMES.items()
-        ],
-    )
-
-
-def _chart(runs: dict[str, list[Run]], name: str, title: str, label: str, *, log: bool = True) -> Chart:
+def _chart(results: Results, name: str, title: str, label: str, *, log: bool = True) -> Chart:
     curves = []
-    for kind, of_kind in runs.items():
-        at = list(zip(*(run[name] for run in of_kind), strict=True))
-        middle = [statistics.median(values) for values in at]
-        curves.append(Curve(kind, of_kind[0]["at"], middle, [min(v) for v in at], [max(v) for v in at]))
+    for kind in NETWORKS:
+        values = list(zip(*results.column(name, kind), strict=True))
+        low, middle, high = ([of(at) for at in values] for of in (min, statistics.median, max))
+        curves.append(Curve(kind, results[kind, 0]["at"], middle, low, high))
     ends = ", ".join(
         f"{curve.label} {curve.middle[0]:.3g} at first and {curve.middle[-1]:.3g} at last" for curve in curves
     )
@@ -327,8 +308,6 @@ for kind in dispute.NETWORKS:
     found = dispute.run(Setting(digits(), OURS), plan, kind, 0)
     print(kind, found["learning"], found["shift"], found["loss_range"])
 """
-
-CLAIMS = (NOISIER, EXPLAINS, STILL, GRADIENTS, LOSS, PREDICTIVE, SMOOTH)
 
 EXPERIMENT = Experiment(
     name="dispute",

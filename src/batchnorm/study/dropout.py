@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,11 +12,11 @@ from batchnorm.report.document import Chart, Table
 from batchnorm.study import training
 from batchnorm.study.dataset import Part
 from batchnorm.study.experiment import Conclusion, Experiment, Setting
-from batchnorm.study.formatting import any_of, in_points, interval_curve, mean_percent, points
+from batchnorm.study.formatting import any_of, in_points, mean_curve, mean_percent, points
 from batchnorm.study.grid import Grid, Results
 from batchnorm.study.measured import Paired
 from batchnorm.study.networks import Placement
-from batchnorm.study.statistics import Interval, mean_interval
+from batchnorm.study.statistics import Interval
 from batchnorm.study.verdict import Claim
 
 PLAIN, DROPOUT, NORM, BOTH = "plain", "dropout", "batch norm", "batch norm and dropout"
@@ -71,39 +72,25 @@ def run(setting: Setting, plan: Plan, network: str, rate: float, seed: int) -> d
     return {"train": on_samples, "test": on_test}
 
 
-@dataclass(frozen=True)
-class AtBestRates:
-    """One network, each seed at the learning rate that was best for the others."""
-
-    network: str
-    rates: tuple[float, ...]
-    train: tuple[float, ...]  # each seed's accuracy on the samples that it learnt from
-    test: tuple[float, ...]  # each seed's test accuracy
-
-    @property
-    def gaps(self) -> tuple[float, ...]:
-        """Each seed's generalisation gap."""
-        return tuple(a - b for a, b in zip(self.train, self.test, strict=True))
-
-
 def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
     """Choose the rates, and compare the four."""
-    best = {}
-    for network in NETWORKS:
-        rates, runs = results.best(lambda run: run["test"], network)
-        train, test = (tuple(run[part] for run in runs) for part in ("train", "test"))
-        best[network] = AtBestRates(network, rates, train, test)
-    gap = Paired(best[PLAIN].gaps, best[NORM].gaps).difference()
-    alone = Paired(best[NORM].test, best[BOTH].test).difference()
+    best = {network: results.best(lambda run: run["test"], network) for network in NETWORKS}
+    rates = {network: chosen.values for network, chosen in best.items()}
+    train, test = ({network: best[network].column(part) for network in NETWORKS} for part in ("train", "test"))
+    gaps = {network: Paired(train[network], test[network]).differences() for network in NETWORKS}
+    gap = Paired(gaps[PLAIN], gaps[NORM]).difference()
+    alone = Paired(test[NORM], test[BOTH]).difference()
     gains = {
-        "batch norm, without dropout": Paired(best[NORM].test, best[PLAIN].test).difference().interval,
-        "dropout, without batch norm": Paired(best[DROPOUT].test, best[PLAIN].test).difference().interval,
-        "dropout, with batch norm": Paired(best[BOTH].test, best[NORM].test).difference().interval,
+        "batch norm, without dropout": Paired(test[NORM], test[PLAIN]).difference().interval,
+        "dropout, without batch norm": Paired(test[DROPOUT], test[PLAIN]).difference().interval,
+        "dropout, with batch norm": Paired(test[BOTH], test[NORM]).difference().interval,
     }
     without = gains["dropout, without batch norm"]
     return Conclusion(
         numbers={
-            "networks": [asdict(network) for network in best.values()],
+            "networks": [
+                {"network": name, "rates": rates[name], "train": train[name], "test": test[name]} for name in NETWORKS
+            ],
             "gains": [{"of": added, **asdict(gain)} for added, gain in gains.items()],
         },
         findings=[GAP.judge(gap.map(in_points)), REDUNDANT.judge(alone.map(in_points))],
@@ -112,13 +99,30 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
             f"redundant. Here a {len(plan.hidden)}-layer network learnt from {plan.samples} samples only, with "
             "batch normalization, dropout, both or neither, each at the learning rate that suits it best.",
             f"The generalisation gap, accuracy on the samples learnt from minus test accuracy, was "
-            f"{mean_percent(best[PLAIN].gaps)} points without batch normalization and {mean_percent(best[NORM].gaps)} "
-            f"with: a difference of {points(gap.interval)}.",
+            f"{mean_percent(gaps[PLAIN])} points without batch normalization and {mean_percent(gaps[NORM])} with: a "
+            f"difference of {points(gap.interval)}.",
             f"Dropout changed the test accuracy by {points(without)} without batch normalization, {_helped(without)}.",
             f"With batch normalization, it changed it by {points(gains['dropout, with batch norm'])}.",
         ],
-        tables=[_table(plan, best), _gains(plan, gains)],
-        charts=[_chart(best)],
+        tables=[
+            Table(
+                caption=f"Accuracies after {plan.steps} steps, %: means over {plan.seeds} seeds",
+                columns=("network", "learning rate", "on its samples", "on the test samples", "gap"),
+                rows=[
+                    (name, any_of(rates[name]), *(mean_percent(values[name]) for values in (train, test, gaps)))
+                    for name in NETWORKS
+                ],
+            ),
+            Table(
+                caption=f"What each adds to the test accuracy, in percentage points, over {plan.seeds} seeds",
+                columns=("added", "mean", "95 % interval"),
+                rows=[
+                    (added, f"{100 * gain.estimate:+.2f}", f"{100 * gain.low:+.2f} to {100 * gain.high:+.2f}")
+                    for added, gain in gains.items()
+                ],
+            ),
+        ],
+        charts=[_chart(train, test)],
         notes=[
             f"Networks: {len(plan.hidden)} hidden layers of {plan.hidden[0]} with ReLU, He's initialisation; batch "
             f"normalization before each ReLU, dropout of {plan.dropout:g} after it. The four of a seed start from the "
@@ -132,6 +136,10 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
     )
 
 
+# Of each network, each seed's accuracy at its learning rate.
+Accuracies = Mapping[str, Sequence[float]]
+
+
 def _helped(gain: Interval) -> str:
     if gain.low > 0:
         return "so there was something for batch normalization to replace"
@@ -140,41 +148,18 @@ def _helped(gain: Interval) -> str:
     return "so whether there was anything for batch normalization to replace is open"
 
 
-def _table(plan: Plan, best: dict[str, AtBestRates]) -> Table:
-    return Table(
-        caption=f"Accuracies after {plan.steps} steps, %: means over {plan.seeds} seeds",
-        columns=("network", "learning rate", "on its samples", "on the test samples", "gap"),
-        rows=[
-            (name, any_of(at.rates), mean_percent(at.train), mean_percent(at.test), mean_percent(at.gaps))
-            for name, at in best.items()
-        ],
-    )
-
-
-def _gains(plan: Plan, gains: dict[str, Interval]) -> Table:
-    def point(value: float) -> str:
-        return f"{100 * value:+.2f}"
-
-    return Table(
-        caption=f"What each adds to the test accuracy, in percentage points, over {plan.seeds} seeds",
-        columns=("added", "mean", "95 % interval"),
-        rows=[(added, point(g.estimate), f"{point(g.low)} to {point(g.high)}") for added, g in gains.items()],
-    )
-
-
-def _chart(best: dict[str, AtBestRates]) -> Chart:
-    parts = {"learnt from": [at.train for at in best.values()], "test": [at.test for at in best.values()]}
-    values = ", ".join(f"{name} {mean_percent(at.train)} and {mean_percent(at.test)}" for name, at in best.items())
+def _chart(train: Accuracies, test: Accuracies) -> Chart:
+    values = ", ".join(f"{name} {mean_percent(train[name])} and {mean_percent(test[name])}" for name in NETWORKS)
     return Chart(
         title="Accuracy on the samples learnt from, and on the test samples",
         description=f"Mean accuracy in per cent with 95 % interval, learnt from and test: {values}.",
         x_label="",
         y_label="accuracy, %",
         curves=[
-            interval_curve(label, range(len(best)), [mean_interval(v).map(in_points) for v in accuracies], points=True)
-            for label, accuracies in parts.items()
+            mean_curve(label, range(len(NETWORKS)), list(accuracies.values()), times=100, points=True)
+            for label, accuracies in (("learnt from", train), ("test", test))
         ],
-        names=tuple(enumerate(best)),
+        names=tuple(enumerate(NETWORKS)),
     )
 
 

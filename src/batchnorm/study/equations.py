@@ -180,16 +180,13 @@ def _equations(z: Tensor, gamma: Tensor, beta: Tensor) -> dict[str, Tensor]:
 
 def _example(layers: Layers, z: Tensor, gamma: Tensor, beta: Tensor, shown: int) -> dict[str, Any]:
     """One mini-batch step by step; what the layer returned stands beside it."""
-    steps = _equations(z, gamma, beta)
+    values = _equations(z, gamma, beta)
+    of_channels = {"mean": values.pop("mean"), "std": values.pop("std"), "gamma": gamma, "beta": beta}
     with torch.no_grad():
-        layer = _tuned(layers, gamma, beta)(z).double()
-    values = {name: steps[name] for name in ("z", "centred", "scaled", "output")} | {"layer": layer}
+        values["layer"] = _tuned(layers, gamma, beta)(z).double()
     return {
         "values": {name: value[:shown, 0].tolist() for name, value in values.items()},
-        "mean": steps["mean"][:shown].tolist(),
-        "std": steps["std"][:shown].tolist(),
-        "gamma": gamma[:shown].tolist(),
-        "beta": beta[:shown].tolist(),
+        **{name: value[:shown].tolist() for name, value in of_channels.items()},
         "channels": {
             name: {
                 "mean": values[name].mean(0)[:shown].tolist(),
@@ -235,8 +232,30 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
             f"most, and its own gradient was {worst['gradient']:.1e} of the magnitudes that it is the sum of, at most. "
             "In exact arithmetic both are 0.",
         ],
-        tables=[_steps_table(example), _channels_table(example)],
-        charts=[_chart(example)],
+        tables=[
+            Table(
+                f"Step by step: one channel of a mini-batch, mean {example['mean'][0]:.4f}, sqrt(variance + eps) "
+                f"{example['std'][0]:.4f}, gamma {example['gamma'][0]:.4f}, beta {example['beta'][0]:.4f}",
+                ["Sample", "z", "z - mean", "z_hat", "gamma z_hat + beta", "The layer's output"],
+                [
+                    [str(i), *(f"{value:.4f}" for value in sample)]
+                    for i, sample in enumerate(zip(*example["values"].values(), strict=True), 1)
+                ],
+            ),
+            Table(
+                "The same mini-batch, channel by channel: mean and standard deviation",
+                ["Channel", "z", "z_hat", "Output", "beta and gamma"],
+                [
+                    [
+                        str(i + 1),
+                        *(_mean_and_std(channels, i) for channels in example["channels"].values()),
+                        f"{beta:.3f}, {gamma:.3f}",
+                    ]
+                    for i, (beta, gamma) in enumerate(zip(example["beta"], example["gamma"], strict=True))
+                ],
+            ),
+        ],
+        charts=[_chart(example["channels"])],
         notes=[
             "The standard deviation after normalisation is sqrt(var / (var + eps)) with eps = 1e-5: below 1, by the "
             "more the smaller the channel's variance.",
@@ -245,49 +264,17 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
     )
 
 
-def _steps_table(example: dict[str, Any]) -> Table:
-    values = example["values"]
-    return Table(
-        f"Step by step: one channel of a mini-batch, mean {example['mean'][0]:.4f}, "
-        f"sqrt(variance + eps) {example['std'][0]:.4f}, gamma {example['gamma'][0]:.4f}, beta {example['beta'][0]:.4f}",
-        ["Sample", "z", "z - mean", "z_hat", "gamma z_hat + beta", "The layer's output"],
-        [
-            [str(i + 1), *(f"{values[name][i]:.4f}" for name in ("z", "centred", "scaled", "output", "layer"))]
-            for i in range(len(values["z"]))
-        ],
-    )
+def _mean_and_std(channels: dict[str, list[float]], i: int) -> str:
+    return f"{round(channels['mean'][i], 3) + 0.0:.3f} ± {channels['std'][i]:.3f}"  # no -0.000
 
 
-def _channels_table(example: dict[str, Any]) -> Table:
-    channels = example["channels"]
-    return Table(
-        "The same mini-batch, channel by channel: mean and standard deviation",
-        ["Channel", "z", "z_hat", "Output", "beta and gamma"],
-        [
-            [
-                str(i + 1),
-                *(
-                    f"{round(channels[name]['mean'][i], 3) + 0.0:.3f} ± {channels[name]['std'][i]:.3f}"  # no -0.000
-                    for name in ("z", "scaled", "layer")
-                ),
-                f"{example['beta'][i]:.3f}, {example['gamma'][i]:.3f}",
-            ]
-            for i in range(len(example["beta"]))
-        ],
-    )
-
-
-def _chart(example: dict[str, Any]) -> Chart:
+def _chart(channels: dict[str, dict[str, list[float]]]) -> Chart:
     curves = []
-    names = (("z", "z"), ("scaled", "normalised"), ("layer", "gamma and beta"))
-    for offset, (name, label) in enumerate(names, -1):
-        channel = example["channels"][name]
-        pairs = list(zip(channel["mean"], channel["std"], strict=True))
-        x = [i + 1 + 0.15 * offset for i in range(len(pairs))]
-        curves.append(
-            Curve(label, x, channel["mean"], [m - s for m, s in pairs], [m + s for m, s in pairs], points=True)
-        )
-    channels = range(1, len(example["beta"]) + 1)
+    for offset, (name, label) in enumerate((("z", "z"), ("scaled", "normalised"), ("layer", "gamma and beta")), -1):
+        means, stds = channels[name]["mean"], channels[name]["std"]
+        x = [i + 0.15 * offset for i in range(1, len(means) + 1)]
+        low, high = ([m + sign * s for m, s in zip(means, stds, strict=True)] for sign in (-1, 1))
+        curves.append(Curve(label, x, means, low, high, points=True))
     return Chart(
         title="Channels of one mini-batch, before and after",
         description="For each channel its mean, with one standard deviation up and down: spread over many places as "
@@ -295,7 +282,7 @@ def _chart(example: dict[str, Any]) -> Chart:
         x_label="channel",
         y_label="mean ± standard deviation",
         curves=curves,
-        names=[(i, str(i)) for i in channels],
+        names=[(i, str(i)) for i in range(1, len(channels["z"]["mean"]) + 1)],
     )
 
 

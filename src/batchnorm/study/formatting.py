@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from batchnorm.report.document import Curve, percent
-from batchnorm.study.statistics import Interval
+from batchnorm.study.statistics import Interval, mean_interval
 
 
 def span(interval: Interval, form: str = ".3g", unit: str = "") -> str:
@@ -64,8 +64,17 @@ def interval_curve(label: str, x: Sequence[float], intervals: Sequence[Interval]
     )
 
 
-def mean_and_range(label: str, x: Sequence[float], values: Sequence[Sequence[float]]) -> Curve:
-    """The mean of the values at each x, from the smallest to the largest of them."""
+def mean_curve(
+    label: str, x: Sequence[float], values: Sequence[Sequence[float]], *, times: float = 1.0, points: bool = False
+) -> Curve:
+    """The mean of the values at each x, so many times as large, with its 95 % interval."""
+    intervals = [mean_interval(at).map(lambda mean: times * mean) for at in values]
+    return interval_curve(label, x, intervals, points=points)
+
+
+def mean_and_range(label: str, x: Sequence[float], fractions: Iterable[Sequence[float]]) -> Curve:
+    """The mean of the fractions at each x, from the smallest to the largest of them, in per cent."""
+    values = [[100 * fraction for fraction in at] for at in fractions]
     means = [statistics.fmean(at) for at in values]
     return Curve(label, x, means, [min(at) for at in values], [max(at) for at in values])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from batchnorm.study.statistics import best_of_the_others
 
@@ -12,6 +12,22 @@ from batchnorm.study.statistics import best_of_the_others
 Args = tuple[str | int | float, ...]
 # What one task found: JSON-able numbers.
 Run = dict[str, Any]
+
+
+class Best(NamedTuple):
+    """Each seed at the value of an axis that is best for the other seeds, see `statistics.best_of_the_others`.
+
+    Attributes:
+        values: the chosen values.
+        runs: what was found there.
+    """
+
+    values: tuple[Any, ...]
+    runs: list[Run]
+
+    def column(self, name: str) -> tuple[Any, ...]:
+        """One of the numbers that the runs found."""
+        return tuple(run[name] for run in self.runs)
 
 
 class Grid:
@@ -41,22 +57,23 @@ class Results(dict[Args, Run]):
         """Of each seed, in order, what it found at one value of each axis."""
         return [run for args, run in self.items() if args[:-1] == values]
 
-    def best(self, score: Callable[[Run], float], *values: str | int | float) -> tuple[tuple[Any, ...], list[Run]]:
+    def column(self, name: str, *values: str | int | float) -> list[Any]:
+        """Of each seed, in order, one of the numbers that it found at one value of each axis."""
+        return [run[name] for run in self.runs(*values)]
+
+    def best(self, score: Callable[[Run], float], *values: str | int | float) -> Best:
         """Of each seed, the value of the last axis with the best mean score over the other seeds, and the run there.
 
         Args:
             score: of a run; larger is better.
             values: of the axes before the last.
-
-        Returns:
-            The chosen values and the runs, one for each seed; see `statistics.best_of_the_others`.
         """
         scores: dict[str | int | float, list[float]] = {}
         for args, run in self.items():
             if args[:-2] == values:
                 scores.setdefault(args[-2], []).append(score(run))
         chosen = best_of_the_others(scores)
-        return chosen, [self[(*values, value, seed)] for seed, value in enumerate(chosen)]
+        return Best(chosen, [self[(*values, value, seed)] for seed, value in enumerate(chosen)])
 
     def records(self, *names: str) -> list[dict[str, Any]]:
         """All runs as JSON-able objects, with the names and values of their arguments."""

@@ -108,7 +108,7 @@ def run(setting: Setting, plan: Plan, kind: str, seed: int) -> dict[str, Any]:
     return {
         "shown": len(labels),
         "accuracy": {
-            name: _accuracy(outputs, labels)
+            name: training.accuracy(outputs.argmax(1), labels)
             for name, outputs in {OWN: by_own_statistics(network, inputs), **alone}.items()
         },
         "loss": {name: float(nn.functional.cross_entropy(outputs, labels)) for name, outputs in alone.items()},
@@ -151,10 +151,6 @@ def _company(network: nn.Module, inputs: Tensor, size: int, generator: torch.Gen
     return 1 - training.accuracy(*classes)
 
 
-def _accuracy(outputs: Tensor, labels: Tensor) -> float:
-    return training.accuracy(outputs.argmax(1), labels)
-
-
 def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
     """Judge the claims over the seeds."""
     runs = {kind: results.runs(kind) for kind in MEANINGLESS}
@@ -191,7 +187,13 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
             f"Statistics of the whole training set in place of the running average changed the accuracy by "
             f"{100 * statistics.fmean(either):+.2f} percentage points.",
         ],
-        tables=[_table(runs, accuracy)],
+        tables=[
+            Table(
+                "Single test samples, by the statistics that normalise them: means over the seeds",
+                ["Network, statistics", "Accuracy (%)", "95 % interval", "Loss", "Answered otherwise in a batch (%)"],
+                [_row(kind, name, accuracy[kind][name], runs[kind]) for kind in runs for name in (OWN, *POPULATION)],
+            )
+        ],
         charts=[_chart(accuracy)],
         notes=[
             "Its own statistics: the sample is shown twice, since a layer refuses to train on a single value; mean and "
@@ -219,27 +221,16 @@ def _own_sentence(kind: str, accuracy: dict[str, Interval], chance: float) -> st
     )
 
 
-Accuracy = dict[str, dict[str, Interval]]  # by network and statistics
+def _row(kind: str, name: str, accuracy: Interval, runs: list[Run]) -> list[str]:
+    loss, different = "-", "-"
+    if name != OWN:
+        loss = f"{statistics.fmean(run['loss'][name] for run in runs):.4f}"
+        different = percent(1 - statistics.fmean(run["alike"][name] for run in runs))
+    around = f"{percent(accuracy.low)} to {percent(accuracy.high)}"
+    return [f"{kind}, {name}", percent(accuracy.estimate), around, loss, different]
 
 
-def _table(runs: dict[str, list[Run]], accuracy: Accuracy) -> Table:
-    rows = []
-    for kind, of_kind in runs.items():
-        for name, interval in accuracy[kind].items():
-            loss, different = "-", "-"
-            if name != OWN:
-                loss = f"{statistics.fmean(run['loss'][name] for run in of_kind):.4f}"
-                different = percent(1 - statistics.fmean(run["alike"][name] for run in of_kind))
-            around = f"{percent(interval.low)} to {percent(interval.high)}"
-            rows.append([f"{kind}, {name}", percent(interval.estimate), around, loss, different])
-    return Table(
-        "Single test samples, by the statistics that normalise them: means over the seeds",
-        ["Network, statistics", "Accuracy (%)", "95 % interval", "Loss", "Answered otherwise in a batch (%)"],
-        rows,
-    )
-
-
-def _chart(accuracy: Accuracy) -> Chart:
+def _chart(accuracy: dict[str, dict[str, Interval]]) -> Chart:
     curves = []
     for offset, (kind, by_name) in enumerate(accuracy.items()):
         x = [i + 0.12 * (2 * offset - 1) for i in range(len(by_name))]

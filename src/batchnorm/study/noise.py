@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +21,8 @@ from batchnorm.study.formatting import interval_curve
 from batchnorm.study.grid import Grid, Results
 from batchnorm.study.measured import Measured, Paired
 from batchnorm.study.networks import Layers
-from batchnorm.study.statistics import Interval, mean_interval
-from batchnorm.study.verdict import Claim, Finding, Verdict
+from batchnorm.study.statistics import mean_interval
+from batchnorm.study.verdict import Claim, Verdict
 
 _EPS = 1e-5
 
@@ -186,87 +186,77 @@ def _rms(x: Tensor) -> float:
 def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
     """Judge the claims over the layers."""
     runs = list(results.values())
-    eight = plan.sizes.index(plan.small)
+    small, last = plan.sizes.index(plan.small), len(plan.sizes) - 1
     output = {kind: [run["output"][kind] for run in runs] for kind in runs[0]["output"]}
+    slopes = [run["exponent"] for run in runs]
     findings = [
-        FAR.judge(Measured.mean([run["mean"][eight] for run in runs])),
-        LAW.judge(Measured.mean([run["exponent"] + 0.5 for run in runs]).equivalent(0.05)),
+        FAR.judge(Measured.mean([run["mean"][small] for run in runs])),
+        LAW.judge(Measured.mean([slope + 0.5 for slope in slopes]).equivalent(0.05)),
         GHOST.judge(Paired(output["ghost"], output["small"]).log_ratio().equivalent(_ALIKE)),
         JOINED.judge(Paired(output["joined"], output["large"]).log_ratio().equivalent(_ALIKE)),
     ]
-    noise = {
-        name: [mean_interval([run[name][i] for run in runs]) for i in range(len(plan.sizes))]
-        for name in ("mean", "std")
-    }
-    law = [predicted(size, runs[0]["samples"]) for size in plan.sizes]
+    far, holds, *_ = (finding.verdict is Verdict.SUPPORTED for finding in findings)
+    mean, std = (
+        [mean_interval([run[name][i] for run in runs]) for i in range(len(plan.sizes))] for name in ("mean", "std")
+    )
+    samples = runs[0]["samples"]
+    law = [predicted(size, samples) for size in plan.sizes]
+    off = [
+        f"{mean[i].estimate:.2f} standard deviations off and its standard deviation {100 * std[i].estimate:.0f} % off"
+        for i in (small, last)
+    ]
+    slope = mean_interval(slopes)
+    left = {kind: statistics.fmean(values) for kind, values in output.items()}
     by_hand = " torch.nn has no ghost batches: they were made by splitting the batch by hand."
     return Conclusion(
-        numbers={"samples": runs[0]["samples"], "sizes": list(plan.sizes), "predicted": law, "runs": runs},
+        numbers={"samples": samples, "sizes": list(plan.sizes), "predicted": law, "runs": runs},
         findings=findings,
-        summary=_summary(plan, runs, noise, findings),
+        summary=[
+            "In training each mini-batch is normalised by its own mean and variance. The article warns that with a "
+            "small one, of 8 samples, they can be far from the whole set's.",
+            f"{plan.draws} mini-batches of each size were drawn from the {samples:,} training samples, for each of "
+            f"{len(runs)} first layers. With {plan.small} samples a channel's mean was {off[0]} (root mean squares)"
+            f"{', which is far' if far else ''}; with {plan.sizes[-1]} samples it was {off[1]}.",
+            f"The noise of the mean falls as the batch size to the power {slope.estimate:.3f} ({slope.low:.3f} to "
+            f"{slope.high:.3f}); the square-root law has -0.5, {'and holds' if holds else 'which is not shown'}.",
+            f"In the layer's output, mini-batches of {plan.small} leave a noise of {left['small']:.3f}, ghost batches "
+            f"of {plan.small} inside {plan.large} {left['ghost']:.3f}. With the moments of {plan.large // plan.small} "
+            f"mini-batches added up it is {left['joined']:.3f}, one batch of {plan.large} has {left['large']:.3f}.",
+        ],
         tables=[
             Table(
                 "Noise of the statistics, in standard deviations of the channel",
                 ["Batch size", "Mean", "Predicted", "Standard deviation"],
                 [
-                    [str(size), f"{mean.estimate:.3f}", f"{expected:.3f}", f"{std.estimate:.3f}"]
-                    for size, mean, std, expected in zip(plan.sizes, noise["mean"], noise["std"], law, strict=True)
+                    [str(size), f"{mean[i].estimate:.3f}", f"{law[i]:.3f}", f"{std[i].estimate:.3f}"]
+                    for i, size in enumerate(plan.sizes)
                 ],
             )
         ],
-        charts=[_chart(plan, noise, law)],
+        charts=[
+            Chart(
+                title="Noise of a mini-batch's statistics",
+                description=f"On logarithmic axes the noise of the mean falls from {mean[0].estimate:.2f} at "
+                f"{plan.sizes[0]} samples to {mean[-1].estimate:.3f} at {plan.sizes[-1]}, beside the prediction.",
+                x_label="batch size",
+                y_label="noise (standard deviations)",
+                curves=[
+                    interval_curve("mean", plan.sizes, mean),
+                    interval_curve("standard deviation", plan.sizes, std),
+                    Curve("square-root law", plan.sizes, law),
+                ],
+                log_x=True,
+                log_y=True,
+            )
+        ],
         notes=[
             "Samples are drawn without replacement, as in training; the law is corrected for that: "
             "sqrt((1 / m) (N - m) / (N - 1)).",
-            f"Whatever the data, the law has {law[eight]:.2f} for {plan.small} samples; that more than "
+            f"Whatever the data, the law has {law[small]:.2f} for {plan.small} samples; that more than "
             f"{FAR.threshold:.2f} is far is a definition.",
             "The statistics are those that the layer itself took: with momentum 1 its running statistics are the last "
             f"mini-batch's.{'' if issubclass(setting.layers.vectors, BatchNorm1d) else by_hand}",
         ],
-    )
-
-
-def _summary(
-    plan: Plan, runs: Sequence[dict[str, Any]], noise: Mapping[str, Sequence[Interval]], findings: Sequence[Finding]
-) -> list[str]:
-    eight, last = plan.sizes.index(plan.small), len(plan.sizes) - 1
-    off = [
-        f"{noise['mean'][i].estimate:.2f} standard deviations off and its standard deviation "
-        f"{100 * noise['std'][i].estimate:.0f} % off"
-        for i in (eight, last)
-    ]
-    slope = mean_interval([run["exponent"] for run in runs])
-    output = {kind: statistics.fmean(run["output"][kind] for run in runs) for kind in runs[0]["output"]}
-    far, law, *_ = (finding.verdict is Verdict.SUPPORTED for finding in findings)
-    return [
-        "In training each mini-batch is normalised by its own mean and variance. The article warns that with a small "
-        "one, of 8 samples, they can be far from the whole set's.",
-        f"{plan.draws} mini-batches of each size were drawn from the {runs[0]['samples']:,} training samples, for each "
-        f"of {len(runs)} first layers. With {plan.small} samples a channel's mean was {off[0]} (root mean squares)"
-        f"{', which is far' if far else ''}; with {plan.sizes[-1]} samples it was {off[1]}.",
-        f"The noise of the mean falls as the batch size to the power {slope.estimate:.3f} ({slope.low:.3f} to "
-        f"{slope.high:.3f}); the square-root law has -0.5, {'and holds' if law else 'which is not shown'}.",
-        f"In the layer's output, mini-batches of {plan.small} leave a noise of {output['small']:.3f}, ghost batches of "
-        f"{plan.small} inside {plan.large} {output['ghost']:.3f}. With the moments of {plan.large // plan.small} "
-        f"mini-batches added up it is {output['joined']:.3f}, one batch of {plan.large} has {output['large']:.3f}.",
-    ]
-
-
-_LABELS = {"mean": "mean", "std": "standard deviation"}
-
-
-def _chart(plan: Plan, noise: Mapping[str, Sequence[Interval]], law: Sequence[float]) -> Chart:
-    first, last = noise["mean"][0].estimate, noise["mean"][-1].estimate
-    measured = [interval_curve(label, plan.sizes, noise[name]) for name, label in _LABELS.items()]
-    return Chart(
-        title="Noise of a mini-batch's statistics",
-        description=f"On logarithmic axes the noise of the mean falls from {first:.2f} at {plan.sizes[0]} samples to "
-        f"{last:.3f} at {plan.sizes[-1]}, beside the prediction.",
-        x_label="batch size",
-        y_label="noise (standard deviations)",
-        curves=[*measured, Curve("square-root law", plan.sizes, law)],
-        log_x=True,
-        log_y=True,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,11 +10,10 @@ import torch
 from batchnorm.report.document import Chart, Table
 from batchnorm.study import training
 from batchnorm.study.experiment import Conclusion, Experiment, Setting
-from batchnorm.study.formatting import any_of, in_points, interval_curve, mean_percent, points, range_percent
+from batchnorm.study.formatting import any_of, in_points, mean_curve, mean_percent, points, range_percent
 from batchnorm.study.grid import Grid, Results
 from batchnorm.study.measured import Paired
 from batchnorm.study.networks import Placement
-from batchnorm.study.statistics import mean_interval
 from batchnorm.study.verdict import Claim
 
 PLACEMENTS: dict[Placement, str] = {
@@ -67,26 +65,23 @@ def run(setting: Setting, plan: Plan, network: str, placement: Placement, rate: 
     return {"accuracy": accuracy}
 
 
-# Of each network and placement: each seed's learning rate, the best for the other seeds, and its test accuracy there.
-Best = Mapping[tuple[str, Placement], dict[str, Any]]
-
-
 def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
     """Choose the rates, and compare the placements."""
-    best = {}
-    for network in CLAIMS:
-        for placement in PLACEMENTS:
-            rates, runs = results.best(lambda run: run["accuracy"], network, placement)
-            best[network, placement] = {"rates": rates, "accuracy": tuple(run["accuracy"] for run in runs)}
-    before, after, none = (
-        {network: best[network, placement]["accuracy"] for network in CLAIMS} for placement in PLACEMENTS
-    )
-    moved = {network: Paired(after[network], before[network]).difference() for network in CLAIMS}
-    gains = {network: Paired(before[network], none[network]).difference().interval for network in CLAIMS}
+    best = {
+        (network, placement): results.best(lambda run: run["accuracy"], network, placement)
+        for network in CLAIMS
+        for placement in PLACEMENTS
+    }
+    accuracy = {key: chosen.column("accuracy") for key, chosen in best.items()}
+    moved = {n: Paired(accuracy[n, "after"], accuracy[n, "before"]).difference() for n in CLAIMS}
+    gains = {n: Paired(accuracy[n, "before"], accuracy[n, "none"]).difference().interval for n in CLAIMS}
     maps = "3x3 convolutions" if len(setting.data.shape) == 3 else "linear layers"
     return Conclusion(
         numbers={
-            "networks": [{"network": n, "placement": p, **chosen} for (n, p), chosen in best.items()],
+            "networks": [
+                {"network": n, "placement": p, "rates": chosen.values, "accuracy": accuracy[n, p]}
+                for (n, p), chosen in best.items()
+            ],
             "differences": [
                 {"network": n, "after": asdict(m.interval), "gain": asdict(gains[n]), "effect": m.effect}
                 for n, m in moved.items()
@@ -104,8 +99,17 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
                 for network, measured in moved.items()
             ),
         ],
-        tables=[_table(plan, best)],
-        charts=[_chart(best)],
+        tables=[
+            Table(
+                caption=f"Test accuracy after {plan.steps} steps, %: mean and range over {plan.seeds} seeds",
+                columns=("network", "batch norm", "learning rate", "accuracy", "range"),
+                rows=[
+                    (n, PLACEMENTS[p], any_of(best[n, p].values), mean_percent(values), range_percent(values))
+                    for (n, p), values in accuracy.items()
+                ],
+            )
+        ],
+        charts=[_chart({n: [accuracy[n, placement] for placement in PLACEMENTS] for n in CLAIMS})],
         notes=[
             f"Perceptron: {len(plan.hidden)} hidden layers of {plan.hidden[0]}. Residual network: {maps} of "
             f"{plan.width}, {plan.blocks} blocks of two. In a block, before: ReLU(BN(W ReLU(BN(W x))) + x); after: "
@@ -118,39 +122,18 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
     )
 
 
-def _table(plan: Plan, best: Best) -> Table:
-    return Table(
-        caption=f"Test accuracy after {plan.steps} steps, %: mean and range over {plan.seeds} seeds",
-        columns=("network", "batch norm", "learning rate", "accuracy", "range"),
-        rows=[
-            (
-                network,
-                PLACEMENTS[placement],
-                any_of(chosen["rates"]),
-                mean_percent(chosen["accuracy"]),
-                range_percent(chosen["accuracy"]),
-            )
-            for (network, placement), chosen in best.items()
-        ],
-    )
-
-
-def _chart(best: Best) -> Chart:
+def _chart(accuracy: dict[str, list[tuple[float, ...]]]) -> Chart:
     ways = tuple(PLACEMENTS.values())
-    means = {
-        network: [mean_interval(best[network, placement]["accuracy"]).map(in_points) for placement in PLACEMENTS]
-        for network in CLAIMS
-    }
     described = "; ".join(
-        f"{network}: " + ", ".join(f"{way} {mean.estimate:.1f}" for way, mean in zip(ways, of_network, strict=True))
-        for network, of_network in means.items()
+        f"{network}: " + ", ".join(f"{way} {mean_percent(values)}" for way, values in zip(ways, at, strict=True))
+        for network, at in accuracy.items()
     )
     return Chart(
         title="Test accuracy by the place of batch normalization",
         description=f"Mean test accuracy in per cent with 95 % interval. {described}.",
         x_label="place of batch normalization",
         y_label="test accuracy, %",
-        curves=[interval_curve(name, range(len(ways)), of_network, points=True) for name, of_network in means.items()],
+        curves=[mean_curve(name, range(len(ways)), at, times=100, points=True) for name, at in accuracy.items()],
         names=tuple(enumerate(ways)),
     )
 

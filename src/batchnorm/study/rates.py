@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -69,47 +69,79 @@ def run(setting: Setting, plan: Plan, network: str, rate: float, seed: int) -> d
     return {"accuracy": accuracy}
 
 
-@dataclass(frozen=True)
-class UsableRates:
-    """What learning rates one network can be trained with."""
-
-    network: str
-    best: float  # the rate with the best mean accuracy
-    accuracy: tuple[tuple[float, ...], ...]  # of each rate, each seed's test accuracy
-    largest: tuple[float | None, ...]  # of each seed, the largest usable rate; None where none is
-    decades: tuple[float, ...]  # of each seed, the range that the usable rates make up, each counting for one step
-
-
 def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
     """Find which rates are usable, and compare."""
     accuracy = {
-        network: tuple(tuple(run["accuracy"] for run in results.runs(network, rate)) for rate in plan.rates)
-        for network in NETWORKS
+        network: tuple(tuple(results.column("accuracy", network, rate)) for rate in plan.rates) for network in NETWORKS
     }
-    best = max(statistics.fmean(seeds) for rates in accuracy.values() for seeds in rates)
+    means = {network: [statistics.fmean(seeds) for seeds in rates] for network, rates in accuracy.items()}
+    best = {network: plan.rates[of_network.index(max(of_network))] for network, of_network in means.items()}
     chance = setting.data.chance
-    threshold = chance + plan.usable * (best - chance)
-    networks = [_usable(plan, network, accuracy[network], threshold) for network in NETWORKS]
-    ours, plain = networks
-    higher = Paired(*([_exponent(plan, rate) for rate in usable.largest] for usable in networks)).difference()
-    wider = Paired(ours.decades, plain.decades).difference()
+    threshold = chance + plan.usable * (max(map(max, means.values())) - chance)
+    usable = {
+        network: [
+            [rate for rate, reached in zip(plan.rates, seed, strict=True) if reached >= threshold]
+            for seed in zip(*rates, strict=True)
+        ]
+        for network, rates in accuracy.items()
+    }
+    largest = {network: tuple(max(rates, default=None) for rates in usable[network]) for network in NETWORKS}
+    # The range that the usable rates make up: each counts for one step.
+    decades = {network: tuple(len(rates) * plan.decades for rates in usable[network]) for network in NETWORKS}
+    higher = Paired(*([_exponent(plan, rate) for rate in largest[network]] for network in NETWORKS)).difference()
+    wider = Paired(decades[WITH], decades[WITHOUT]).difference()
+    curves = [mean_and_range(network, plan.rates, accuracy[network]) for network in NETWORKS]
+    spoken = ", ".join(f"{network} is best at {rate:g}" for network, rate in best.items())
     return Conclusion(
-        numbers={"threshold": threshold, "networks": [asdict(usable) for usable in networks]},
+        numbers={
+            "threshold": threshold,
+            "networks": [
+                {
+                    "network": network,
+                    "best": best[network],
+                    "accuracy": accuracy[network],
+                    "largest": largest[network],
+                    "decades": decades[network],
+                }
+                for network in NETWORKS
+            ],
+        },
         findings=[LARGEST.judge(higher), RANGE.judge(wider)],
         summary=[
             "The article says that batch normalization allows a larger learning rate. Here pairs of the same "
             f"{len(plan.hidden)}-layer network were trained for {plan.steps} steps at each of {len(plan.rates)} rates "
             f"from {plan.rates[0]:g} to {plan.rates[-1]:g}. A rate is usable if the network ends with "
             f"{percent(threshold)} % of the test samples right.",
-            f"The largest usable rate was {_largest(ours)} with batch normalization, {_largest(plain)} without: a "
-            f"factor of {span(higher.interval.map(lambda decades: 10**decades))}.",
-            f"The usable rates made up {_range(ours)} decades with batch normalization, {_range(plain)} without: a "
-            f"difference of {span(wider.interval, '+.2f', 'decades')}.",
-            f"The best rate was {ours.best:g} with batch normalization ({_at_best(plan, ours)} % right on average), "
-            f"{plain.best:g} without ({_at_best(plan, plain)} %).",
+            f"The largest usable rate was {_named(largest[WITH])} with batch normalization, "
+            f"{_named(largest[WITHOUT])} without: a factor of {span(higher.interval.map(lambda x: 10**x))}.",
+            f"The usable rates made up {statistics.fmean(decades[WITH]):.1f} decades with batch normalization, "
+            f"{statistics.fmean(decades[WITHOUT]):.1f} without: a difference of "
+            f"{span(wider.interval, '+.2f', 'decades')}.",
+            f"The best rate was {best[WITH]:g} with batch normalization ({percent(max(means[WITH]))} % right on "
+            f"average), {best[WITHOUT]:g} without ({percent(max(means[WITHOUT]))} %).",
         ],
-        tables=[_table(plan, networks)],
-        charts=[_chart(plan, threshold, networks)],
+        tables=[
+            Table(
+                caption=f"Test accuracy after {plan.steps} steps, %: mean and range over {plan.seeds} seeds",
+                columns=("learning rate", *NETWORKS),
+                rows=[
+                    (f"{rate:g}", *(f"{mean_percent(seeds)} ({range_percent(seeds)})" for seeds in both))
+                    for rate, *both in zip(plan.rates, *accuracy.values(), strict=True)
+                ],
+            )
+        ],
+        charts=[
+            Chart(
+                title="Test accuracy over learning rates",
+                description=f"Test accuracy in per cent after {plan.steps} steps over learning rates: {spoken}; "
+                f"{ends(curves)}.",
+                x_label="learning rate",
+                y_label="test accuracy, %",
+                curves=curves,
+                log_x=True,
+                mark=100 * threshold,
+            )
+        ],
         notes=[
             f"Networks: {len(plan.hidden)} hidden layers of {plan.hidden[0]} with ReLU, He's initialisation; batch "
             f"normalization before each ReLU, or none. Both of a pair start from the same linear weights and see the "
@@ -124,66 +156,16 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
     )
 
 
-def _usable(plan: Plan, network: str, accuracy: tuple[tuple[float, ...], ...], threshold: float) -> UsableRates:
-    means = [statistics.fmean(seeds) for seeds in accuracy]
-    usable = [
-        [rate for rate, reached in zip(plan.rates, seed, strict=True) if reached >= threshold]
-        for seed in zip(*accuracy, strict=True)
-    ]
-    return UsableRates(
-        network,
-        plan.rates[means.index(max(means))],
-        accuracy,
-        tuple(max(rates, default=None) for rates in usable),
-        tuple(len(rates) * plan.decades for rates in usable),
-    )
-
-
 def _exponent(plan: Plan, rate: float | None) -> float:
     """log10 of a rate; without one, a step of the grid below its smallest."""
     return math.log10(plan.rates[0]) - plan.decades if rate is None else math.log10(rate)
 
 
-def _largest(usable: UsableRates) -> str:
-    found = [rate for rate in usable.largest if rate is not None]
-    none = usable.largest.count(None)
-    return (any_of(found) or "none") + (f" (none with {none} of {len(usable.largest)} seeds)" if found and none else "")
-
-
-def _range(usable: UsableRates) -> str:
-    return f"{statistics.fmean(usable.decades):.1f}"
-
-
-def _at_best(plan: Plan, usable: UsableRates) -> str:
-    return mean_percent(usable.accuracy[plan.rates.index(usable.best)])
-
-
-def _table(plan: Plan, networks: Sequence[UsableRates]) -> Table:
-    return Table(
-        caption=f"Test accuracy after {plan.steps} steps, %: mean and range over {plan.seeds} seeds",
-        columns=("learning rate", *(usable.network for usable in networks)),
-        rows=[
-            (f"{rate:g}", *(f"{mean_percent(seeds)} ({range_percent(seeds)})" for seeds in both))
-            for rate, *both in zip(plan.rates, *(usable.accuracy for usable in networks), strict=True)
-        ],
-    )
-
-
-def _chart(plan: Plan, threshold: float, networks: Sequence[UsableRates]) -> Chart:
-    curves = [
-        mean_and_range(usable.network, plan.rates, [[100 * value for value in seeds] for seeds in usable.accuracy])
-        for usable in networks
-    ]
-    best = ", ".join(f"{usable.network} is best at {usable.best:g}" for usable in networks)
-    return Chart(
-        title="Test accuracy over learning rates",
-        description=f"Test accuracy in per cent after {plan.steps} steps over learning rates: {best}; {ends(curves)}.",
-        x_label="learning rate",
-        y_label="test accuracy, %",
-        curves=curves,
-        log_x=True,
-        mark=100 * threshold,
-    )
+def _named(largest: Sequence[float | None]) -> str:
+    """The largest usable rates of the seeds, in words."""
+    found = [rate for rate in largest if rate is not None]
+    none = len(largest) - len(found)
+    return (any_of(found) or "none") + (f" (none with {none} of {len(largest)} seeds)" if found and none else "")
 
 
 CODE = """\

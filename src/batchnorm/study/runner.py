@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +59,8 @@ class _Task:
     args: Args
 
 
-@dataclass(frozen=True)
-class _Worker:
-    """What workers do with a task; sent to each once, with the data."""
-
-    setting: Setting
-
-    def __call__(self, task: _Task) -> dict[str, Any]:
-        return task.run(self.setting, task.plan, *task.args)
+def _done(setting: Setting, task: _Task) -> dict[str, Any]:
+    return task.run(setting, task.plan, *task.args)
 
 
 def study(
@@ -114,7 +109,8 @@ def study(
     # In a mixed order, so that the time left can be told from the first ones. Results do not depend on the order.
     random.Random(0).shuffle(missing)
     with text.progress(console, "study", len(missing)) as advance:
-        for position, result in compute(_Worker(setting), [task for _, task in missing], processes or cores()):
+        work = partial(_done, setting)  # sent to each worker once, with the data
+        for position, result in compute(work, [task for _, task in missing], processes or cores()):
             cache, task = missing[position]
             with _writing(out):
                 cache.put(task.args, result)

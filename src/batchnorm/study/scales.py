@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.moments import Moments
-from batchnorm.report.document import Chart, Curve, Table, percent
+from batchnorm.report.document import Chart, Table, percent
 from batchnorm.study import training
 from batchnorm.study.dataset import Data, Part
 from batchnorm.study.experiment import Conclusion, Experiment, Setting
-from batchnorm.study.formatting import any_of, cell, in_points
-from batchnorm.study.grid import Grid, Results
+from batchnorm.study.formatting import any_of, cell, in_points, mean_and_range
+from batchnorm.study.grid import Grid, Results, Run
 from batchnorm.study.measured import Paired
 from batchnorm.study.statistics import Interval, mean_interval
 from batchnorm.study.verdict import Claim
@@ -62,44 +62,40 @@ class Plan:
     hidden: tuple[int, ...] = (64, 64)  # features of each hidden layer
 
 
-def run(setting: Setting, plan: Plan, inputs: str, seed: int) -> dict[str, Any]:
-    """Train at every rate; all kinds of input start from equal weights and see the samples in the same order.
+def run(setting: Setting, plan: Plan, inputs: str, rate: float, seed: int) -> dict[str, Any]:
+    """Train once; all kinds of input start from equal weights and see the samples in the same order.
 
     Returns:
         target: the accuracy on the training part that is looked for.
         at: the steps of the evaluations.
-        curves: by rate, the accuracy on the training part at each.
-        steps: by rate, the first evaluated step with the target accuracy, or None.
-        test: by rate, the accuracy on the test part at the end.
+        curve: the accuracy on the training part at each.
+        steps: the first evaluated step with the target accuracy, or None.
+        test: the accuracy on the test part at the end.
     """
     scaled = rescale(setting.data, plan.decades, torch.Generator().manual_seed(seed))
     data = standardise(scaled) if inputs == STANDARDISED else scaled
     # Watched on what it learns from: it is the descent that is said to be slow.
     watched = Data(data.train, data.train, data.shape, data.classes, data.name)
     target = watched.chance + plan.target * (1 - watched.chance)
-    curves, tests = [], []
-    for rate in plan.rates:
-        generator = torch.Generator().manual_seed(seed)
-        network: nn.Module = Setting(data, setting.layers).perceptron(plan.hidden, "none", generator)
-        if inputs == LAYER:
-            network = nn.Sequential(setting.layers.norm(data.features, affine=False), network)
-        curve = training.train(
-            network,
-            watched,
-            learning_rate=rate,
-            batch_size=plan.batch_size,
-            steps=plan.steps,
-            evaluate_every=plan.every,
-            generator=generator,
-        )
-        curves.append(curve)
-        tests.append(training.accuracy(training.predict(network, data.test.inputs), data.test.labels))
+    generator = torch.Generator().manual_seed(seed)
+    network: nn.Module = Setting(data, setting.layers).perceptron(plan.hidden, "none", generator)
+    if inputs == LAYER:
+        network = nn.Sequential(setting.layers.norm(data.features, affine=False), network)
+    curve = training.train(
+        network,
+        watched,
+        learning_rate=rate,
+        batch_size=plan.batch_size,
+        steps=plan.steps,
+        evaluate_every=plan.every,
+        generator=generator,
+    )
     return {
         "target": target,
-        "at": list(curves[0].steps),
-        "curves": [list(curve.test_accuracy) for curve in curves],
-        "steps": [training.first_step(curve.steps, curve.test_accuracy, target) for curve in curves],
-        "test": tests,
+        "at": list(curve.steps),
+        "curve": list(curve.test_accuracy),
+        "steps": training.first_step(curve.steps, curve.test_accuracy, target),
+        "test": training.accuracy(training.predict(network, data.test.inputs), data.test.labels),
     }
 
 
@@ -123,42 +119,7 @@ def _mapped(data: Data, function: Callable[[Tensor], Tensor]) -> Data:
     return Data(train, test, (data.features,), data.classes, data.name)
 
 
-@dataclass(frozen=True)
-class AtBestRates:
-    """One kind of input over the seeds, each at the rate that the other seeds were quickest at."""
-
-    inputs: str
-    rates: tuple[float, ...]
-    steps: tuple[int, ...]  # to the target; the whole training where it was not reached
-    reached: int  # seeds that reached it
-    curve: tuple[tuple[float, float, float], ...]  # accuracy in training at each evaluation: mean, lowest, highest
-    training: Interval  # the accuracy on the training part at the end
-    test: Interval  # the accuracy on the test part at the end
-
-
-def at_best_rates(plan: Plan, inputs: str, results: Results) -> AtBestRates:
-    """Choose the rates of one kind of input."""
-    by_rate = Results(
-        {
-            (rate, seed): {"curve": run["curves"][i], "steps": run["steps"][i], "test": run["test"][i]}
-            for seed, run in enumerate(results.runs(inputs))
-            for i, rate in enumerate(plan.rates)
-        }
-    )
-    rates, runs = by_rate.best(lambda run: _score(plan, run))
-    curves = [run["curve"] for run in runs]
-    return AtBestRates(
-        inputs,
-        rates,
-        tuple(run["steps"] or plan.steps for run in runs),
-        sum(run["steps"] is not None for run in runs),
-        tuple((statistics.fmean(values), min(values), max(values)) for values in zip(*curves, strict=True)),
-        mean_interval([curve[-1] for curve in curves]),
-        mean_interval([run["test"] for run in runs]),
-    )
-
-
-def _score(plan: Plan, run: dict[str, Any]) -> float:
+def _score(plan: Plan, run: Run) -> float:
     """Quicker is better; of trainings that did not get there, the one that got furthest is."""
     steps = run["steps"]
     return -math.log(steps) if steps else -math.log(plan.steps) - (1 - run["curve"][-1])
@@ -166,12 +127,34 @@ def _score(plan: Plan, run: dict[str, Any]) -> float:
 
 def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
     """Each kind of input at its best learning rates, compared seed by seed."""
-    best = {inputs: at_best_rates(plan, inputs, results) for inputs in INPUTS}
-    raw, layer = (Paired(best[inputs].steps, best[STANDARDISED].steps) for inputs in (RAW, LAYER))
+    best = {inputs: results.best(lambda run: _score(plan, run), inputs) for inputs in INPUTS}
+    # The whole training where the target was not reached.
+    steps = {inputs: tuple(run["steps"] or plan.steps for run in best[inputs].runs) for inputs in INPUTS}
+    reached = {inputs: sum(run["steps"] is not None for run in best[inputs].runs) for inputs in INPUTS}
+    curves = {inputs: list(zip(*best[inputs].column("curve"), strict=True)) for inputs in INPUTS}
+    at_end = {inputs: mean_interval(curves[inputs][-1]) for inputs in INPUTS}
+    test = {inputs: mean_interval(best[inputs].column("test")) for inputs in INPUTS}
+    raw, layer = (Paired(steps[inputs], steps[STANDARDISED]) for inputs in (RAW, LAYER))
     ratio, relative = raw.ratio(), layer.ratio().interval
-    target, at = (results[RAW, 0][name] for name in ("target", "at"))
+    target, at = (best[RAW].runs[0][name] for name in ("target", "at"))
+    spoken = ", ".join(f"{inputs} ends at {percent(at_end[inputs].estimate)}" for inputs in INPUTS)
     return Conclusion(
-        numbers={"target": target, "at": at, "rows": [asdict(kind) for kind in best.values()]},
+        numbers={
+            "target": target,
+            "at": at,
+            "rows": [
+                {
+                    "inputs": inputs,
+                    "rates": best[inputs].values,
+                    "steps": steps[inputs],
+                    "reached": reached[inputs],
+                    "curve": [(statistics.fmean(values), min(values), max(values)) for values in curves[inputs]],
+                    "training": asdict(at_end[inputs]),
+                    "test": asdict(test[inputs]),
+                }
+                for inputs in INPUTS
+            ],
+        },
         findings=[SLOWER.judge(ratio), SAME.judge(layer.log_ratio().equivalent(math.log(_FACTOR)))],
         summary=[
             "The article says that inputs on very different scales slow gradient descent down, and that they are to be "
@@ -179,13 +162,40 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
             f"The features of every sample were put on scales from 1 to {10**plan.decades:,.0f}. A network without any "
             f"other normalisation had to classify {percent(target)} % of the training samples rightly, at the learning "
             "rate that suited each kind of input best.",
-            " ".join(_sentence(plan, kind) for kind in best.values()),
-            f"Raw inputs took {'at least ' if best[RAW].reached < plan.seeds else ''}{ratio.interval.estimate:.1f} "
+            " ".join(_sentence(plan, inputs, reached[inputs], steps[inputs], at_end[inputs]) for inputs in INPUTS),
+            f"Raw inputs took {'at least ' if reached[RAW] < plan.seeds else ''}{ratio.interval.estimate:.1f} "
             f"times the steps of standardised ones, the layer {relative.estimate:.2f} times "
             f"({relative.low:.2f} to {relative.high:.2f}).",
         ],
-        tables=[_table(plan, best)],
-        charts=[_chart(at, target, best)],
+        tables=[
+            Table(
+                f"Training on inputs of each kind, {plan.seeds} seeds",
+                ["Inputs", "Learning rate", "Seeds at the target", "Median steps", "Training (%)", "Test (%)"],
+                [
+                    [
+                        inputs,
+                        any_of(best[inputs].values, ".1e"),
+                        f"{reached[inputs]} of {plan.seeds}",
+                        f"{statistics.median(steps[inputs]):g}"
+                        if 2 * reached[inputs] > plan.seeds
+                        else f"more than {plan.steps}",
+                        cell(at_end[inputs].map(in_points)),
+                        cell(test[inputs].map(in_points)),
+                    ]
+                    for inputs in INPUTS
+                ],
+            )
+        ],
+        charts=[
+            Chart(
+                title="Accuracy on the training part, each at its best learning rate",
+                description=f"Accuracy in per cent over {at[-1]} steps, mean and range of the seeds: {spoken}.",
+                x_label="step",
+                y_label="training accuracy (%)",
+                curves=[mean_and_range(inputs, at, curves[inputs]) for inputs in INPUTS],
+                mark=100 * target,
+            )
+        ],
         notes=[
             f"Learning rates: {', '.join(f'{rate:.1e}' for rate in plan.rates)}. For each "
             "seed the rate is the one at which the other seeds were quickest.",
@@ -197,46 +207,11 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
     )
 
 
-def _sentence(plan: Plan, kind: AtBestRates) -> str:
-    name = kind.inputs[0].upper() + kind.inputs[1:]
-    if kind.reached == 0:
-        return f"{name}: no seed got there in {plan.steps} steps; {percent(kind.training.estimate)} % were right then."
-    got = f"{kind.reached} of {plan.seeds} seeds"
-    return f"{name}: {got} got there, the median after {statistics.median(kind.steps):g} steps."
-
-
-def _table(plan: Plan, best: Mapping[str, AtBestRates]) -> Table:
-    return Table(
-        f"Training on inputs of each kind, {plan.seeds} seeds",
-        ["Inputs", "Learning rate", "Seeds at the target", "Median steps", "Training (%)", "Test (%)"],
-        [
-            [
-                inputs,
-                any_of(kind.rates, ".1e"),
-                f"{kind.reached} of {plan.seeds}",
-                f"{statistics.median(kind.steps):g}" if 2 * kind.reached > plan.seeds else f"more than {plan.steps}",
-                cell(kind.training.map(in_points)),
-                cell(kind.test.map(in_points)),
-            ]
-            for inputs, kind in best.items()
-        ],
-    )
-
-
-def _chart(at: list[int], target: float, best: Mapping[str, AtBestRates]) -> Chart:
-    spoken = ", ".join(f"{inputs} ends at {percent(kind.training.estimate)}" for inputs, kind in best.items())
-    curves = []
-    for inputs, kind in best.items():
-        mean, lowest, highest = ([100 * value for value in values] for values in zip(*kind.curve, strict=True))
-        curves.append(Curve(inputs, at, mean, lowest, highest))
-    return Chart(
-        title="Accuracy on the training part, each at its best learning rate",
-        description=f"Accuracy in per cent over {at[-1]} steps, mean and range of the seeds: {spoken}.",
-        x_label="step",
-        y_label="training accuracy (%)",
-        curves=curves,
-        mark=100 * target,
-    )
+def _sentence(plan: Plan, inputs: str, reached: int, steps: Sequence[int], at_end: Interval) -> str:
+    name = inputs[0].upper() + inputs[1:]
+    if reached == 0:
+        return f"{name}: no seed got there in {plan.steps} steps; {percent(at_end.estimate)} % were right then."
+    return f"{name}: {reached} of {plan.seeds} seeds got there, the median after {statistics.median(steps):g} steps."
 
 
 CODE = """\
@@ -254,7 +229,7 @@ EXPERIMENT = Experiment(
     claims=(SLOWER, SAME),
     full=Plan(seeds=10),
     quick=Plan(seeds=6, rates=(3e-5, 0.1, 0.3), steps=60, hidden=(32, 32)),
-    grid=lambda plan: Grid(plan.seeds, inputs=INPUTS),
+    grid=lambda plan: Grid(plan.seeds, inputs=INPUTS, rate=plan.rates),
     run=run,
     conclude=conclude,
     code=CODE,

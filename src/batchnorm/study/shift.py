@@ -25,7 +25,7 @@ from batchnorm.study.formatting import cell, in_points, interval_curve
 from batchnorm.study.grid import Grid, Results, Run
 from batchnorm.study.measured import Measured, Paired
 from batchnorm.study.networks import Placement
-from batchnorm.study.statistics import SMALLEST, Interval, bounded, mean_interval
+from batchnorm.study.statistics import SMALLEST, bounded, mean_interval
 from batchnorm.study.verdict import Claim, Verdict
 
 LINEAR = "linear"
@@ -194,28 +194,31 @@ def _geometric(rows: Iterable[Sequence[float]]) -> list[float]:
 
 def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
     """Judge the claims over the seeds."""
-    runs = {kind: results.runs(kind) for kind in (LINEAR, *NETWORKS)}
-    errors = [example["error"] for run in runs[LINEAR] for example in run["depths"]]
-    unforeseen = [[run["depths"][i]["unforeseen"] for run in runs[LINEAR]] for i in range(len(plan.depths))]
+    # Of each depth, the examples of all seeds; of each network and layer, the shifts of all seeds.
+    examples = list(zip(*results.column("depths", LINEAR), strict=True))
+    shifts = {kind: list(zip(*results.column("shift_by_layer", kind), strict=True)) for kind in NETWORKS}
+    errors = [example["error"] for of_depth in examples for example in of_depth]
+    unforeseen = [[example["unforeseen"] for example in of_depth] for of_depth in examples]
     three, ten = plan.depths.index(3), plan.depths.index(10)
-    first, last = ([run["shift_by_layer"][i] for run in runs[PLAIN]] for i in (0, -1))
     # The geometric mean over the layers is the same as that over the steps.
-    plain, ours = ([statistics.geometric_mean(run["shift_by_layer"]) for run in runs[kind]] for kind in NETWORKS)
+    plain, ours = (_geometric(zip(*shifts[kind], strict=True)) for kind in NETWORKS)
     less = LESS.judge(Paired(plain, ours).ratio())
     by_layer = {
-        kind: [
-            mean_interval([math.log(run["shift_by_layer"][i]) for run in runs[kind]]).map(math.exp)
-            for i in range(len(plan.hidden))
-        ]
-        for kind in NETWORKS
+        kind: [mean_interval([*map(math.log, of_layer)]).map(math.exp) for of_layer in of_kind]
+        for kind, of_kind in shifts.items()
     }
+    widths = {kind: _geometric(zip(*results.column("spread_by_layer", kind), strict=True)) for kind in NETWORKS}
+    spoken = "; ".join(
+        f"{kind}: from {intervals[0].estimate:.4f} at layer 2 to {intervals[-1].estimate:.4f} at the last"
+        for kind, intervals in by_layer.items()
+    )
     shares = [mean_interval(values).map(in_points) for values in unforeseen]
     return Conclusion(
         numbers={"runs": results.records("kind", "seed")},
         findings=[
             EXPANDED.judge(Measured.exact(agreeing_digits(max(errors)), len(errors))),
             UNFORESEEN.judge(Paired(unforeseen[ten], unforeseen[three]).difference()),
-            DEEPER.judge(Paired(last, first).ratio()),
+            DEEPER.judge(Paired(shifts[PLAIN][-1], shifts[PLAIN][0]).ratio()),
             less,
         ],
         summary=[
@@ -229,10 +232,53 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
             f"{by_layer[PLAIN][0].estimate:.3f} standard deviations and those of the last by "
             f"{by_layer[PLAIN][-1].estimate:.3f}; with batch normalization by {by_layer[WITH][0].estimate:.4f} and "
             f"{by_layer[WITH][-1].estimate:.4f}.",
-            _verdict_sentence(less.verdict),
+            _REDUCED[less.verdict],
         ],
-        tables=[_example_table(plan, runs[LINEAR]), _layers_table(plan, runs, by_layer)],
-        charts=[_example_chart(plan, shares), _layers_chart(plan, by_layer)],
+        tables=[
+            Table(
+                "The step of y = x w1 ... wk by the order of its terms: means over the seeds",
+                ["Layers", "Terms", "First: foreseen", "Second", "Third", "Higher", "Whole step"],
+                [_row(depth, of_depth) for depth, of_depth in zip(plan.depths, examples, strict=True)],
+            ),
+            Table(
+                "What one step of training does to a layer's input: shift in standard deviations, change of width in "
+                "per cent",
+                ["Layer", "Plain: shift", "Plain: width", "Batch norm: shift", "Batch norm: width"],
+                [
+                    [
+                        str(i + 2),
+                        *(
+                            text
+                            for kind in NETWORKS
+                            for text in (cell(by_layer[kind][i], ".4f"), f"{100 * widths[kind][i]:.2f}")
+                        ),
+                    ]
+                    for i in range(len(plan.hidden))
+                ],
+            ),
+        ],
+        charts=[
+            Chart(
+                title="The unforeseen part of a linear network's step",
+                description=f"The part of the step that is not of first order, in per cent of the part that is, grows "
+                f"from {shares[0].estimate:.0f} at {plan.depths[0]} layer to {shares[-1].estimate:.0f} at "
+                f"{plan.depths[-1]} layers.",
+                x_label="layers",
+                y_label="unforeseen (% of the foreseen)",
+                curves=[interval_curve("second and higher orders", plan.depths, shares)],
+            ),
+            Chart(
+                title="Shift of each layer's input in one step of training",
+                description=f"Shift of the features' means in standard deviations, logarithmic. {spoken}.",
+                x_label="layer",
+                y_label="shift (standard deviations)",
+                curves=[
+                    interval_curve(kind, range(2, len(plan.hidden) + 2), intervals)
+                    for kind, intervals in by_layer.items()
+                ],
+                log_y=True,
+            ),
+        ],
         notes=[
             f"Linear example: x = 1, weights drawn around 1 with a standard deviation of {plan.spread}, learning rate "
             f"{plan.example_rate}, y itself descends.",
@@ -246,72 +292,19 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
     )
 
 
-def _verdict_sentence(verdict: Verdict) -> str:
-    return {
-        Verdict.SUPPORTED: "So batch normalization did reduce the shift.",
-        Verdict.NOT_SUPPORTED: "So batch normalization did not reduce the shift; it was larger with it.",
-        Verdict.INCONCLUSIVE: "Whether batch normalization reduced the shift cannot be told from these numbers.",
-    }[verdict]
+_REDUCED = {
+    Verdict.SUPPORTED: "So batch normalization did reduce the shift.",
+    Verdict.NOT_SUPPORTED: "So batch normalization did not reduce the shift; it was larger with it.",
+    Verdict.INCONCLUSIVE: "Whether batch normalization reduced the shift cannot be told from these numbers.",
+}
 
 
-def _example_table(plan: Plan, runs: Sequence[Run]) -> Table:
-    rows = []
-    for i, depth in enumerate(plan.depths):
-        examples = [run["depths"][i] for run in runs]
-        orders = [statistics.fmean(term) for term in zip(*(e["orders"] for e in examples), strict=True)]
-        shown = [f"{term:+.4f}" for term in orders[:3]] + ["-"] * (3 - len(orders))
-        rest = f"{math.fsum(orders[3:]):+.4f}" if len(orders) > 3 else "-"
-        rows.append(
-            [str(depth), f"{2**depth - 1:,}", *shown, rest, f"{statistics.fmean(e['step'] for e in examples):+.4f}"]
-        )
-    return Table(
-        "The step of y = x w1 ... wk by the order of its terms: means over the seeds",
-        ["Layers", "Terms", "First: foreseen", "Second", "Third", "Higher", "Whole step"],
-        rows,
-    )
-
-
-def _layers_table(plan: Plan, runs: dict[str, list[Run]], by_layer: dict[str, list[Interval]]) -> Table:
-    rows = []
-    for i in range(len(plan.hidden)):
-        row = [str(i + 2)]
-        for kind in NETWORKS:
-            width = statistics.geometric_mean(run["spread_by_layer"][i] for run in runs[kind])
-            row += [cell(by_layer[kind][i], ".4f"), f"{100 * width:.2f}"]
-        rows.append(row)
-    return Table(
-        "What one step of training does to a layer's input: shift in standard deviations, change of width in per cent",
-        ["Layer", "Plain: shift", "Plain: width", "Batch norm: shift", "Batch norm: width"],
-        rows,
-    )
-
-
-def _example_chart(plan: Plan, shares: Sequence[Interval]) -> Chart:
-    return Chart(
-        title="The unforeseen part of a linear network's step",
-        description=f"The part of the step that is not of first order, in per cent of the part that is, grows from "
-        f"{shares[0].estimate:.0f} at {plan.depths[0]} layer to {shares[-1].estimate:.0f} at "
-        f"{plan.depths[-1]} layers.",
-        x_label="layers",
-        y_label="unforeseen (% of the foreseen)",
-        curves=[interval_curve("second and higher orders", plan.depths, shares)],
-    )
-
-
-def _layers_chart(plan: Plan, by_layer: dict[str, list[Interval]]) -> Chart:
-    layers = range(2, len(plan.hidden) + 2)
-    spoken = "; ".join(
-        f"{kind}: from {intervals[0].estimate:.4f} at layer 2 to {intervals[-1].estimate:.4f} at the last"
-        for kind, intervals in by_layer.items()
-    )
-    return Chart(
-        title="Shift of each layer's input in one step of training",
-        description=f"Shift of the features' means in standard deviations, logarithmic. {spoken}.",
-        x_label="layer",
-        y_label="shift (standard deviations)",
-        curves=[interval_curve(kind, layers, intervals) for kind, intervals in by_layer.items()],
-        log_y=True,
-    )
+def _row(depth: int, examples: Sequence[Run]) -> list[str]:
+    orders = [statistics.fmean(terms) for terms in zip(*(example["orders"] for example in examples), strict=True)]
+    shown = [f"{term:+.4f}" for term in orders[:3]] + ["-"] * (3 - len(orders))
+    rest = f"{math.fsum(orders[3:]):+.4f}" if len(orders) > 3 else "-"
+    step = statistics.fmean(example["step"] for example in examples)
+    return [str(depth), f"{2**depth - 1:,}", *shown, rest, f"{step:+.4f}"]
 
 
 CODE = """\

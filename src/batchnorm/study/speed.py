@@ -86,7 +86,7 @@ class Comparison:
 def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
     """Find the target, each network's best rates, and compare."""
     accuracy = {
-        (network, rate): statistics.fmean(run["test_accuracy"][-1] for run in results.runs(network, rate))
+        (network, rate): statistics.fmean(curve[-1] for curve in results.column("test_accuracy", network, rate))
         for network in NETWORKS
         for rate in plan.rates
     }
@@ -100,9 +100,9 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
     )
     cells = []
     for (network, rate), mean in accuracy.items():
-        steps = tuple(run["steps"] for run in first.runs(network, rate))
-        count = len(steps) - steps.count(None)
-        cells.append({"network": network, "rate": rate, "accuracy": mean, "reached": count, "steps": steps})
+        steps = first.column("steps", network, rate)
+        reached = len(steps) - steps.count(None)
+        cells.append({"network": network, "rate": rate, "accuracy": mean, "reached": reached, "steps": tuple(steps)})
     best = {network: best_rates(plan, first, network) for network in NETWORKS}
     fair = _compare(plan, first, best)
     same = _compare(plan, first, dict.fromkeys(NETWORKS, best[WITHOUT]))
@@ -118,13 +118,27 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
         ],
         tables=[_table(plan, target, cells)],
         charts=[_chart(plan, results, target, fair)],
-        notes=_notes(plan, target),
+        notes=[
+            f"Networks: {len(plan.hidden)} hidden layers of {plan.hidden[0]} with ReLU; with batch normalization "
+            "before each ReLU, or plain. Both of a pair start from the same linear weights (He's initialisation, made "
+            f"for deep plain ReLU networks) and see the same batches of {plan.batch_size} in the same order.",
+            "Plain stochastic gradient descent on the cross-entropy: no momentum, weight decay or schedule, each of "
+            "which would change what a learning rate means.",
+            f"The target, {percent(target)} %, is {100 * plan.reach:g} % of the way from always guessing the "
+            "commonest class to the best mean accuracy of any network at any rate. Every "
+            f"{plan.evaluate_every} steps the whole test set is classified, with batch normalization by its running "
+            "statistics; the first time at the target counts, even if a later one is below.",
+            "Best learning rate: for each seed, the rate at which the other seeds were quickest, so that no run takes "
+            "part in the choice that it is for.",
+            f"A run that did not reach the target counts as the {plan.steps} steps that it used.",
+            "Not measured: time. A step with batch normalization costs more than one without.",
+        ],
     )
 
 
 def best_rates(plan: Plan, first: Results, network: str) -> tuple[float, ...]:
     """Each seed's rate: where the other seeds were quickest to the target, by their mean logarithm."""
-    return first.best(lambda run: -math.log(run["steps"] or plan.steps), network)[0]
+    return first.best(lambda run: -math.log(run["steps"] or plan.steps), network).values
 
 
 def _compare(plan: Plan, first: Results, rates: dict[str, tuple[float, ...]]) -> Comparison:
@@ -142,8 +156,8 @@ def _rates(comparison: Comparison) -> str:
 
 def _sentence(where: str, plan: Plan, comparison: Comparison) -> str:
     medians = {network: statistics.median(steps) for network, steps in comparison.steps.items()}
-    earlier = sum(a < b for a, b in zip(comparison.steps[WITH], comparison.steps[WITHOUT], strict=True))
-    later = sum(a > b for a, b in zip(comparison.steps[WITH], comparison.steps[WITHOUT], strict=True))
+    saved = Paired(comparison.steps[WITHOUT], comparison.steps[WITH]).differences()
+    earlier, later = sum(steps > 0 for steps in saved), sum(steps < 0 for steps in saved)
     return (
         f"{where}, the network with batch normalization took a median of {medians[WITH]:g} steps, the plain one "
         f"{medians[WITHOUT]:g}; it was earlier with {earlier} of {plan.seeds} seeds, later with {later}. The plain one "
@@ -152,17 +166,21 @@ def _sentence(where: str, plan: Plan, comparison: Comparison) -> str:
 
 
 def _table(plan: Plan, target: float, cells: Sequence[dict[str, Any]]) -> Table:
-    def median(cell: dict[str, Any]) -> str:
-        if cell["reached"] == 0:
-            return "never"
-        value = statistics.median(math.inf if steps is None else steps for steps in cell["steps"])
+    def median(steps: Sequence[int | None]) -> str:
+        value = statistics.median(step or math.inf for step in steps)
         return f"> {plan.steps}" if value == math.inf else f"{value:g}"
 
     return Table(
         caption=f"Median steps to {percent(target)} % over {plan.seeds} seeds, and accuracy after {plan.steps} steps",
         columns=("network", "learning rate", "steps", "seeds that got there", "final accuracy, %"),
         rows=[
-            (c["network"], f"{c['rate']:g}", median(c), f"{c['reached']}/{plan.seeds}", percent(c["accuracy"]))
+            (
+                c["network"],
+                f"{c['rate']:g}",
+                median(c["steps"]) if c["reached"] else "never",
+                f"{c['reached']}/{plan.seeds}",
+                percent(c["accuracy"]),
+            )
             for c in cells
         ],
     )
@@ -173,7 +191,7 @@ def _chart(plan: Plan, results: Results, target: float, fair: Comparison) -> Cha
     for network, rates in fair.rates.items():
         runs = [results[network, rate, seed] for seed, rate in enumerate(rates)]
         accuracies = zip(*(run["test_accuracy"] for run in runs), strict=True)
-        curves.append(mean_and_range(network, runs[0]["steps"], [[100 * value for value in at] for at in accuracies]))
+        curves.append(mean_and_range(network, runs[0]["steps"], accuracies))
     return Chart(
         title="Test accuracy, each network at its best learning rate",
         description=f"Test accuracy in per cent over {plan.steps} steps, mean and range of the seeds: {ends(curves)}.",
@@ -182,24 +200,6 @@ def _chart(plan: Plan, results: Results, target: float, fair: Comparison) -> Cha
         curves=curves,
         mark=100 * target,
     )
-
-
-def _notes(plan: Plan, target: float) -> list[str]:
-    return [
-        f"Networks: {len(plan.hidden)} hidden layers of {plan.hidden[0]} with ReLU; with batch normalization before "
-        "each ReLU, or plain. Both of a pair start from the same linear weights (He's initialisation, made for deep "
-        f"plain ReLU networks) and see the same batches of {plan.batch_size} in the same order.",
-        "Plain stochastic gradient descent on the cross-entropy: no momentum, weight decay or schedule, each of which "
-        "would change what a learning rate means.",
-        f"The target, {percent(target)} %, is {100 * plan.reach:g} % of the way from always guessing the commonest "
-        "class to the best mean accuracy of any network at any rate. Every "
-        f"{plan.evaluate_every} steps the whole test set is classified, with batch normalization by its running "
-        "statistics; the first time at the target counts, even if a later one is below.",
-        "Best learning rate: for each seed, the rate at which the other seeds were quickest, so that no run takes part "
-        "in the choice that it is for.",
-        f"A run that did not reach the target counts as the {plan.steps} steps that it used.",
-        "Not measured: time. A step with batch normalization costs more than one without.",
-    ]
 
 
 CODE = """\
