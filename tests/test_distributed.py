@@ -21,7 +21,7 @@ SCRIPT = recalibration_scenarios.__file__
 ALL = [name for name in recalibration_scenarios.SCENARIOS if name != "killed"]
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.long), 3])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Found:
     """What two and three processes found, in all scenarios."""
     return processes.run(ALL, request.param, tmp_path_factory.mktemp("ranks"), timeout=150, script=SCRIPT)

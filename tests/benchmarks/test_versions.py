@@ -39,6 +39,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versions, "SUITES", {"quick": ((6, 3, 4, 5), (8, 3, 5))})
 
 
+@pytest.mark.long
 def test_two_trees(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before, after, file = tree(tmp_path / "before"), tree(tmp_path / "after"), tmp_path / "versions.json"
     versions.main([str(before), str(after), "--threads", "1", "--seconds", "0.001", "--json", str(file)])

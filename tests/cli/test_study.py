@@ -59,6 +59,7 @@ def test_a_missing_extra_is_one_line(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
 def test_ctrl_c_during_a_study(tmp_path: Path) -> None:
     announce = "from batchnorm.study import dataset as data; read = data.digits; "
