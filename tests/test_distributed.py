@@ -145,6 +145,7 @@ def test_a_checkpoint_of_each(found: Found) -> None:
             close(a, b, tolerances.PARTS)
 
 
+@pytest.mark.long
 def test_a_process_that_is_killed_is_an_error_in_the_others(tmp_path: Path) -> None:
     found = processes.run(["killed"], 3, tmp_path, timeout=90, script=SCRIPT)
     assert found[1] is None

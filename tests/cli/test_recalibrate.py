@@ -216,6 +216,7 @@ def test_two_processes_give_what_one_gives() -> None:
     assert_same(torch.load("new.pt", weights_only=True), by_hand(), tolerances.PARTS)
 
 
+@pytest.mark.long
 def test_a_process_that_fails_ends_both() -> None:
     process = torchrun("--data", "my.py:failing", "--output", "new.pt")
     assert process.returncode != 0
