@@ -19,7 +19,8 @@ from batchnorm.population.result import MemoryUse
 from batchnorm.population.spill import Spill
 from batchnorm.population.storages import Storages, storages, watch_storages
 
-# Freed memory goes back to the system whenever it is this share of the limit, but not in pieces below the second.
+# Freed memory goes back to the system whenever so much was allocated as is this share of the limit, but not in pieces
+# below the second. What is allocated inside a pass counts too: in the last round nothing else is.
 HANDED_BACK = 0.25
 LEAST_HANDED_BACK = 2**26
 
@@ -52,7 +53,7 @@ class Memory:
         self._held: dict[Pass, int] = {}
         self._total = 0
         self._peak = 0
-        self._freed = 0  # since the system was given memory back
+        self._allocated = 0  # since the system was given memory back; all of it is freed sooner or later
         self._replays = 0
         self._spill = Spill(self._common)
         self._can_spill = True
@@ -85,22 +86,24 @@ class Memory:
 
     def _release(self, size: int) -> None:
         self._total -= size
-        self._freed += size
-        if self._limit is not None and self._freed > max(self._limit * HANDED_BACK, LEAST_HANDED_BACK):
+        if self._limit is not None and self._allocated > max(self._limit * HANDED_BACK, LEAST_HANDED_BACK):
             hand_back()
-            self._freed = 0
+            self._allocated = 0
 
     def _load(self, batch_pass: Pass) -> None:
         """All that a pass holds is in memory again."""
         # A function of its own, so that no name of it keeps a storage that the pass lets go of.
         for storage in self._seen.setdefault(batch_pass, weakref.WeakSet()):
             self._spill.get(storage)
+            self._allocated += storage.nbytes()
         self._common.update(storages(batch_pass.batch.content))
 
     def _note(self, found: Iterable[torch.UntypedStorage]) -> None:
         batch_pass = self._lockstep.current
         if batch_pass is not None:
             for storage in found:
+                if storage not in self._first_seen:
+                    self._allocated += storage.nbytes()
                 self._seen[batch_pass].add(storage)
                 if self._first_seen.setdefault(storage, batch_pass) is not batch_pass:
                     self._common.add(storage)
@@ -111,7 +114,6 @@ class Memory:
         size = sum(s.nbytes() for s in own)
         if self._total + size > limit:
             self._evict(batch_pass, own, size)
-            self._freed += size
             size = 0
         self._held[batch_pass] = size
         self._total += size
