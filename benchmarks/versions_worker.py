@@ -19,7 +19,7 @@ sys.path[:] = [sys.argv[1], *json.loads(sys.argv[2]), *sys.path[1:]]
 import batchnorm  # noqa: E402 - after the path it is found on
 
 # isort: split
-import torch  # noqa: E402
+import torch  # noqa: E402 - likewise
 
 LAST, AXIS = "channels last", "(N, L, C)"  # the names of `batchnorm.bench.suites`
 Work = Callable[[], Any]
