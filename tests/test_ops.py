@@ -201,7 +201,8 @@ for activation, masked in ((None, True), ("gelu", False), ("mish", True)):
     for actual, expected in zip(*reversed(results)):
         torch.testing.assert_close(actual, expected)
     assert compiled.num_batches_tracked == 1
-assert sys.argv[1] != "graphs" or (seen and not [name for name in seen if "batchnorm" in name]), seen
+ours = {name for name in seen if "batchnorm" in name}
+assert sys.argv[1] != "graphs" or (seen and ours == {"batchnorm.unless_repeated.default"}), seen
 """
 
 
@@ -231,9 +232,9 @@ def calls_before_the_operator(layer: batchnorm.BatchNorm, x: Tensor) -> list[str
 @pytest.mark.parametrize("gradients", [True, False])
 @pytest.mark.parametrize("training", [True, False])
 def test_few_calls_lie_between_a_layer_and_its_operator(training: bool, gradients: bool) -> None:
-    """Each takes a tenth of a microsecond or more, and small inputs feel ten of them."""
+    """Each takes up to a tenth of a microsecond, and small inputs feel ten of them."""
     layer, x = batchnorm.BatchNorm1d(4, activation="relu").train(training), torch.randn(8, 4)
     with torch.set_grad_enabled(gradients):
         called = calls_before_the_operator(layer, x)
     assert called[-1].startswith("_ops.py"), called
-    assert len(called) <= (12 if training or not gradients else 15), called
+    assert len(called) <= (15 if training else 16 if gradients else 13), called

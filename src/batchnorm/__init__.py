@@ -3,6 +3,7 @@
 from batchnorm import errors, functional
 from batchnorm.deferral import Pending, deferred
 from batchnorm.errors import BatchNormError
+from batchnorm.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 from batchnorm.modules import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.moments import Moments
 from batchnorm.ops import kernels
@@ -24,6 +25,9 @@ __all__ = [
     "BatchNorm2d",
     "BatchNorm3d",
     "BatchNormError",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
     "Moments",
     "Pending",
     "Recalibration",

@@ -32,6 +32,11 @@ functorch_is_active: Callable[[], bool] = torch._C._are_functorch_transforms_act
 current_backward: Callable[[], int] = torch._C._current_graph_task_id
 
 
+# Whether torch.jit.trace, or the older exporter to ONNX, records: `torch.jit.is_tracing`, which asks this in two frames
+# more.
+is_traced: Callable[[], bool] = torch._C._is_tracing
+
+
 def in_functorch() -> bool:
     """Whether a transform of `torch.func` or forward-mode differentiation is at work: they need plain torch."""
     # forward_ad's level: dual tensors could be found by looking at every operand instead.

@@ -49,26 +49,15 @@ class _BatchNorm(torch.autograd.Function):
         options: Options,  # torch looks for tensors among the arguments alone, not in what they hold
         operations: Operations,
         statistics: RunningStatistics | Synced | None,
-        commits: bool,  # whether x is normalised by its own moments, and these are committed to the statistics
+        commits: bool,  # whether x is normalised by its own moments, and these are committed to the statistics, if any
     ) -> Any:  # noqa: ANN401 - y, and the batch's moments
         _, _, activation = options
         ctx.operations, ctx.options, ctx.group = operations, options, None
         # Without an activation the residual's value has no part in any gradient.
         saved_residual = None if activation is None else residual
-        if commits and isinstance(statistics, RunningStatistics):
-            y, count, mean, m2 = operations.forward_commit(
-                x,
-                weight,
-                bias,
-                residual,
-                *options,
-                mask,
-                statistics.mean,
-                statistics.var,
-                statistics.num_batches_tracked,
-                statistics.num_batches_skipped,
-                statistics.momentum,
-            )
+        if commits:
+            running = statistics if isinstance(statistics, RunningStatistics) else (None,) * 5
+            y, count, mean, m2 = operations.forward_commit(x, weight, bias, residual, *options, mask, *running)
             ctx.save_for_backward(x, count, mean, m2, weight, bias, saved_residual, mask)
             return y
         ctx.set_materialize_grads(False)

@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from batchnorm import layout
-from batchnorm._torch import in_functorch
+from batchnorm._torch import in_functorch, is_traced
 from batchnorm.activations import ACTIVATIONS, check_activation
 from batchnorm.errors import DTypeError, OptionError
 from batchnorm.kernels.reference import statistics_dtype
@@ -42,7 +42,8 @@ class Call:
     Raises:
         ShapeError: a rank, a number of channels, the residual's or the mask's shape does not fit.
         DTypeError: an input that is not floating, or a residual of another dtype.
-        OptionError: an unknown activation, or a sample weight that is negative or not finite.
+        OptionError: an unknown activation, a sample weight that is negative or not finite, or a tensor on another
+            device than x.
     """
 
     def __init__(
@@ -58,10 +59,12 @@ class Call:
     ) -> None:
         # One function: small inputs feel every call. What is wrong is looked at again, and told, elsewhere.
         if not x.dtype.is_floating_point:
-            raise DTypeError(
-                f"got an input of dtype {x.dtype}; batch normalization needs a floating dtype. "
-                f"Convert it with x.float()"
+            how = (
+                "Normalise the two channels of torch.view_as_real(x), or the absolute value"
+                if x.dtype.is_complex
+                else "Convert it with x.float()"
             )
+            raise DTypeError(f"got an input of dtype {x.dtype}; batch normalization needs a floating dtype. {how}")
         if activation not in _KNOWN:
             check_activation(activation)
         rank = x.dim()
@@ -85,6 +88,13 @@ class Call:
                     f"got a residual of dtype {residual.dtype} for an input of dtype {x.dtype}; both must be equal. "
                     f"Convert one of them with .to()"
                 )
+        device = x.device
+        if weight is not None and weight.device != device:
+            layout.check_device(weight, "weight", device)
+        if bias is not None and bias.device != device:
+            layout.check_device(bias, "bias", device)
+        if residual is not None and residual.device != device:
+            layout.check_device(residual, "residual", device)
         self.x = x
         self.weight = weight
         self.bias = bias
@@ -135,7 +145,10 @@ def empty_output(call: Call) -> Tensor:
 
 def checked_mask(mask: Tensor, x: Tensor, channel_dim: int) -> Tensor:
     """The mask with one value for each position, bool or floating."""
-    if not (in_functorch() or torch.compiler.is_compiling()):  # values cannot be looked at there
+    layout.check_device(mask, "mask", x.device)
+    if not (
+        in_functorch() or torch.compiler.is_compiling() or is_traced() or x.is_meta
+    ):  # values cannot be looked at there
         layout.check_mask_values(mask)
     if mask.dtype != torch.bool and not mask.is_floating_point():
         mask = mask.to(statistics_dtype(mask.device))

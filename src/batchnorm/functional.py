@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -10,6 +12,7 @@ from batchnorm import _torch, autograd, ghost, layout, ops, sync
 from batchnorm.call import Call, check_sync, check_virtual_batch_size, empty_output
 from batchnorm.distributed import Group
 from batchnorm.errors import CountError, OptionError, ShapeError, TransformError
+from batchnorm.kernels import aten
 from batchnorm.moments import Moments, pool
 from batchnorm.statistics import BatchStatistics, RunningStatistics, SyncStatistics
 
@@ -90,10 +93,14 @@ def batch_norm(
         return normalize_by_running(call, running_mean, running_var, inplace=inplace)
     call = Call(input, weight, bias, residual, mask, eps, channel_dim, activation)
     running = None
+    if (running_mean is None) is not (running_var is None):
+        raise ShapeError(
+            f"got running_{'var' if running_mean is None else 'mean'} without the other; running statistics are both "
+            f"or none. Pass both, or None for both"
+        )
     if running_mean is not None and running_var is not None and call.num_channels:
-        layout.check_vector(running_mean, "running_mean", call.num_channels)
-        layout.check_vector(running_var, "running_var", call.num_channels)
         running = RunningStatistics(running_mean, running_var, None, None, momentum)
+        running.check(call.num_channels, input.device)
     if running is not None and process_group is None and virtual_batch_size is None:
         return normalize_and_commit(call, running)
     statistics: BatchStatistics | SyncStatistics = BatchStatistics(virtual_batch_size)
@@ -114,8 +121,10 @@ def normalize(call: Call, statistics: BatchStatistics | SyncStatistics) -> tuple
 
     Raises: as `batch_norm`.
     """
-    if not call.eps > 0:
+    if not 0 < call.eps < math.inf:
         raise _wrong_eps(call.eps)
+    if statistics != _BATCH and ops.select(call.x) is ops.ATEN:
+        aten.refuse("statistics of ghost batches, of several processes or with a correction")
     if isinstance(statistics, SyncStatistics):
         return sync.normalize(call, statistics)
     if call.x.numel() == 0:
@@ -134,9 +143,10 @@ def normalize(call: Call, statistics: BatchStatistics | SyncStatistics) -> tuple
 def normalize_and_commit(call: Call, running: RunningStatistics) -> Tensor:
     """`normalize` by the batch, and `commit` of its moments, unless activation checkpointing repeats this pass.
 
-    One operator does both where it can: two take 5 microseconds more, of 50 for a small input.
+    One operator does both where it can: two take 5 microseconds more, of 50 for a small input. The statistics have been
+    checked.
     """
-    if not call.eps > 0:
+    if not 0 < call.eps < math.inf:
         raise _wrong_eps(call.eps)
     x, channel_dim = call.x, call.channel_dim
     numel = x.numel()
@@ -145,10 +155,18 @@ def normalize_and_commit(call: Call, running: RunningStatistics) -> Tensor:
             return empty_output(call)
         raise _one_value(call)
     operations = ops.select(x, call.mask, call.activation)
-    if operations.eager and _torch.current_backward() == -1:
+    if operations is ops.ATEN:
+        return operations.forward_commit(x, *call.arguments, call.mask, *running)[0]
+    batches = running.num_batches_tracked
+    # `counts_in_int64`, without its call.
+    if operations.eager and (
+        batches is None or (batches.dtype == torch.int64 and batches.device == x.device and batches.dim() == 0)
+    ):
+        # A pass that is repeated commits nothing, by the same operator: selective checkpointing wants to see it again.
+        target = running if _torch.current_backward() == -1 else None
         options = (call.eps, channel_dim, call.activation)
         y: Tensor = autograd.plain_apply(
-            x, call.weight, call.bias, call.residual, call.mask, options, operations, running, True
+            x, call.weight, call.bias, call.residual, call.mask, options, operations, target, True
         )
         return y
     y, moments = _normalize(call)
@@ -158,12 +176,12 @@ def normalize_and_commit(call: Call, running: RunningStatistics) -> Tensor:
 
 
 def normalize_by_running(call: Call, mean: Tensor, var: Tensor, *, inplace: bool = False) -> Tensor:
-    """`batch_norm` in inference mode: by given statistics, (C,) each, which are constants to the gradient.
+    """`batch_norm` in inference mode: by given statistics, (C,) each; a gradient reaches those that require one.
 
     Raises: as `batch_norm`.
     """
-    if not call.eps >= 0:
-        raise OptionError(f"got eps={call.eps}; eps must be non-negative. torch's default is 1e-5")
+    if not 0 <= call.eps < math.inf:
+        raise OptionError(f"got eps={call.eps}; eps must be finite and not negative. torch's default is 1e-5")
     x = call.x
     if x.numel() == 0:
         return empty_output(call)
@@ -172,16 +190,29 @@ def normalize_by_running(call: Call, mean: Tensor, var: Tensor, *, inplace: bool
         layout.check_vector(mean, "running_mean", num_channels)
     if var.dim() != 1 or var.shape[0] != num_channels:
         layout.check_vector(var, "running_var", num_channels)
+    device = x.device
+    if mean.device != device:
+        layout.check_device(mean, "running_mean", device)
+    if var.device != device:
+        layout.check_device(var, "running_var", device)
     operations = ops.select(x, None, call.activation)
-    if operations is ops.DIFFERENTIABLE:
-        return operations.normalize(x, mean.detach().clone(), var.detach().clone(), *call.arguments)
-    if not torch.is_grad_enabled():  # no function of autograd's around it
+    grad = torch.is_grad_enabled()
+    if operations is ops.ATEN:
+        return operations.normalize(x, mean, var, *call.arguments)
+    # Copies, here and below: a training pass before the backward pass would change what the gradient is computed from.
+    if operations is ops.DIFFERENTIABLE or (grad and (mean.requires_grad or var.requires_grad)):
+        return ops.DIFFERENTIABLE.normalize(x, mean.clone(), var.clone(), *call.arguments)
+    if not grad:  # no function of autograd's around it
         if inplace:
+            if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+                raise OptionError(
+                    f"got inplace=True for an input of shape {tuple(x.shape)} and strides {x.stride()}, several of "
+                    f"whose values share one place in memory. Pass x.clone(), or inplace=False"
+                )
             operations.normalize_(x, mean, var, *call.arguments)
             torch.autograd.graph.increment_version(x)  # a graph that saved the input's old values will say so
             return x
         return operations.normalize(x, mean, var, *call.arguments)
-    # Copies: a training pass before the backward pass would change what the gradient is computed from.
     statistics = RunningStatistics(mean.detach().clone(), var.detach().clone())
     y: Tensor = autograd.apply(call, operations, statistics)
     return y
@@ -200,11 +231,22 @@ def batch_moments(call: Call, statistics: BatchStatistics | SyncStatistics = _BA
 def commit(moments: Moments, running: RunningStatistics) -> None:
     """Blend moments into running statistics, in place: `kernels.reference.commit`. Empty ones change nothing."""
     operations = ops.select(running.mean)
-    values = moments.count, moments.mean, moments.m2
     mean, var, num_batches_tracked, num_batches_skipped, momentum = running
+    running.check(moments.mean.shape[0], moments.mean.device)
+    count = moments.count
+    if torch.compiler.is_dynamo_compiling():
+        count = ops.unless_repeated(count, mean)
+    values = count, moments.mean, moments.m2
     if operations is not ops.DIFFERENTIABLE:
+        if not running.counts_in_int64:
+            operations = ops.REFERENCE
         operations.commit(mean, var, num_batches_tracked, num_batches_skipped, *values, momentum)
         return
+    if any(torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in (mean, var)):
+        raise TransformError(
+            "got running statistics with a tangent in training, where they are changed in place and no derivative goes "
+            "through the change. Differentiate in inference, or without running statistics"
+        )
     try:
         # Without the counter: it is not among torch's buffers, so that callers may not have given it to the transform.
         operations.commit(mean, var, num_batches_tracked, None, *values, momentum)
@@ -219,7 +261,7 @@ def commit(moments: Moments, running: RunningStatistics) -> None:
 def _normalize(call: Call) -> tuple[Tensor, Moments]:
     """All of x by the moments of all of x, or of what the mask leaves."""
     operations = ops.select(call.x, call.mask, call.activation)
-    if operations is ops.DIFFERENTIABLE:
+    if operations is ops.DIFFERENTIABLE or operations is ops.ATEN:
         y, *moments = operations.forward(call.x, *call.arguments, call.mask)
         return y, Moments(*(t.detach() for t in moments))
     y, *moments = autograd.apply(call, operations)
@@ -259,7 +301,7 @@ def _normalize_ghost_batches(call: Call, size: int) -> tuple[Tensor, Moments]:
 
 
 def _wrong_eps(eps: float) -> OptionError:
-    return OptionError(f"got eps={eps}; eps must be positive in training. torch's default is 1e-5")
+    return OptionError(f"got eps={eps}; eps must be positive and finite in training. torch's default is 1e-5")
 
 
 def _one_value(call: Call, how: str = "") -> CountError:

@@ -74,6 +74,23 @@ def check_vector(vector: Tensor | None, name: str, num_channels: int) -> None:
         )
 
 
+def check_device(tensor: Tensor, name: str, device: torch.device) -> None:
+    """A tensor is where the input is.
+
+    Raises:
+        OptionError: it is elsewhere.
+    """
+    if tensor.device != device:
+        remedy = (
+            "It has no values yet: load them with load_state_dict(..., assign=True), or make room with .to_empty()"
+            if tensor.device.type == "meta"
+            else "Move the layer or the input with .to()"
+        )
+        raise OptionError(
+            f"got {name} on device {tensor.device} for an input on device {device}; all must be on one. {remedy}"
+        )
+
+
 def expand_mask(mask: Tensor, shape: Sequence[int], axis: int) -> Tensor:
     """`mask` with one value for each position: the input's shape without the channel dimension.
 

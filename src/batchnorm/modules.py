@@ -12,22 +12,24 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, fx
 from typing_extensions import Self
 
 from batchnorm import functional, layout
-from batchnorm._torch import BatchNormBase, in_backward_recompute
+from batchnorm._torch import in_backward_recompute
 from batchnorm.activations import check_activation
 from batchnorm.call import Call, check_sync, check_virtual_batch_size
 from batchnorm.distributed import Group
 from batchnorm.errors import BatchNormError, OptionError, ShapeError
 from batchnorm.moments import Moments
+from batchnorm.rebuilding import Rebuilding
 from batchnorm.renorm import Renorm, check_renorm, corrections
 from batchnorm.statistics import BatchStatistics, RunningStatistics, SyncStatistics
 
 _STATISTICS = ("running_mean", "running_var")
 _NUMBERS = itertools.count(1)
 _HALVES = (torch.float16, torch.bfloat16)
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _at_least_float32(buffer: Tensor) -> Tensor:
@@ -61,7 +63,7 @@ _OPTIONS: dict[str, Any] = {
 }
 
 
-class BatchNorm(BatchNormBase):
+class BatchNorm(Rebuilding):
     r"""Batch normalization of an input of any rank >= 2, with an optional residual and activation inside.
 
         y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)
@@ -97,8 +99,9 @@ class BatchNorm(BatchNormBase):
             which positions the statistics are taken from in training. The output is there for all.
 
     Attributes:
-        num_batches_skipped: (C,) int64, not in the state_dict: of how many batches a channel's statistics were not
-            finite, so that its running statistics skipped them; the other channels' moved.
+        num_batches_skipped: (C,) int64: of how many batches since the layer was made or loaded a channel's statistics
+            were not finite, so that its running statistics skipped them; the other channels' moved. Neither a buffer
+            nor in the state_dict, and not counted inside transforms of torch.func; None without running statistics.
         frozen: what `freeze` set.
         label: what distinguishes this layer from others in errors of processes: "number 4" for the fourth layer that
             this process made, and its path where `convert` made it.
@@ -125,7 +128,11 @@ class BatchNorm(BatchNormBase):
     inplace: bool
     frozen: Frozen
     label: str
-    num_batches_skipped: Tensor | None
+    # What `num_batches_skipped` shows: made when it is needed, where the running statistics are. No buffer, because
+    # tools that copy, prune, broadcast or load buffers expect torch's and no others.
+    _skipped: Tensor | None = None
+    # fairscale's checkpointing leaves layers alone that have this: ours notice a repeated pass by themselves.
+    disable_patch_batchnorm: ClassVar[bool] = True
     # Where proposals go instead of being committed: `deferred` sets it for a while.
     _receiver: Callable[[Moments], None] | None = None
 
@@ -164,23 +171,47 @@ class BatchNorm(BatchNormBase):
         self.inplace = inplace
         self.frozen = Frozen()
         self.label = f"number {next(_NUMBERS)}"
-        self._complete_buffers()
+        self._complete()
 
-    def _complete_buffers(self) -> None:
-        """What our layers' buffers have beyond torch's: the counter, and a dtype that a running average needs."""
-        counter = None if self.running_mean is None else torch.zeros_like(self.running_mean, dtype=torch.int64)
-        self.register_buffer("num_batches_skipped", counter, persistent=False)
+    def _complete(self) -> None:
+        """What torch's constructor leaves open: Python's numbers, which compilers know, and `_widen_statistics`."""
+        self.eps = vars(self)["eps"]
+        self.momentum = vars(self)["momentum"]
+        self._widen_statistics()
+
+    def _widen_statistics(self) -> None:
+        """Give running statistics the dtype that a running average needs."""
         for name in _STATISTICS:
-            if (buffer := self._buffers[name]) is not None:
+            if (buffer := self._buffers.get(name)) is not None:
                 self._buffers[name] = _at_least_float32(buffer)
+
+    @property
+    def num_batches_skipped(self) -> Tensor | None:
+        """(C,) int64, or None: see the class."""
+        mean, var = self.running_mean, self.running_var
+        return None if mean is None or var is None else self._running(mean, var).num_batches_skipped
+
+    def _running(self, mean: Tensor, var: Tensor) -> RunningStatistics:
+        """The running statistics and how they move."""
+        skipped = self._skipped
+        if skipped is None or skipped.shape != mean.shape or skipped.device != mean.device:
+            skipped = None
+            # Not of tensors that only stand for others while something is traced: the counter would outlive them.
+            if type(mean) in _PLAIN:
+                self._skipped = skipped = torch.zeros(mean.shape, dtype=torch.int64, device=mean.device)
+        return RunningStatistics(mean, var, self._buffers["num_batches_tracked"], skipped, vars(self)["momentum"])
 
     def forward(self, input: Tensor, *, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Normalise `input`; in training mode, move the running statistics."""
+        if isinstance(input, fx.Proxy):
+            return self._leaf(input, residual, mask)
         own = self._parameters  # attributes take several times as long, and `get` would look at them all the same
         weight: Tensor | None = own["weight"] if "weight" in own else self.weight  # noqa: SIM401 - not `get`: see above
         bias: Tensor | None = own["bias"] if "bias" in own else self.bias  # noqa: SIM401 - not `get`: see above
         buffers = self._buffers
-        mean, var = buffers["running_mean"], buffers["running_var"]
+        # Statistics that are parameters, or computed, are attributes.
+        mean: Tensor | None = buffers["running_mean"] if "running_mean" in buffers else self.running_mean  # noqa: SIM401
+        var: Tensor | None = buffers["running_var"] if "running_var" in buffers else self.running_var  # noqa: SIM401
         training, frozen = self.training, self.frozen
         # Of an empty batch nothing is proposed, unless other processes have parts of it.
         moves = self.track_running_stats and not frozen.statistics and (input.numel() > 0 or self.sync)
@@ -191,7 +222,7 @@ class BatchNorm(BatchNormBase):
             mask = None  # no effect
         try:
             self._check_input_dim(input)
-            call = Call(input, weight, bias, residual, mask, self.eps, self.channel_dim, self.activation)
+            call = Call(input, weight, bias, residual, mask, vars(self)["eps"], self.channel_dim, self.activation)
             if mean is not None and var is not None and by_running:
                 if not training:
                     return functional.normalize_by_running(call, mean, var, inplace=self.inplace)
@@ -201,23 +232,34 @@ class BatchNorm(BatchNormBase):
                 return output
             if not training:  # without running statistics
                 return functional.normalize(call, _BATCH)[0]
-            plain = self.renorm is None and self.virtual_batch_size is None and not self.sync
-            if plain and moves and self._receiver is None and mean is not None and var is not None:
-                batches, skipped = buffers["num_batches_tracked"], buffers["num_batches_skipped"]
-                running = RunningStatistics(mean, var, batches, skipped, self.momentum)
-                return functional.normalize_and_commit(call, running)
+            if moves and mean is not None and var is not None:
+                running = self._running(mean, var)
+                running.check(vars(self)["num_features"], input.device)
+                plain = self.renorm is None and self.virtual_batch_size is None and not self.sync
+                if plain and self._receiver is None:
+                    return functional.normalize_and_commit(call, running)
             output, moments = functional.normalize(call, self._statistics())
+            if moves:
+                self._propose(moments)
         except BatchNormError as error:
-            raise error.within(f"{type(self).__name__}({self.num_features})") from None
-        if moves:
-            self._propose(moments)
+            raise error.within(self._title()) from None
         return output
+
+    def _leaf(self, input: fx.Proxy, residual: object, mask: object) -> Any:  # noqa: ANN401 - a proxy
+        """A node that calls this layer: to torch.fx it is a leaf, as torch's own layers are."""
+        given = {name: value for name, value in (("residual", residual), ("mask", mask)) if value is not None}
+        tracer = input.tracer
+        assert isinstance(tracer, fx.Tracer)
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), given)
+
+    def _title(self) -> str:
+        return f"{type(self).__name__}({vars(self)['num_features']})"
 
     def _statistics(self) -> BatchStatistics | SyncStatistics:
         """What a training pass normalises by."""
         correction = None if self.renorm is None else self._correction
         if self.sync and (group := Group(self.process_group)).size > 1:
-            label = f"{type(self).__name__}({self.num_features}), {self.label}"
+            label = f"{self._title()}, {self.label}"
             return SyncStatistics(group, label, correction)
         return BatchStatistics(self.virtual_batch_size, correction)
 
@@ -233,7 +275,7 @@ class BatchNorm(BatchNormBase):
                 "one, so batch renormalization would correct differently. Keep this layer out of activation "
                 "checkpointing, or train inside batchnorm.deferred"
             )
-        return corrections(moments, mean, var, self.eps, *renorm.limits(self.num_batches_tracked))
+        return corrections(moments, mean, var, vars(self)["eps"], *renorm.limits(self.num_batches_tracked))
 
     def _propose(self, proposal: Moments) -> None:
         """Commit, or hand the proposal to whoever collects them; a pass that a backward pass repeats does neither."""
@@ -244,36 +286,32 @@ class BatchNorm(BatchNormBase):
         """Blend moments into the running statistics, and count one batch."""
         mean, var = self.running_mean, self.running_var
         if mean is not None and var is not None:
-            counters = self.num_batches_tracked, self.num_batches_skipped
-            functional.commit(proposal, RunningStatistics(mean, var, *counters, self.momentum))
+            functional.commit(proposal, self._running(mean, var))
 
     def reset_running_stats(self) -> None:
         """torch's, and the counter of what was skipped. Frozen statistics stay: `update_bn` begins with this."""
         if "frozen" in vars(self) and self.frozen.statistics:  # torch's constructor comes here before ours is done
             return
         super().reset_running_stats()
-        skipped = self._buffers.get("num_batches_skipped")
-        if skipped is not None:
-            skipped.zero_()
+        self._skipped = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Torch's `.to()`, `.half()` and the like, but running statistics keep the precision that they had."""
-        before = {name: self._buffers[name] for name in _STATISTICS}
+        before = {name: self._buffers.get(name) for name in _STATISTICS}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's
         for name, old in before.items():
-            new = self._buffers[name]
+            new = self._buffers.get(name)
             if old is not None and new is not None and new.dtype in _HALVES:
                 self._buffers[name] = _at_least_float32(old.to(new.device))
+        if (mean := self._buffers.get("running_mean")) is not None and self._skipped is not None:
+            self._skipped = None if mean.is_meta else self._skipped.to(mean.device)
         return self
 
     def _load_from_state_dict(self, state_dict: Any, *args: Any) -> None:  # noqa: ANN401 - torch's own has no types
         """torch's; what a checkpoint assigns in half precision becomes float32, and nothing was skipped since."""
         super()._load_from_state_dict(state_dict, *args)
-        for name in _STATISTICS:
-            if (buffer := self._buffers[name]) is not None:
-                self._buffers[name] = _at_least_float32(buffer)
-        if self.num_batches_skipped is not None and not self.num_batches_skipped.is_meta:
-            self.num_batches_skipped.zero_()
+        self._widen_statistics()
+        self._skipped = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy that refers to the same processes: their group is a handle, which cannot be copied."""
@@ -293,10 +331,10 @@ class BatchNorm(BatchNormBase):
         rank, channel_dim = input.dim(), self.channel_dim
         if rank < 2 or not -rank <= channel_dim < rank:
             layout.channel_axis(rank, channel_dim)  # says what is wrong
-        if input.shape[channel_dim] != self.num_features:
+        if input.shape[channel_dim] != vars(self)["num_features"]:
             raise ShapeError(
                 f"got {input.shape[channel_dim]} channels in dimension {channel_dim % rank} of an input of shape "
-                f"{tuple(input.shape)}; this layer was made for {self.num_features}. Check num_features and "
+                f"{tuple(input.shape)}; this layer was made for {vars(self)['num_features']}. Check num_features and "
                 f"channel_dim={channel_dim}"
             )
 

@@ -7,13 +7,14 @@ loads, replaces it on the CPU. This is the only file that speaks to `torch.ops.b
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from batchnorm._torch import in_functorch
-from batchnorm.kernels import cpu, reference
+from batchnorm._torch import current_backward, in_functorch, is_traced
+from batchnorm.kernels import aten, cpu, reference
 from batchnorm.kernels.backend import Backend, Operations
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked", "num_batches_skipped")
@@ -30,21 +31,57 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
     "forward_commit": _STATISTICS,
 }
 
-_library = torch.library.Library("batchnorm", "DEF")
-for _name, _changed in OPERATIONS.items():
-    _function = getattr(reference, _name)
-    _schema = torch.library.infer_schema(_function, op_name=_name, mutates_args=_changed)
-    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(_name, _function, "CompositeExplicitAutograd")
+
+def _unless_repeated(count: Tensor, running_mean: Tensor) -> Tensor:
+    """`unless_repeated`. running_mean is there so that a compiler does not take the result for a constant."""
+    return count.clone() if current_backward() == -1 else torch.zeros_like(count)
+
+
+def _register(
+    library: torch.library.Library,
+    name: str,
+    function: Callable[..., object],
+    changed: tuple[str, ...],
+    fake: Callable[..., object],
+) -> None:
+    library.define(
+        torch.library.infer_schema(function, op_name=name, mutates_args=changed), tags=(torch.Tag.pt2_compliant_tag,)
+    )
+    library.impl(name, function, "CompositeExplicitAutograd")
     # Gradients are the concern of `autograd`; the dispatcher need not stop here to find that out.
-    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
-    torch.library.register_fake(f"batchnorm::{_name}", _function, lib=_library)
+    library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake(f"batchnorm::{name}", fake, lib=library)
+
+
+def _define() -> torch.library.Library:
+    library = torch.library.Library("batchnorm", "DEF")
+    for name, changed in OPERATIONS.items():
+        function = getattr(reference, name)
+        _register(library, name, function, changed, function)
+    _register(library, "unless_repeated", _unless_repeated, (), lambda count, _: torch.empty_like(count))
+    return library
+
+
+# Torch knows them for as long as the process lives, this module only until somebody imports the package again: so the
+# definitions are kept where torch keeps the operators.
+if "definitions" not in vars(torch.ops.batchnorm):
+    vars(torch.ops.batchnorm)["definitions"] = _define()
 
 
 def _operator(name: str) -> object:
     return getattr(torch.ops.batchnorm, name).default
 
 
+def unless_repeated(count: Tensor, running_mean: Tensor) -> Tensor:
+    """The count of what a graph is to commit to running_mean; 0 where a backward pass repeats the graph's pass.
+
+    Whether it does has to be asked when the graph runs, so an operator asks.
+    """
+    counted: Tensor = torch.ops.batchnorm.unless_repeated.default(count, running_mean)
+    return counted
+
+
+_MAX_RANK = 16  # of the kernels
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # A device with kernels of its own is one entry.
 BACKENDS: tuple[Backend, ...] = ()
@@ -62,8 +99,11 @@ class _Choice:
 
 # Autograd sees through it: for transforms of torch.func.
 DIFFERENTIABLE = Operations(lambda name: getattr(reference, name), eager=False)
+# Torch's own operators: for graphs that others read.
+ATEN = Operations(lambda name: getattr(aten, name, None), eager=False)
+REFERENCE = Operations(lambda name: getattr(reference, name), eager=True)
 _REFERENCE = _Choice(
-    Operations(lambda name: getattr(reference, name), eager=True),
+    REFERENCE,
     # Plain torch, which Inductor fuses.
     Operations(lambda name: getattr(reference, name), eager=False),
 )
@@ -78,16 +118,19 @@ for _backend in BACKENDS:
 def select(x: Tensor, mask: Tensor | None = None, activation: str | None = None) -> Operations:
     """The implementation for a call: the only place that decides.
 
-    Under transforms of torch.func it is `DIFFERENTIABLE`. A device, dtype or activation without kernels of ours, an
-    empty input, and a mask with a value for every value of x go to the reference.
+    Under transforms of torch.func it is `DIFFERENTIABLE`, in graphs that are exported or traced it is `ATEN`. A device,
+    dtype or activation without kernels of ours, an empty input, more than 16 dimensions, and a mask with a value for
+    every value of x go to the reference.
     """
     if in_functorch():
         return DIFFERENTIABLE
     choice = _TABLE.get((x.device.type, x.dtype, activation), _REFERENCE)
-    if x.numel() == 0 or (mask is not None and mask.dim() == x.dim()):
+    rank = x.dim()
+    if x.numel() == 0 or rank > _MAX_RANK or (mask is not None and mask.dim() == rank):
         choice = _REFERENCE
-    # Non-strict export, which `is_compiling` would tell as well, traces operators and not Python: it may be eager.
-    return choice.traced if torch.compiler.is_dynamo_compiling() else choice.eager
+    if torch.compiler.is_dynamo_compiling():
+        return ATEN if torch.compiler.is_exporting() else choice.traced
+    return ATEN if torch.compiler.is_exporting() or is_traced() else choice.eager
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,9 @@ def recalibrate(
                 layer.settle(final.mean, final.var)
             used, samples = _total(context)
     changed = tuple(
-        RecalibratedLayer(layer.name, new.count, *before[layer], new.mean.cpu(), new.var.cpu(), layer.module.eps)
+        RecalibratedLayer(
+            layer.name, new.count, *before[layer], new.mean.cpu(), new.var.cpu(), vars(layer.module)["eps"]
+        )
         for layer in layers
         if (new := computed.populations.get(layer)) is not None
     )

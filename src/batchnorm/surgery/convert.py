@@ -132,7 +132,7 @@ def _become_ours(layer: NormLayer, path: str, options: dict[str, Any]) -> str | 
     layer.__class__ = after
     vars(layer).update({**added, **options, "label": path, ORIGIN: Origin(before, dtypes, options)})
     assert isinstance(layer, BatchNorm)
-    layer._complete_buffers()
+    layer._complete()
     return None
 
 

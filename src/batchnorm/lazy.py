@@ -1,0 +1,82 @@
+"""Layers that take the number of channels from their first input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from batchnorm import layout
+from batchnorm.activations import check_activation
+from batchnorm.call import check_sync, check_virtual_batch_size
+from batchnorm.modules import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.renorm import Renorm, check_renorm
+
+
+class _Lazy(BatchNorm):
+    """`BatchNorm` without num_features; it becomes an ordinary layer of ours at the first input."""
+
+    def __init__(
+        self,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        activation: str | None = None,
+        sync: bool = False,
+        process_group: Any | None = None,  # noqa: ANN401 - as `BatchNorm`
+        virtual_batch_size: int | None = None,
+        renorm: Renorm | None = None,
+        channel_dim: int = 1,
+        inplace: bool = False,
+    ) -> None:
+        check_activation(activation)
+        check_virtual_batch_size(virtual_batch_size)
+        check_sync(sync, process_group, virtual_batch_size)
+        check_renorm(renorm, virtual_batch_size, track_running_stats)
+        # torch's, which goes on to `BatchNorm.__init__` without our options.
+        super().__init__(eps, momentum, affine, track_running_stats, device, dtype)  # type: ignore[arg-type]
+        if not bias:
+            self.register_parameter("bias", None)
+        self.activation = activation
+        self.sync = sync
+        self.process_group = process_group
+        self.virtual_batch_size = virtual_batch_size
+        self.renorm = renorm
+        self.channel_dim = channel_dim
+        self.inplace = inplace
+
+    # Without the question of `Rebuilding`: torch's own initialization reads it, and there is nothing to rebuild yet.
+    num_features = property(  # type: ignore[assignment]
+        lambda self: vars(self)["num_features"], lambda self, value: vars(self).update(num_features=value)
+    )
+
+    def initialize_parameters(self, input: torch.Tensor) -> None:
+        """Take the number of channels from an input; parameters and buffers get their initial values."""
+        axis = layout.channel_axis(input.dim(), self.channel_dim)
+        super().initialize_parameters(input.movedim(axis, 1))  # type: ignore[misc]  # torch's
+        self.num_features = input.shape[axis]  # of parameters that were loaded torch says nothing
+        self._widen_statistics()
+
+
+class LazyBatchNorm1d(_Lazy, nn.LazyBatchNorm1d, BatchNorm1d):
+    """`BatchNorm1d` that takes num_features from its first input; stands in for `torch.nn.LazyBatchNorm1d`."""
+
+    cls_to_become = BatchNorm1d
+
+
+class LazyBatchNorm2d(_Lazy, nn.LazyBatchNorm2d, BatchNorm2d):
+    """`BatchNorm2d` that takes num_features from its first input; stands in for `torch.nn.LazyBatchNorm2d`."""
+
+    cls_to_become = BatchNorm2d
+
+
+class LazyBatchNorm3d(_Lazy, nn.LazyBatchNorm3d, BatchNorm3d):
+    """`BatchNorm3d` that takes num_features from its first input; stands in for `torch.nn.LazyBatchNorm3d`."""
+
+    cls_to_become = BatchNorm3d

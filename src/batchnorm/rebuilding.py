@@ -1,0 +1,73 @@
+"""The numbers that torch's layers are made from, which tools read to make another layer from one of ours.
+
+Torch's and others' converters, folders and freezers look at a layer's class, read these numbers, and put a layer in its
+place that has torch's arguments and no others. Where that layer would compute something else, reading them raises:
+otherwise an activation would disappear without a word. Of the alternatives, a layer that is no instance of torch's
+class is passed over, as silently, by what resets, freezes or synchronises; and an activation in a child module is
+dropped with its parent.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from batchnorm._torch import BatchNormBase
+from batchnorm.errors import OptionError, TransformError
+
+# Options that a layer made from these numbers may lack: results are the same.
+_REPLACEABLE = ("sync", "process_group", "inplace")
+
+
+class Rebuilding(BatchNormBase):
+    """num_features, eps and momentum as true as they can be to whoever reads them."""
+
+    def options(self) -> dict[str, Any]:
+        """What the layer has that torch's cannot express."""
+        raise NotImplementedError
+
+    @property
+    def num_features(self) -> int:
+        """C; raises where a layer of torch.nn made with it would lack options of this one."""
+        self._refuse("num_features", self.options())
+        return int(vars(self)["num_features"])
+
+    @num_features.setter
+    def num_features(self, value: int) -> None:
+        vars(self)["num_features"] = value
+
+    @property
+    def eps(self) -> float:
+        """Added to the variance; raises where y = (x - mean) / sqrt(var + eps) * weight + bias is not all of it."""
+        self._refuse("eps", {name: value for name, value in self.options().items() if name == "activation"})
+        return float(vars(self)["eps"])
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        vars(self)["eps"] = float(value)  # NumPy's numbers are none to compilers
+
+    @property
+    def momentum(self) -> float | None:
+        """The weight of a batch in the running statistics; None for the equal-weight average."""
+        momentum: float | None = vars(self)["momentum"]
+        return momentum
+
+    @momentum.setter
+    def momentum(self, value: float | None) -> None:
+        vars(self)["momentum"] = None if value is None else float(value)
+
+    def _refuse(self, name: str, options: dict[str, Any]) -> None:
+        lost = {option: value for option, value in options.items() if option not in _REPLACEABLE}
+        if lost:
+            raise OptionError(
+                f"got a question for {name} of {type(self).__name__} with "
+                f"{', '.join(f'{option}={value}' for option, value in lost.items())}. Tools that ask for it make "
+                f"another layer from this one, without {', '.join(lost)}. Use batchnorm.revert(model) or "
+                f"batchnorm.fold(model, inputs) first, or batchnorm.convert(model, sync=True) to share statistics; to "
+                f"read the number all the same: vars(layer)[{name!r}]"
+            )
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise TransformError(
+            f"got {type(self).__name__} for torch.jit.script, which would compile its Python. Script a model after "
+            f"batchnorm.revert(model) or batchnorm.fold(model, inputs); torch.jit.trace and torch.export take ours"
+        )
