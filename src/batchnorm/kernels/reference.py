@@ -18,6 +18,7 @@ from torch import Tensor
 
 from batchnorm import layout
 from batchnorm.activations import ACTIVATIONS
+from batchnorm.errors import DTypeError, OptionError, ShapeError
 
 
 def statistics_dtype(device: torch.device) -> torch.dtype:
@@ -221,34 +222,40 @@ def commit(
         running = (1 - momentum) * running + momentum * new
 
     The new variance is the unbiased one, m2 / (count - 1), as in torch. Computed in float64 and rounded once. A channel
-    whose new statistics are not finite, a count of 1 included, keeps its old ones and is counted in
-    num_batches_skipped. A count of 0 changes nothing.
+    where that is not finite after rounding, a count of 1 included, keeps its old statistics and is counted in
+    num_batches_skipped. A count of 0 changes nothing. All is checked before anything is changed.
 
-    running_mean and running_var are (C,) of any floating dtype, num_batches_tracked is () int64 or None,
-    num_batches_skipped (C,) int64 or None. A momentum of None is 1 / num_batches_tracked, after counting: the
+    running_mean and running_var are (C,) of any floating dtype, num_batches_tracked is one number of any integer or
+    floating dtype or None, num_batches_skipped (C,) int64 or None. A momentum of None is 1 / num_batches_tracked, after counting: the
     equal-weight average of all batches. Statistics that are not the initial 0 and 1 while that counter is 0 were loaded
     without it, and weigh as one batch.
     """
+    _check_commit(running_mean, running_var, num_batches_tracked, num_batches_skipped, count, mean, m2)
     any_counted = count > 0
     factor: float | Tensor | None = momentum
     batches = None
     if num_batches_tracked is not None:
-        batches = num_batches_tracked + any_counted.to(torch.int64)
+        batches = num_batches_tracked + any_counted.to(num_batches_tracked.dtype)
         if momentum is None:
             initial = (running_mean == 0).all() & (running_var == 1).all()
-            batches = batches + (any_counted & (num_batches_tracked == 0) & ~initial).to(torch.int64)
+            batches = batches + (any_counted & (num_batches_tracked == 0) & ~initial).to(batches.dtype)
             factor = batches.to(m2.dtype).reciprocal()
     if factor is None:
         return
-    var = m2 / (count - 1)
-    finite = mean.isfinite() & var.isfinite() & (count > 1)
-    for running, new in ((running_mean, mean), (running_var, var)):
-        wide = running.to(new.dtype)
-        running.copy_(torch.where(finite, wide + (new - wide) * factor, wide))
+    news = mean, m2 / (count - 1)
+    runnings = running_mean, running_var
+    blended = [
+        ((1 - factor) * old.to(new.dtype) + factor * new).to(old.dtype) for old, new in zip(runnings, news, strict=True)
+    ]
+    finite = count > 1
+    for values in (*news, *blended):
+        finite = finite & values.isfinite()
+    for running, values in zip(runnings, blended, strict=True):
+        running.copy_(torch.where(finite, values, running))
     if num_batches_skipped is not None:
         num_batches_skipped.add_((~finite & any_counted).to(torch.int64))
     if num_batches_tracked is not None and batches is not None:
-        num_batches_tracked.copy_(batches)  # last: a refused update is not counted
+        num_batches_tracked.copy_(batches)
 
 
 def forward_commit(
@@ -260,16 +267,75 @@ def forward_commit(
     channel_dim: int,
     activation: str | None,
     mask: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
     num_batches_skipped: Tensor | None,
     momentum: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`forward`, and `commit` of its moments: one call where small inputs would feel two."""
+    """`forward`, and `commit` of its moments: one call where small inputs would feel two.
+
+    Without running_mean and running_var nothing is committed.
+    """
+    if (running_mean is None) != (running_var is None):
+        raise OptionError("got running_mean without running_var, or the other way round; give both, or None for both")
     y, count, mean, m2 = forward(x, weight, bias, residual, eps, channel_dim, activation, mask)
-    commit(running_mean, running_var, num_batches_tracked, num_batches_skipped, count, mean, m2, momentum)
+    if running_mean is not None and running_var is not None:
+        commit(running_mean, running_var, num_batches_tracked, num_batches_skipped, count, mean, m2, momentum)
     return y, count, mean, m2
+
+
+def _check_commit(
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor | None,
+    num_batches_skipped: Tensor | None,
+    count: Tensor,
+    mean: Tensor,
+    m2: Tensor,
+) -> None:
+    """What `commit` changes fits the moments.
+
+    Raises:
+        ShapeError: a tensor has another shape than its channels, or its one number, give it.
+        DTypeError: statistics that are not floating, or a counter that is no number.
+        OptionError: one lies on another device than the moments, or in memory that cannot be written.
+    """
+    channels = mean.numel()
+    vectors = {"running_mean": running_mean, "running_var": running_var, "mean": mean, "m2": m2}
+    for name, vector in vectors.items():
+        layout.check_vector(vector, name, channels)
+        if not vector.is_floating_point():
+            raise DTypeError(f"got {name} of dtype {vector.dtype}; it must be floating. Convert it with .float()")
+    layout.check_vector(num_batches_skipped, "num_batches_skipped", channels)
+    if num_batches_skipped is not None and num_batches_skipped.dtype != torch.int64:
+        raise DTypeError(f"got num_batches_skipped of dtype {num_batches_skipped.dtype}; it must be torch.int64")
+    for name, number in (("count", count), ("num_batches_tracked", num_batches_tracked)):
+        if number is None:
+            continue
+        if number.numel() != 1:
+            raise ShapeError(f"got {name} of shape {tuple(number.shape)}; it must be one number, of shape ()")
+        if number.dtype == torch.bool or number.dtype.is_complex:
+            raise DTypeError(f"got {name} of dtype {number.dtype}; it must be a number, as torch.int64")
+    written = {
+        "running_mean": running_mean,
+        "running_var": running_var,
+        "num_batches_tracked": num_batches_tracked,
+        "num_batches_skipped": num_batches_skipped,
+    }
+    for name, tensor in written.items():
+        if tensor is None:
+            continue
+        if tensor.device != mean.device:
+            raise OptionError(
+                f"got {name} on {tensor.device} and moments on {mean.device}; all must be on one device. Move the "
+                f"layer with .to(...)"
+            )
+        if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+            raise OptionError(
+                f"got {name} in which several elements share one place in memory, as in what expand() returns; it is "
+                f"written in place. Use .clone() first"
+            )
 
 
 def _with_rank(mask: Tensor, x: Tensor, axis: int) -> Tensor:

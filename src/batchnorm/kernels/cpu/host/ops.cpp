@@ -141,11 +141,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tens
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward_commit(
     const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
     double eps, int64_t channel_dim, const OptionalString& activation, const OptionalTensor& mask,
-    const Tensor& running_mean, const Tensor& running_var, const OptionalTensor& num_batches_tracked,
+    const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
     const OptionalTensor& num_batches_skipped, std::optional<double> momentum) {
+  if (running_mean.has_value() != running_var.has_value())
+    refuse("got running_mean without running_var, or the other way round; give both, or None for both");
   auto result = forward_of(x, weight, bias, residual, eps, channel_dim, take_activation(activation), mask);
   const auto& [y, count, mean, m2] = result;
-  commit(running_mean, running_var, num_batches_tracked, num_batches_skipped, count, mean, m2, momentum);
+  if (running_mean) commit(*running_mean, *running_var, num_batches_tracked, num_batches_skipped, count, mean, m2, momentum);
   return result;
 }
 

@@ -7,69 +7,119 @@
 #include <type_traits>
 #include <vector>
 
+#include "host/errors.hpp"
 #include "host/tensors.hpp"
 
 namespace batchnorm {
 namespace {
 
-// f(channel, a reference to its value) for every channel.
+// Calls f(the number), by reference, of a counter: of any integer or floating dtype, as torch's layers take it.
 template <class F>
-void each_value(const Tensor& running, int64_t channels, const char* name, const F& f) {
-  STD_TORCH_CHECK(running.dim() == 1 && running.size(0) == channels && running.is_cpu(), "batchnorm: ", name,
-                  " must have one value for each channel, on the CPU");
-  with_element(running, name, [&]<class T>() {
-    T* p = static_cast<T*>(running.mutable_data_ptr());
-    const int64_t stride = running.stride(0);
-    for (int64_t c = 0; c < channels; ++c) f(c, p[c * stride]);
-  });
+void with_counter(const Tensor& t, const char* name, const F& f) {
+  void* p = t.mutable_data_ptr();
+  switch (t.scalar_type()) {
+    case ScalarType::Long: return f(*static_cast<int64_t*>(p));
+    case ScalarType::Int: return f(*static_cast<int32_t*>(p));
+    case ScalarType::Short: return f(*static_cast<int16_t*>(p));
+    case ScalarType::Char: return f(*static_cast<int8_t*>(p));
+    case ScalarType::Byte: return f(*static_cast<uint8_t*>(p));
+    default: with_element(t, name, [&]<class T>() { f(*static_cast<T*>(p)); });
+  }
 }
 
+// One running statistic: its old values, and what becomes of them.
+class RunningStatistic {
+ public:
+  RunningStatistic(const Tensor& t, int64_t channels, const char* name) : tensor_(t), old(read(t, channels, name)) {
+    check_writable(t, name);
+  }
+
+ private:
+  Tensor tensor_;
+
+ public:
+  std::vector<double> old;
+
+  // (1 - factor) old + factor added, rounded once; without a value where that is not finite. A NaN stands for it.
+  std::vector<double> blended(const std::vector<double>& added, double factor) const {
+    std::vector<double> out(old.size());
+    with_element(tensor_, "running statistics", [&]<class T>() {
+      for (size_t c = 0; c < out.size(); ++c)
+        out[c] = static_cast<double>(static_cast<T>((1 - factor) * old[c] + factor * added[c]));
+    });
+    return out;
+  }
+
+  void write(const std::vector<double>& values, const std::vector<char>& skipped) const {
+    with_element(tensor_, "running statistics", [&]<class T>() {
+      T* p = static_cast<T*>(tensor_.mutable_data_ptr());
+      const int64_t stride = tensor_.stride(0);
+      for (size_t c = 0; c < values.size(); ++c)
+        if (!skipped[c]) p[c * stride] = static_cast<T>(values[c]);
+    });
+  }
+};
+
+// Everything is checked before anything is written.
 void commit(const Tensor& running_mean, const Tensor& running_var, const OptionalTensor& num_batches_tracked,
             const OptionalTensor& num_batches_skipped, const Tensor& count, const Tensor& mean, const Tensor& m2,
             std::optional<double> momentum) {
   const double n = read_count(count);
-  if (n == 0) return;
   const int64_t channels = mean.numel();
   const auto means = read(mean, channels, "mean");
   auto variances = read(m2, channels, "m2");
-  std::vector<char> skipped(channels);
-  for (int64_t c = 0; c < channels; ++c) {
-    variances[c] /= n - 1;
-    skipped[c] = !(n > 1 && std::isfinite(means[c]) && std::isfinite(variances[c]));
+  const RunningStatistic old_mean(running_mean, channels, "running_mean");
+  const RunningStatistic old_var(running_var, channels, "running_var");
+  double batches = 0;
+  if (num_batches_tracked) {
+    if (num_batches_tracked->numel() != 1 || !num_batches_tracked->is_cpu())
+      refuse("got num_batches_tracked ", described(*num_batches_tracked), "; it must be one number on the CPU");
+    check_storage(*num_batches_tracked, "num_batches_tracked");
+    with_counter(*num_batches_tracked, "num_batches_tracked",
+                 [&](const auto& value) { batches = static_cast<double>(value); });
   }
-  int64_t* batches = num_batches_tracked ? num_batches_tracked->mutable_data_ptr<int64_t>() : nullptr;
-  double factor = momentum.value_or(0);
-  int64_t counted = batches ? *batches + 1 : 0;
+  if (num_batches_skipped) {
+    const Tensor& t = *num_batches_skipped;
+    if (t.scalar_type() != ScalarType::Long || !t.is_cpu() || t.dim() != 1 || t.size(0) != channels)
+      refuse("got num_batches_skipped ", described(t), "; it must be int64 of shape (", channels, ",) on the CPU");
+    check_storage(t, "num_batches_skipped");
+    check_writable(t, "num_batches_skipped");
+  }
+
+  if (n == 0) return;
+  double factor = momentum.value_or(0), counted = 1;
   if (!momentum) {
-    if (!batches) return;
-    if (*batches == 0) {
+    if (!num_batches_tracked) return;
+    if (batches == 0) {
       // Statistics that were loaded without their number of batches count as one batch.
       bool initial = true;
-      const auto check = [&](double value) {
-        return [&initial, value](int64_t, auto& v) { initial &= static_cast<double>(v) == value; };
-      };
-      each_value(running_mean, channels, "running_mean", check(0));
-      each_value(running_var, channels, "running_var", check(1));
+      for (int64_t c = 0; c < channels; ++c) initial &= old_mean.old[c] == 0 && old_var.old[c] == 1;
       if (!initial) ++counted;
     }
-    factor = 1 / static_cast<double>(counted);
+    factor = 1 / (batches + counted);
   }
-  const auto blend = [&](const std::vector<double>& added) {
-    return [&](int64_t c, auto& value) {
-      const double old = static_cast<double>(value);
-      if (!skipped[c]) value = static_cast<std::remove_reference_t<decltype(value)>>(old + (added[c] - old) * factor);
-    };
-  };
-  each_value(running_mean, channels, "running_mean", blend(means));
-  each_value(running_var, channels, "running_var", blend(variances));
+  for (double& variance : variances) variance /= n - 1;
+  const auto new_mean = old_mean.blended(means, factor), new_var = old_var.blended(variances, factor);
+  std::vector<char> skipped(channels);
+  for (int64_t c = 0; c < channels; ++c)
+    skipped[c] = !(n > 1 && std::isfinite(means[c]) && std::isfinite(variances[c]) && std::isfinite(new_mean[c]) &&
+                   std::isfinite(new_var[c]));
+
+  old_mean.write(new_mean, skipped);
+  old_var.write(new_var, skipped);
   if (num_batches_skipped) {
-    STD_TORCH_CHECK(num_batches_skipped->scalar_type() == ScalarType::Long && num_batches_skipped->is_cpu() &&
-                        num_batches_skipped->numel() == channels && num_batches_skipped->is_contiguous(),
-                    "batchnorm: num_batches_skipped must be int64 with one value for each channel, on the CPU");
     int64_t* p = num_batches_skipped->mutable_data_ptr<int64_t>();
-    for (int64_t c = 0; c < channels; ++c) p[c] += skipped[c];
+    const int64_t stride = num_batches_skipped->stride(0);
+    for (int64_t c = 0; c < channels; ++c) p[c * stride] += skipped[c];
   }
-  if (batches) *batches = counted;  // last: a refused update is not counted
+  if (num_batches_tracked)
+    with_counter(*num_batches_tracked, "num_batches_tracked", [&](auto& value) {
+      using T = std::remove_reference_t<decltype(value)>;
+      if constexpr (std::is_integral_v<T>)
+        value = static_cast<T>(value + static_cast<T>(counted));
+      else
+        value = static_cast<T>(static_cast<double>(value) + counted);
+    });
 }
 
 }  // namespace

@@ -11,6 +11,7 @@
 #include <optional>
 #include <vector>
 
+#include "host/errors.hpp"
 #include "loops/kernels.hpp"
 
 namespace batchnorm {
@@ -19,6 +20,47 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+
+// --- memory ----------------------------------------------------------------------------------------------------------
+
+// The bytes that a tensor's values lie in: [begin, end).
+struct Span {
+  uintptr_t begin = 0, end = 0;
+
+  bool overlaps(const Span& other) const { return begin < other.end && other.begin < end; }
+  bool operator==(const Span&) const = default;
+};
+
+Span span_of(const Tensor& t) {
+  if (t.numel() == 0) return {};
+  int64_t last = 0;
+  const auto sizes = t.sizes(), strides = t.strides();
+  for (int64_t d = 0; d < t.dim(); ++d) last += (sizes[d] - 1) * strides[d];
+  const auto begin = reinterpret_cast<uintptr_t>(t.data_ptr());
+  return {begin, begin + (last + 1) * t.element_size()};
+}
+
+// A tensor's memory may have been freed under it: its storage resized. Nothing is read before this was asked.
+void check_storage(const Tensor& t, const char* name) {
+  if (t.numel() == 0) return;
+  int64_t bytes = 0, last = t.storage_offset();
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+  const auto sizes = t.sizes(), strides = t.strides();
+  for (int64_t d = 0; d < t.dim(); ++d) last += (sizes[d] - 1) * strides[d];
+  const int64_t needed = (last + 1) * static_cast<int64_t>(t.element_size());
+  if (bytes < needed || t.data_ptr() == nullptr)
+    refuse("got ", name, " ", described(t), " whose storage has ", bytes, " bytes; it needs ", needed,
+           ". Its memory was freed or resized: give the tensor its values back before it is used");
+}
+
+// What is written in place must have a place for each value.
+void check_writable(const Tensor& t, const char* name) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  for (int64_t d = 0; d < t.dim(); ++d)
+    if (sizes[d] > 1 && strides[d] == 0)
+      refuse("got ", name, " ", described(t), " in which several elements share one place in memory, as in what "
+             "expand() returns; it is written in place. Use .clone() first");
+}
 
 // --- memory order ----------------------------------------------------------------------------------------------------
 
@@ -93,7 +135,7 @@ void with_element(const Tensor& t, const char* name, const F& f) {
     case ScalarType::Double: return f.template operator()<double>();
     case ScalarType::BFloat16: return f.template operator()<torch::headeronly::BFloat16>();
     case ScalarType::Half: return f.template operator()<torch::headeronly::Half>();
-    default: STD_TORCH_CHECK(false, "batchnorm: ", name, " must be floating");
+    default: refuse("got ", name, " ", described(t), "; it must be float32, float64, bfloat16 or float16");
   }
 }
 
@@ -156,8 +198,10 @@ struct Input {
 // --- vectors of one value for each channel ---------------------------------------------------------------------------
 
 std::vector<double> read(const Tensor& t, int64_t channels, const char* name) {
-  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == channels && t.is_cpu(), "batchnorm: ", name,
-                  " must have one value for each channel, on the CPU");
+  if (t.dim() != 1 || t.size(0) != channels || !t.is_cpu())
+    refuse("got ", name, " ", described(t), "; it must have one value for each channel, shape (", channels,
+           ",), on the CPU");
+  check_storage(t, name);
   std::vector<double> out(channels);
   with_element(t, name, [&]<class T>() {
     const T* p = static_cast<const T*>(t.const_data_ptr());
@@ -180,7 +224,10 @@ Tensor vector_of(const std::vector<double>& values, const OptionalTensor& like) 
 
 // A count: () int64, or float64 with sample weights.
 double read_count(const Tensor& t) {
-  STD_TORCH_CHECK(t.numel() == 1 && t.is_cpu(), "batchnorm: count must be one number on the CPU");
+  const bool known = t.scalar_type() == ScalarType::Long || t.scalar_type() == ScalarType::Double;
+  if (t.numel() != 1 || !t.is_cpu() || !known)
+    refuse("got count ", described(t), "; it must be one number, int64 or float64, on the CPU");
+  check_storage(t, "count");
   if (t.scalar_type() == ScalarType::Long) return static_cast<double>(*t.const_data_ptr<int64_t>());
   return *t.const_data_ptr<double>();
 }
