@@ -40,7 +40,7 @@ class _Lazy(BatchNorm):
         check_sync(sync, process_group, virtual_batch_size)
         check_renorm(renorm, virtual_batch_size, track_running_stats)
         # torch's, which goes on to `BatchNorm.__init__` without our options.
-        super().__init__(eps, momentum, affine, track_running_stats, device, dtype)  # type: ignore[arg-type]
+        super().__init__(eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:
             self.register_parameter("bias", None)
         self.activation = activation
