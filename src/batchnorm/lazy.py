@@ -40,7 +40,7 @@ class _Lazy(BatchNorm):
         check_sync(sync, process_group, virtual_batch_size)
         check_renorm(renorm, virtual_batch_size, track_running_stats)
         # torch's, which goes on to `BatchNorm.__init__` without our options.
-        super().__init__(eps, momentum, affine, track_running_stats, device, dtype)
+        super().__init__(eps, momentum, affine, track_running_stats, device, dtype)  # type: ignore[arg-type]
         if not bias:
             self.register_parameter("bias", None)
         self.activation = activation
@@ -52,7 +52,7 @@ class _Lazy(BatchNorm):
         self.inplace = inplace
 
     # Without the question of `Rebuilding`: torch's own initialization reads it, and there is nothing to rebuild yet.
-    num_features = property(  # type: ignore[assignment]
+    num_features = property(
         lambda self: vars(self)["num_features"], lambda self, value: vars(self).update(num_features=value)
     )
 

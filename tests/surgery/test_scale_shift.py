@@ -49,7 +49,7 @@ def test_it_computes_what_the_oracle_says(
     weight = np.ones(4) if layer.weight is None else layer.weight.detach().double().numpy()
     bias = np.zeros(4) if layer.bias is None else layer.bias.detach().double().numpy()
     axis = options.get("channel_dim", 1)
-    z = oracle.preactivation(x.double().numpy(), mean, var, weight, bias, None, layer.eps, axis)
+    z = oracle.preactivation(x.double().numpy(), mean, var, weight, bias, None, vars(layer)["eps"], axis)
     expected = torch.from_numpy(oracle.activate(z, options.get("activation")))
     y = stand_in(x)
     assert (y.dtype, y.shape) == (dtype, x.shape)

@@ -65,7 +65,7 @@ def _become_torchs(layer: BatchNorm) -> str | None:
     if origin.options.get("activation") != layer.activation:
         return f"{ours.__qualname__} without the activation that {origin.cls.__qualname__} has"
     attributes, buffers = additions(ours, origin.cls)
-    for name in (*attributes, ORIGIN):
+    for name in (*attributes, ORIGIN, "_skipped"):
         vars(layer).pop(name, None)
     for name in buffers:
         delattr(layer, name)
