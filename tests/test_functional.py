@@ -9,10 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.testing._internal.common_methods_invocations import op_db
 
-from batchnorm import errors
+from batchnorm import errors, functional
 from batchnorm.activations import ACTIVATIONS
+from batchnorm.errors import DTypeError, OptionError, ShapeError, TransformError
 from batchnorm.functional import batch_norm
 from support import oracle, tolerances
 from support.comparison import close
@@ -230,3 +232,135 @@ def test_inference_needs_statistics_and_training_a_positive_eps() -> None:
     with pytest.raises(errors.OptionError, match="eps=0"):
         batch_norm(x, None, None, training=True, eps=0.0)
     close(batch_norm(x, torch.zeros(3), torch.ones(3), eps=0.0), x)
+
+
+def statistics_that_learn() -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(6, 3, 4, dtype=torch.float64), torch.randn(3).double(), torch.rand(3).double() + 0.5
+
+
+@pytest.mark.parametrize("learns", ["mean", "var", "both", "neither"])
+def test_statistics_that_require_a_gradient_get_it(learns: str) -> None:
+    x, mean, var = statistics_that_learn()
+    dy = torch.randn_like(x)
+
+    def gradients(normalize: Any) -> list[Tensor | None]:
+        leaves = [x.clone().requires_grad_(), mean.clone(), var.clone()]
+        for leaf, name in zip(leaves[1:], ("mean", "var"), strict=True):
+            leaf.requires_grad_(learns in (name, "both"))
+        normalize(*leaves).backward(dy)
+        return [leaf.grad for leaf in leaves]
+
+    def formula(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        return ((x - mean[:, None]) / (var[:, None] + 1e-5).sqrt()).relu()
+
+    ours = gradients(lambda *leaves: functional.batch_norm(*leaves, activation="relu"))
+    for actual, expected in zip(ours, gradients(formula), strict=True):
+        close(actual, expected)
+
+
+def test_statistics_computed_from_another_tensor_carry_its_gradient() -> None:
+    v = statistics_that_learn()[0].requires_grad_()
+    y = functional.batch_norm(v, 0.5 * v.mean((0, 2)), v.var((0, 2)))
+    expected = (v - 0.5 * v.mean((0, 2), keepdim=True)) / (v.var((0, 2), keepdim=True) + 1e-5).sqrt()
+    dy = torch.randn_like(v)
+    close(torch.autograd.grad(y, v, dy)[0], torch.autograd.grad(expected, v, dy)[0])
+
+
+def test_statistics_with_a_tangent_pass_it_on() -> None:
+    x, mean, var = statistics_that_learn()
+    tangent = torch.randn_like(mean)
+    y, dy = torch.func.jvp(lambda mean: functional.batch_norm(x, mean, var), (mean,), (tangent,))
+    close(dy, (-tangent / (var + 1e-5).sqrt())[:, None].expand(6, 3, 4))
+    close(y, functional.batch_norm(x, mean, var))
+    with forward_ad.dual_level(), pytest.raises(TransformError, match="with a tangent in training"):
+        functional.batch_norm(x, forward_ad.make_dual(mean, tangent), var, training=True)
+
+
+def test_statistics_that_require_a_gradient_do_not_move() -> None:
+    x, mean, var = statistics_that_learn()
+    before = mean.clone()
+    with pytest.raises(OptionError, match="running_var with requires_grad=True in training"):
+        functional.batch_norm(x, mean, var.requires_grad_(), training=True)
+    assert torch.equal(mean, before)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_one_statistic_alone_is_refused(training: bool) -> None:
+    x, mean, var = statistics_that_learn()
+    with pytest.raises(ShapeError, match="both"):
+        functional.batch_norm(x, mean, None, training=training)
+    with pytest.raises(ShapeError, match="both"):
+        functional.batch_norm(x, None, var, training=training)
+
+
+WRONG_STATISTICS = {
+    "size": (lambda var: var[:2], "shape"),
+    "rank": (lambda var: var[None], "shape"),
+    "integers": (lambda var: var.long(), "floating dtype"),
+    "complex": (lambda var: var.cfloat(), "floating dtype"),
+    "meta": (lambda var: var.to("meta"), "got running_.* on device meta for an input on device cpu"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_STATISTICS)
+@pytest.mark.parametrize("first", [True, False])
+def test_nothing_is_written_before_everything_is_checked(wrong: str, first: bool) -> None:
+    x, mean, var = statistics_that_learn()
+    change, message = WRONG_STATISTICS[wrong]
+    before = mean.clone()
+    statistics = (change(var), mean) if first else (mean, change(var))
+    with pytest.raises((ShapeError, DTypeError, OptionError), match=message):
+        functional.batch_norm(x, *statistics, training=True)
+    assert torch.equal(mean, before)
+
+
+@pytest.mark.parametrize("momentum", [float("nan"), float("inf")])
+def test_a_momentum_or_eps_that_is_not_finite_is_refused(momentum: float) -> None:
+    x, mean, var = statistics_that_learn()
+    with pytest.raises(OptionError, match="momentum"):
+        functional.batch_norm(x, mean, var, training=True, momentum=momentum)
+    for training in (True, False):
+        with pytest.raises(OptionError, match="eps"):
+            functional.batch_norm(x, mean, var, training=training, eps=momentum)
+
+
+@pytest.mark.parametrize("operand", ["weight", "bias", "residual", "mask"])
+@pytest.mark.parametrize("training", [True, False])
+def test_an_operand_elsewhere_is_named(operand: str, training: bool) -> None:
+    x, mean, var = statistics_that_learn()
+    shapes = {"weight": (3,), "bias": (3,), "residual": (6, 3, 4), "mask": (6,)}
+    other = {operand: torch.ones(shapes[operand], dtype=x.dtype, device="meta")}
+    if operand == "mask" and not training:
+        return  # it has no effect there
+    before = mean.clone()
+    with pytest.raises(OptionError, match=f"got {operand} on device meta for an input on device cpu"):
+        functional.batch_norm(x, mean, var, training=training, **other)
+    assert torch.equal(mean, before)
+
+
+def test_everything_on_meta_has_shapes_and_no_values() -> None:
+    x, mean, var = (t.to("meta") for t in statistics_that_learn())
+    mask = torch.ones(6, device="meta")
+    for training in (True, False):
+        y = functional.batch_norm(x, mean, var, training=training, mask=mask)
+        assert y.is_meta
+        assert y.shape == x.shape
+
+
+def test_more_dimensions_than_kernels_have() -> None:
+    x = torch.randn(2, 3, *[1] * 17, 5)
+    for training in (True, False):
+        y = functional.batch_norm(x, torch.zeros(3), torch.ones(3), training=training)
+        close(y, torch.nn.functional.batch_norm(x, torch.zeros(3), torch.ones(3), training=training))
+
+
+def test_an_input_whose_values_share_memory_is_not_written_over() -> None:
+    x = torch.randn(1, 3).expand(4, 3)
+    with torch.no_grad(), pytest.raises(OptionError, match=r"inplace=True for an input of shape \(4, 3\)"):
+        functional.batch_norm(x, torch.zeros(3), torch.ones(3), inplace=True)
+
+
+def test_advice_on_complex_inputs_keeps_the_imaginary_part() -> None:
+    with pytest.raises(DTypeError, match="view_as_real"):
+        functional.batch_norm(torch.randn(4, 3, dtype=torch.cfloat), torch.zeros(3), torch.ones(3))

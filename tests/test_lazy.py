@@ -21,7 +21,9 @@ KINDS = [
 
 
 @pytest.mark.parametrize(("ours", "torchs", "becomes", "shape"), KINDS)
-def test_the_first_input_makes_it_an_ordinary_layer(ours: Any, torchs: Any, becomes: Any, shape: tuple[int, ...]) -> None:
+def test_the_first_input_makes_it_an_ordinary_layer(
+    ours: Any, torchs: Any, becomes: Any, shape: tuple[int, ...]
+) -> None:
     layer, expected = ours(eps=1e-3, momentum=0.2), torchs(eps=1e-3, momentum=0.2)
     assert isinstance(layer, torchs)
     layer = pickle.loads(pickle.dumps(layer))

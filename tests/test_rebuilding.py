@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-
 import batchnorm as bn
 from batchnorm.errors import OptionError, TransformError
 from support.comparison import close

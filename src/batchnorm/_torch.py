@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
@@ -35,6 +36,9 @@ current_backward: Callable[[], int] = torch._C._current_graph_task_id
 # Whether torch.jit.trace, or the older exporter to ONNX, records: `torch.jit.is_tracing`, which asks this in two frames
 # more.
 is_traced: Callable[[], bool] = torch._C._is_tracing
+# A trace bakes in what is asked of shapes. Of its own code torch does not warn about this, and ours asks only what
+# decides between errors and operators.
+warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"batchnorm\.")
 
 
 def in_functorch() -> bool:

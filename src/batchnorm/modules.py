@@ -20,7 +20,7 @@ from batchnorm._torch import in_backward_recompute
 from batchnorm.activations import check_activation
 from batchnorm.call import Call, check_sync, check_virtual_batch_size
 from batchnorm.distributed import Group
-from batchnorm.errors import BatchNormError, OptionError, ShapeError
+from batchnorm.errors import BatchNormError, DTypeError, OptionError, ShapeError
 from batchnorm.moments import Moments
 from batchnorm.rebuilding import Rebuilding
 from batchnorm.renorm import Renorm, check_renorm, corrections
@@ -234,6 +234,12 @@ class BatchNorm(Rebuilding):
                 return functional.normalize(call, _BATCH)[0]
             if moves and mean is not None and var is not None:
                 running = self._running(mean, var)
+                if mean.dtype in _HALVES or var.dtype in _HALVES:
+                    raise DTypeError(
+                        f"got running statistics of dtype {mean.dtype} and {var.dtype} in training; this layer keeps "
+                        f"them in float32 at least, because an average whose steps are smaller than its rounding "
+                        f"stands still. Leave buffers out of mixed precision (buffer_dtype=None), or use .float()"
+                    )
                 running.check(vars(self)["num_features"], input.device)
                 plain = self.renorm is None and self.virtual_batch_size is None and not self.sync
                 if plain and self._receiver is None:
