@@ -20,6 +20,8 @@ from rich.console import Console
 
 from batchnorm import extras
 from batchnorm.errors import UsageError
+from batchnorm.files import write_text
+from batchnorm.messages import described
 from batchnorm.report import charts, text
 from batchnorm.report.document import Document
 from batchnorm.report.page import page
@@ -28,7 +30,7 @@ from batchnorm.study.experiment import Conclusion, Experiment, Setting
 from batchnorm.study.experiments import EXPERIMENTS
 from batchnorm.study.grid import Args, Results
 from batchnorm.study.networks import LAYERS, OURS
-from batchnorm.study.result_cache import ResultCache, exclusive, software, write_atomically
+from batchnorm.study.result_cache import ResultCache, exclusive, software
 from batchnorm.study.verdict import Finding
 from batchnorm.study.workers import compute, cores
 
@@ -145,9 +147,9 @@ def study(
     with _writing(out), exclusive(out):
         (out / FIGURES).mkdir(exist_ok=True)
         for name, drawing in figures.items():
-            write_atomically(out / FIGURES / name, drawing)
-        write_atomically(out / "results.json", json.dumps(results, allow_nan=False, indent=1) + "\n")
-        write_atomically(out / "report.html", html)
+            write_text(out / FIGURES / name, drawing)
+        write_text(out / "results.json", json.dumps(results, allow_nan=False, indent=1) + "\n")
+        write_text(out / "report.html", html)
     findings = tuple(finding for conclusion in conclusions for finding in conclusion.findings)
     return Study(findings, out / "report.html")
 
@@ -211,4 +213,6 @@ def _writing(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UsageError(f"cannot write to {out}: {error.strerror or error}. Choose another --out") from error
+        raise UsageError(
+            f"cannot write to {out}: {error.strerror or described(error)}. Choose another --out"
+        ) from error
