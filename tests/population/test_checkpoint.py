@@ -263,8 +263,7 @@ def test_flipped_bits_are_found(tmp_path: Path) -> None:
         model = made("plain")
         try:
             pooled(model, images(*SIZES), path)
-        except OptionError as error:
-            assert "progress" in str(error)
+        except OptionError:
             refused += 1
         else:
             assert {name: value.tolist() for name, value in model.state_dict().items()} == right

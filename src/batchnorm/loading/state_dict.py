@@ -71,8 +71,8 @@ def check_state_dict(model: nn.Module, path: Path) -> None:
         why = form.refuses(value)
         if why is not None:
             raise UsageError(
-                f"got {path} for a model whose state_dict has {name}, {why}; {path.suffix} holds dense tensors of plain "
-                f"dtypes alone. Give a name that ends with .pt"
+                f"got {path} for a model whose state_dict has {name}, {why}; {path.suffix} holds dense tensors of "
+                f"plain dtypes alone. Give a name that ends with .pt"
             )
     tensors = {id(value): value for value in state.values() if isinstance(value, Tensor) and not value.is_meta}
     check_writable(path, size=sum(t.numel() * t.element_size() for t in tensors.values() if _dense(t)))
