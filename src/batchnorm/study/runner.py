@@ -114,8 +114,7 @@ def study(
         work = partial(_done, setting)  # sent to each worker once, with the data
         for position, result in compute(work, [task for _, task in missing], processes or cores()):
             cache, task = missing[position]
-            with _writing(out):
-                cache.put(task.args, result)
+            _put(cache, task, result, out)
             advance(1)
     # Read back, new ones too, so that a number is the same whether it is of this run or of one before.
     conclusions = [
@@ -152,6 +151,17 @@ def study(
         write_text(out / "report.html", html)
     findings = tuple(finding for conclusion in conclusions for finding in conclusion.findings)
     return Study(findings, out / "report.html")
+
+
+def _put(cache: ResultCache, task: _Task, result: dict[str, Any], out: Path) -> None:
+    try:
+        with _writing(out):
+            cache.put(task.args, result)
+    except ValueError as error:
+        raise UsageError(
+            f"the task {task.args} of {task.run.__module__} found numbers that are inf or NaN; such data cannot be "
+            f"examined. Look for values that are much larger than the others, and for samples that are all alike"
+        ) from error
 
 
 def _stored(cache: ResultCache, args: Args) -> dict[str, Any]:
