@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -65,13 +66,61 @@ def test_our_errors_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert fails(capsys, "kernels") == "batchnorm: got this, the rule is that\n"
 
 
-def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+class UnprintableError(Exception):
+    def __str__(self) -> str:
+        raise ArithmeticError
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ZeroDivisionError("so many"), "ZeroDivisionError: so many. batchnorm did not expect this"),
+        (SystemExit(0), "SystemExit: 0. "),
+        (UnprintableError(), "UnprintableError: its message cannot be printed"),
+        (
+            RuntimeError("batchnorm::forward() API call failed at tensors.hpp, line 88"),
+            "batchnorm::forward() API call failed. ",
+        ),
+        (
+            RuntimeError("wrong\nException raised from f at /build/x.cpp:3 (most recent call first):\nframe #0: a"),
+            ": wrong. ",
+        ),
+        (OSError(28, "No space left on device"), "cannot write the output: No space left on device\n"),
+        (OSError(36, "File name too long", "nn"), "cannot use nn: File name too long\n"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_nobody_expected_is_one_line_too(
+    error: BaseException, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken() -> None:
+        raise error
+
+    monkeypatch.setattr(batchnorm, "kernels", broken)
+    monkeypatch.setattr("batchnorm.cli.output.give_up_stdout", lambda: None)
+    complaint = fails(capsys, "kernels")
+    assert line in complaint
+    assert "pp" not in complaint.replace("happen", "")
+
+
+def test_a_bug_keeps_its_traceback_where_that_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr(batchnorm, "kernels", broken)
+    monkeypatch.setenv("BATCHNORM_TRACEBACK", "1")
     with pytest.raises(ZeroDivisionError):
         main(["kernels"])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize("arguments", [["kernels"], ["--help"], ["--version"], ["fold", "--help"]])
+def test_a_full_stdout_is_one_line(arguments: list[str]) -> None:
+    full = os.open("/dev/full", os.O_WRONLY)
+    process = start(*arguments, stdout=full)
+    os.close(full)
+    _, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (2, "batchnorm: cannot write the output: No space left on device\n")
 
 
 def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -170,3 +172,120 @@ def test_sigkill(tmp_path: Path) -> None:
     for key, value in expected.state_dict().items():
         assert torch.equal(model.state_dict()[key], value)
     assert not list(tmp_path.iterdir())
+
+
+def _with_digest(content: dict[str, Any]) -> dict[str, Any]:
+    """As somebody who knows how would edit it."""
+    return content | {"digest": checkpoint._digest(content)}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"read": None},
+        {"read": -1},
+        {"read": True},
+        {"used": "2"},
+        {"samples": 1.5},
+        {"calls": []},
+        {"done": torch.ones(2)},
+        {"random": []},
+        {"random": [torch.zeros(3)]},
+        {"random": None},
+        {"random": [torch.zeros(3, dtype=torch.uint8)]},
+        {"random": [torch.zeros_like(torch.get_rng_state())]},
+        {"moments": []},
+        {"moments": [torch.zeros(3)]},
+        {"moments": [(torch.tensor(3), torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64))]},
+        {"identity": 3},
+        {"identity": None},
+        {"extra": 1},
+        {3: 4},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("known", [True, False])
+def test_a_field_that_somebody_edited(tmp_path: Path, change: dict[Any, Any], known: bool) -> None:
+    path = tmp_path / "progress"
+    half_done(path)
+    content = torch.load(path, weights_only=True) | change
+    if known:
+        with contextlib.suppress(Exception):  # of what has no digest
+            content = _with_digest(content)
+    torch.save(content, path)
+    model = made("plain")
+    before = everything(model)
+    with pytest.raises(OptionError, match="progress"):
+        pooled(model, images(*SIZES), path)
+    assert everything(model) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["format", "identity", "read", "used", "samples", "calls", "done", "random", "moments", "digest"]
+)
+def test_a_field_that_is_missing(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "progress"
+    half_done(path)
+    content = torch.load(path, weights_only=True)
+    del content[name]
+    torch.save(content, path)
+    with pytest.raises(OptionError, match="progress"):
+        pooled(made("plain"), images(*SIZES), path)
+
+
+@pytest.mark.parametrize("field", ["mean", "m2", "count"])
+def test_statistics_that_were_edited(tmp_path: Path, field: str) -> None:
+    path = tmp_path / "progress"
+    half_done(path)
+    content = torch.load(path, weights_only=True)
+    content["moments"][0][("count", "mean", "m2").index(field)].add_(1)
+    torch.save(content, path)
+    with pytest.raises(OptionError, match="its content is not what its checksum says"):
+        pooled(made("plain"), images(*SIZES), path)
+    content["moments"][0][2].neg_()
+    torch.save(_with_digest(content), path)
+    with pytest.raises(OptionError, match="its field moments is not what"):
+        pooled(made("plain"), images(*SIZES), path)
+
+
+def test_flipped_bits_are_found(tmp_path: Path) -> None:
+    """Every file loads and gives the same statistics, or is refused: where a bit means nothing, it may be flipped."""
+    path, expected = tmp_path / "progress", made("plain")
+    half_done(path)
+    whole = path.read_bytes()
+    pooled(expected, images(*SIZES))
+    right = {name: value.tolist() for name, value in expected.state_dict().items()}
+    random, refused = Random(0), 0
+    for _ in range(60):
+        damaged = bytearray(whole)
+        damaged[random.randrange(len(whole))] ^= 1 << random.randrange(8)
+        path.write_bytes(damaged)
+        model = made("plain")
+        try:
+            pooled(model, images(*SIZES), path)
+        except OptionError:
+            refused += 1
+        else:
+            assert {name: value.tolist() for name, value in model.state_dict().items()} == right
+    assert refused > 20
+
+
+@pytest.mark.parametrize("name", ["folder", "n" * 300, "no/file", "file/inside"])
+def test_a_place_that_takes_no_file_is_refused_before_the_work(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    read: list[int] = []
+    with pytest.raises(OptionError, match="cannot write to"):
+        pooled(made("plain"), reading(read), tmp_path / name)
+    assert read == []
+
+
+def test_a_link_to_the_file(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    link, target = tmp_path / "progress", tmp_path / "there" / "file"
+    link.symlink_to(target)
+    half_done(link)
+    assert link.is_symlink()
+    assert torch.load(target, weights_only=True)["read"] == 3
+    pooled(made("plain"), images(*SIZES), link)
+    assert not target.exists()

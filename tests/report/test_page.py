@@ -195,3 +195,11 @@ def test_light_dark_print_and_phones_are_thought_of() -> None:
 
 def test_the_same_document_is_the_same_page() -> None:
     assert page(document()) == page(document())
+
+
+def test_what_a_browser_would_obey_is_shown() -> None:
+    """Names of others: directions of text, control characters, and what cannot be encoded."""
+    html = page(document("a\u202egpj\x1b[2J\udcff\u2066"))
+    html.encode()
+    assert r"a\u202egpj\x1b[2J\udcff\u2066" in html
+    assert not set(html) & {"\u202e", "\x1b", "\udcff", "\u2066"}

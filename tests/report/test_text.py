@@ -94,3 +94,13 @@ def test_work_whose_amount_is_told_later() -> None:
         follow(1, None)
         follow(3, 4)
     assert "75%" in stream.getvalue()
+
+
+def test_what_a_terminal_would_obey_is_shown() -> None:
+    hostile = "a\u202e\x1b[2J"
+    stream = io.StringIO()
+    content = Table(hostile, [hostile], [[hostile]])
+    section = Section("key", hostile, [hostile], [Judged(hostile, "yes", hostile, hostile, hostile)], [content])
+    show(section, Console(file=stream, width=200))
+    assert stream.getvalue().count(r"a\u202e\x1b[2J") == 8
+    assert not set(stream.getvalue()) & {"\u202e", "\x1b"}

@@ -10,7 +10,11 @@ import pytest
 import torch
 
 from batchnorm.errors import UsageError
+from batchnorm.study import noise
 from batchnorm.study.dataset import FEWEST, Data, cut, digits, load
+from batchnorm.study.experiment import Setting
+from batchnorm.study.networks import OURS
+from study.plans import TINY, carried_out
 
 
 def test_every_image_is_in_exactly_one_part() -> None:
@@ -176,6 +180,7 @@ INFINITE[3, 1] = np.inf
         (X, Y[:399], r"y int64 of shape \(399,\).*a whole number for each"),
         (X, Y[:, None], r"y int64 of shape \(400, 1\)"),
         (X, Y + 0.5, "y float64.*a whole number for each"),
+        (X, Y + np.inf, "y float64.*a whole number for each"),
         (X, Y * np.nan, "y float64.*a whole number for each"),
         (X, Y.astype(str), "y <U"),
         (INFINITE, Y, "1 values of x are not finite. Replace or drop them"),
@@ -188,6 +193,42 @@ def test_arrays_that_cannot_be_learnt_from(x: object, y: object, message: str, t
     file = tmp_path / "mine.npz"
     np.savez(file, x=x, y=y)
     with pytest.raises(UsageError, match=f"^got {file} with .*{message}"):
+        load(str(file))
+
+
+CONSTANT, HUGE = np.ones((400, 3)), np.concatenate([X, np.full((400, 1), 1e9)], axis=1)
+
+
+@pytest.mark.parametrize("x", [CONSTANT, CONSTANT * 0, CONSTANT[:, :1], HUGE], ids=str)
+def test_samples_that_float32_cannot_tell_apart(x: np.ndarray[Any, Any], tmp_path: Path) -> None:
+    np.savez(tmp_path / "mine.npz", x=x, y=Y)
+    with pytest.raises(
+        UsageError, match=r"mine\.npz whose columns have .* Drop constant columns, and subtract the means"
+    ):
+        load(str(tmp_path / "mine.npz"))
+
+
+def test_a_constant_column_beside_others_is_fine(tmp_path: Path) -> None:
+    np.savez(tmp_path / "mine.npz", x=np.concatenate([X, CONSTANT], axis=1), y=Y)
+    data = load(str(tmp_path / "mine.npz"))
+    assert data.shape == (6,)
+    carried_out(noise.EXPERIMENT, Setting(data, OURS), TINY["noise"])
+
+
+def test_more_classes_than_can_be_cut(tmp_path: Path) -> None:
+    np.savez(tmp_path / "mine.npz", x=np.random.default_rng(0).normal(size=(10_000, 2)), y=np.arange(10_000) // 5)
+    with pytest.raises(UsageError, match=r"mine\.npz, which cannot be cut into a training and a test part"):
+        load(str(tmp_path / "mine.npz"))
+
+
+@pytest.mark.parametrize("position", [30, 200, 700])
+def test_a_damaged_file(position: int, tmp_path: Path) -> None:
+    file = tmp_path / "mine.npz"
+    np.savez_compressed(file, x=X, y=Y)
+    content = bytearray(file.read_bytes())
+    content[position] ^= 0xFF
+    file.write_bytes(content)
+    with pytest.raises(UsageError, match=r"mine\.npz"):
         load(str(file))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import os
-import stat
 import subprocess
 import sys
 import threading
@@ -20,7 +19,7 @@ from batchnorm.study import dispute, noise, placement, result_cache, shift
 from batchnorm.study.dataset import digits
 from batchnorm.study.experiment import Setting
 from batchnorm.study.networks import OURS, TORCH
-from batchnorm.study.result_cache import ResultCache, exclusive, fingerprint, source_files, write_atomically
+from batchnorm.study.result_cache import ResultCache, exclusive, fingerprint, source_files
 from study.trials import Plan, run, trial
 
 SETTING = Setting(digits(), OURS)
@@ -49,7 +48,24 @@ def test_what_is_not_a_number_is_refused_and_leaves_nothing(tmp_path: Path) -> N
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-@pytest.mark.parametrize("left", ["", '{"args": ["batch norm", 0.1, 3], "resu', "[]x"])
+@pytest.mark.parametrize(
+    "left",
+    [
+        "",
+        '{"args": ["batch norm", 0.1, 3], "resu',
+        "[]x",
+        "[]",
+        "null",
+        "3",
+        "{}",
+        '{"args": ["batch norm", 0.1, 3]}',
+        '{"args": ["batch norm", 0.1, 3], "result": []}',
+        '{"args": ["batch norm", 0.1, 3], "result": {"loss": 3.0}}',  # edited by hand: it lacks the checksum
+        "[" * 100_000,
+        "9" * 10_000,
+    ],
+    ids=lambda value: value[:40],
+)
 def test_half_a_file_is_no_result(left: str, tmp_path: Path) -> None:
     results = store(tmp_path)
     results.put(ARGS, {"loss": 1.0})
@@ -58,6 +74,27 @@ def test_half_a_file_is_no_result(left: str, tmp_path: Path) -> None:
     assert results.get(ARGS) is None
     results.put(ARGS, {"loss": 2.0})
     assert results.get(ARGS) == {"loss": 2.0}
+
+
+def test_a_number_that_changed_is_no_result(tmp_path: Path) -> None:
+    results = store(tmp_path)
+    results.put(ARGS, {"loss": 1.25})
+    (file,) = tmp_path.rglob("*.json")
+    file.write_text(file.read_text().replace("1.25", "1.75"))
+    assert results.get(ARGS) is None
+    file.write_bytes(b"\xff\xfe")
+    assert results.get(ARGS) is None
+
+
+def test_a_folder_in_the_place_of_a_result_is_an_error_of_writing(tmp_path: Path) -> None:
+    results = store(tmp_path)
+    results.put(ARGS, {"loss": 1.25})
+    (file,) = tmp_path.rglob("*.json")
+    file.unlink()
+    file.mkdir()
+    assert results.get(ARGS) is None
+    with pytest.raises(OSError, match="folder"):
+        results.put(ARGS, {"loss": 1.25})
 
 
 def test_a_name_is_not_trusted(tmp_path: Path) -> None:
@@ -171,25 +208,6 @@ def test_another_process_makes_the_same_fingerprint() -> None:
     environment = os.environ | {"PYTHONPATH": f"{root}:{root / 'tests'}", "PYTHONHASHSEED": "7"}
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == fingerprint(run, Plan(), SETTING)
-
-
-def test_files_are_for_whom_the_user_says(tmp_path: Path) -> None:
-    write_atomically(tmp_path / "results.json", "new")
-    (tmp_path / "by hand").write_text("x")
-    modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
-    assert len(modes) == 1
-
-
-def test_an_old_file_stays_until_the_new_one_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_atomically(tmp_path / "results.json", "old")
-
-    def refuse(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises(OSError, match="No space"):
-        write_atomically(tmp_path / "results.json", "new")
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"results.json": "old"}
 
 
 HOLD = """

@@ -256,3 +256,22 @@ def test_results_that_something_removes_are_missed(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("batchnorm.study.result_cache.ResultCache.put", lambda *_: None)
     with pytest.raises(UsageError, match="is gone; something else removes files"):
         go(tmp_path)
+
+
+def test_numbers_that_are_not_finite_name_the_task(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"^the task \('draw', 5\) of study\.trials found numbers that are inf or NaN"):
+        go(tmp_path, trial(trouble="nan"))
+
+
+def test_kept_results_that_were_damaged_are_computed_again(tmp_path: Path) -> None:
+    go(tmp_path)
+    whole = (tmp_path / "results.json").read_bytes()
+    for file, content in zip(sorted(tmp_path.glob("tasks/*/*.json")), ("[]", "null", "", '{"args": 1}'), strict=False):
+        file.write_text(content)
+    go(tmp_path)
+    assert (tmp_path / "results.json").read_bytes() == whole
+
+
+def test_a_name_that_is_too_long_is_a_usage_error(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"cannot write to .*: File name too long"):
+        go(tmp_path / ("n" * 300))

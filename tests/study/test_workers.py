@@ -131,3 +131,67 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
 
 def test_cores_are_those_that_may_be_used() -> None:
     assert 1 <= cores() <= (os.cpu_count() or 1)
+
+
+KILLED = """
+import os, signal
+from batchnorm.errors import ProcessError
+from batchnorm.study.workers import compute
+
+class Large:
+    def __init__(self):
+        self.much = b"x" * 5_000_000
+    def __call__(self, task):
+        return task
+
+if __name__ != "__main__":
+    os.kill(os.getpid(), signal.SIGKILL)  # in a worker: while it starts
+try:
+    list(compute(Large(), [1, 2, 3], 2))
+except ProcessError as error:
+    print(error)
+"""
+
+
+def test_a_worker_that_is_killed_while_it_starts_is_an_error_that_says_so(tmp_path: Path) -> None:
+    """With more data than fits into a pipe: nobody waits for it to be read."""
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False)
+    assert "ended with exit code -9 " in run.stdout, run.stderr
+    assert run.stderr == ""
+
+
+class Pausing:
+    """Says which process it is in."""
+
+    def __call__(self, task: int) -> int:
+        return os.getpid()
+
+
+def test_a_worker_that_is_killed_between_tasks_is_such_an_error_too() -> None:
+    results = compute(Pausing(), list(range(100)), 2)
+    victim = next(results)[1]
+    time.sleep(0.3)  # it has the next task by then, or its answer is on the way
+    os.kill(victim, signal.SIGKILL)
+    with pytest.raises(ProcessError, match="ended with exit code -9 "):
+        list(results)
+
+
+class OddError(Exception):
+    """Can be pickled, and not read back."""
+
+    def __init__(self, a: int, b: int) -> None:
+        super().__init__("odd")
+
+
+class Odd:
+    def __call__(self, task: int) -> int:
+        if task == 1:
+            raise OddError(1, 2)
+        return task
+
+
+def test_an_error_that_cannot_travel_is_told() -> None:
+    with pytest.raises(ProcessError, match="OddError in a process: odd"):
+        list(compute(Odd(), [0, 1, 2], 2))

@@ -22,6 +22,7 @@ import batchnorm
 from batchnorm.bench.contenders import PHASES, Contender, Peer, TorchModule, ours, torch_compile, torch_nn
 from batchnorm.bench.suites import Case
 from batchnorm.errors import BatchNormError
+from batchnorm.files import write_text
 
 # A case is measured for about this many seconds, in at least and at most so many turns.
 SECONDS, FEWEST, MOST = 1.5, 7, 301
@@ -221,7 +222,7 @@ def write_json(path: Path, rows: Sequence[Row], *, warm: bool) -> None:
         "outputs": "warm" if warm else "fresh",
         "rows": [asdict(row) for row in rows],
     }
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(document, indent=1) + "\n")
 
 
 def run_information() -> dict[str, object]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import click
 
 import batchnorm
+from batchnorm.cli.output import say
 
 
 @click.command()
 def kernels() -> None:
     """Show which implementation serves which device and dtype."""
-    click.echo(str(batchnorm.kernels()))
+    say(str(batchnorm.kernels()))

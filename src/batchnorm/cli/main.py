@@ -9,12 +9,16 @@ from collections.abc import Sequence
 import click
 
 import batchnorm
+from batchnorm.cli import output
 from batchnorm.cli.bench import bench
 from batchnorm.cli.fold import fold
 from batchnorm.cli.kernels import kernels
 from batchnorm.cli.recalibrate import recalibrate
 from batchnorm.cli.study import study
 from batchnorm.errors import BatchNormError
+from batchnorm.messages import described
+
+_TRACEBACK = "BATCHNORM_TRACEBACK"  # a variable of the environment
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -38,29 +42,56 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; None for those of this process.
 
     Returns:
-        The exit code: 0; 2 for wrong use; 130 after Ctrl-C; 1 where the reader of our output went away.
+        The exit code: 0; 2 for wrong use, and for every other error; 130 after Ctrl-C; 1 where the reader of our output
+        went away.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    output.prepare()
     try:
         # Not click's own main(): it would print errors in several lines, and an empty one on Ctrl-C.
         with _commands.make_context("batchnorm", arguments) as context:
             _commands.invoke(context)
+        _flush()
     except click.exceptions.Exit as request:
         return request.exit_code
     except click.ClickException as error:
-        return _complain(error.format_message(), 2)
+        return _failed(error.format_message())
     except BatchNormError as error:
         # The notes say which batch it was.
-        return _complain("; ".join([str(error), *getattr(error, "__notes__", ())]), 2)
+        return _failed("; ".join([described(error), *getattr(error, "__notes__", ())]))
     except KeyboardInterrupt:
-        return _complain("interrupted", 130)
+        output.complain("interrupted")
+        return 130
     except BrokenPipeError:
-        # Python flushes stdout once more when it ends; that must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        output.give_up_stdout()
         return 1
+    except OSError as error:
+        reason = error.strerror or described(error)
+        if error.filename is not None:
+            return _failed(f"cannot use {error.filename}: {reason}")
+        output.give_up_stdout()  # what has no name is stdout
+        return _failed(f"cannot write the output: {reason}")
+    except BaseException as error:
+        if os.environ.get(_TRACEBACK):
+            raise
+        kind = type(error).__name__
+        return _failed(
+            f"{kind}: {described(error)}. batchnorm did not expect this; {_TRACEBACK}=1 shows where it is from"
+        )
     return 0
 
 
-def _complain(message: str, code: int) -> int:
-    click.echo(f"batchnorm: {' '.join(message.split())}", err=True)
-    return code
+def _failed(message: str) -> int:
+    """Complain, and return the exit code."""
+    output.complain(message)
+    try:
+        _flush()
+    except (OSError, ValueError):
+        output.give_up_stdout()
+    return 2
+
+
+def _flush() -> None:
+    """Write what stdout still holds, the user's own prints too, while an error can be told."""
+    if sys.stdout is not None:
+        sys.stdout.flush()

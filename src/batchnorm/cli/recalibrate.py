@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,40 +11,34 @@ import torch
 from torch import nn
 
 import batchnorm
+from batchnorm.cli.options import COUNT, FILE, number_of_bytes
+from batchnorm.cli.output import say
 from batchnorm.cli.processes import processes
+from batchnorm.errors import UsageError
+from batchnorm.files import check_writable
 from batchnorm.loading.data import load_data
 from batchnorm.loading.model import load_model
 from batchnorm.loading.object_reference import blaming
-from batchnorm.loading.state_dict import check_state_dict_path, check_writable, save_state_dict
+from batchnorm.loading.state_dict import check_state_dict, check_state_dict_path, save_state_dict
+from batchnorm.messages import one_line
 from batchnorm.population.batches import default_forward
 from batchnorm.population.recalibrate import METHODS
-
-_FACTORS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_FILE = click.Path(path_type=Path)
-
-
-def _bytes(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
-    """A number of bytes, such as 500000000, 500MB or 1.5GB."""
-    if value is None:
-        return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", value.upper())
-    if match is None:
-        raise click.BadParameter(f"got {value}; it must be a number of bytes, such as 500MB or 1.5GB")
-    return int(float(match[1]) * _FACTORS[match[2]])
 
 
 @click.command()
 @click.argument("model", metavar="MODEL")
 @click.option("--data", required=True, metavar="DATA", help="The data that the statistics are to be of.")
-@click.option("--output", type=_FILE, required=True, metavar="FILE", help="Where the weights are written.")
-@click.option("--weights", type=_FILE, metavar="FILE", help="Weights to begin with, instead of MODEL's own.")
+@click.option("--output", type=FILE, required=True, metavar="FILE", help="Where the weights are written.")
+@click.option("--weights", type=FILE, metavar="FILE", help="Weights to begin with, instead of MODEL's own.")
 @click.option(
     "--method", type=click.Choice(list(METHODS)), default="exact", show_default=True, help="Which statistics."
 )
-@click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Of a .npz file; 32 by default.")
-@click.option("--max-samples", type=click.IntRange(min=1), metavar="N", help="Use so many at most, in each process.")
-@click.option("--memory-limit", callback=_bytes, metavar="BYTES", help='Of "exact": 2GB, say; half of what is free.')
-@click.option("--checkpoint", type=_FILE, metavar="FILE", help='Of "pooled": progress, so that a killed run goes on.')
+@click.option("--batch-size", type=COUNT, metavar="N", help="Of a .npz file; 32 by default.")
+@click.option("--max-samples", type=COUNT, metavar="N", help="Use so many at most, in each process.")
+@click.option(
+    "--memory-limit", callback=number_of_bytes, metavar="BYTES", help='Of "exact": 2GB, say; half of what is free.'
+)
+@click.option("--checkpoint", type=FILE, metavar="FILE", help='Of "pooled": progress, so that a killed run goes on.')
 def recalibrate(
     model: str,
     data: str,
@@ -78,6 +72,8 @@ def recalibrate(
     with processes() as group:
         torch.manual_seed(0)  # shuffled data must come in the same order in every process
         net = load_model(model, weights)
+        _check_visible(net, model)
+        check_state_dict(net, output)
         batches = load_data(data, batch_size=batch_size, rank=group.rank, size=group.size)
         first = group.rank == 0
         with text.following(Console(stderr=True, quiet=not first), method) as follow:
@@ -93,4 +89,17 @@ def recalibrate(
             )
         if first:
             save_state_dict(net, output)
-            click.echo(str(result))
+            layers = [replace(layer, name=one_line(layer.name)) for layer in result.layers]
+            skipped = [layer._replace(name=one_line(layer.name)) for layer in result.skipped]
+            say(str(replace(result, layers=tuple(layers), skipped=tuple(skipped))))
+
+
+def _check_visible(net: nn.Module, reference: str) -> None:
+    """Layers inside TorchScript run without calling Python: nothing would be recalibrated there, silently."""
+    for name, module in net.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) and (not name or "running_mean" in dict(module.named_buffers())):
+            where = f"whose module {name} is" if name else "which is"
+            raise UsageError(
+                f"got MODEL {reference}, {where} TorchScript; its layers cannot be seen. Return the model as it was "
+                f"before torch.jit, and recalibrate that"
+            )

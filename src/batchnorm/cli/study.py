@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from batchnorm.cli.output import say
+
 
 @click.command()
 @click.option(
@@ -40,8 +42,8 @@ def study(out: Path, quick: bool, data: str | None, layers: str) -> None:
 
     outcome = runner.study(out, console=Console(stderr=True), quick=quick, data=data, layers=layers)
     # A table in Markdown, which reads well enough as it is.
-    click.echo("| | statement | verdict | measured |\n|---|---|---|---|")
+    say("| | statement | verdict | measured |\n|---|---|---|---|")
     for finding in outcome.findings:
         claim = finding.claim
-        click.echo(f"| {claim.mission} | {claim.statement} | {finding.verdict.value} | {finding.evidence} |")
-    click.echo(outcome.page)
+        say(f"| {claim.mission} | {claim.statement} | {finding.verdict.value} | {finding.evidence} |")
+    say(str(outcome.page))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from batchnorm import extras
 from batchnorm.errors import UsageError
+from batchnorm.files import reading
 from batchnorm.loading.object_reference import blaming, resolve
 
 if TYPE_CHECKING:
@@ -50,7 +50,8 @@ def load_data(reference: str, *, batch_size: int | None = None, rank: int = 0, s
             batches, rank, size = make(rank=rank, world_size=size), 0, 1
         else:
             batches = make()
-    if not isinstance(batches, Iterable):
+        iterable = isinstance(batches, Iterable)
+    if not iterable:
         raise UsageError(f"{reference} returned {type(batches).__name__}; DATA must return an iterable of batches")
     return Shard(reference, batches, rank, size)
 
@@ -66,7 +67,14 @@ class Shard:
 
     def __len__(self) -> int:
         """Raises TypeError where the batches have no length."""
-        return len(range(len(self._batches))[self._rank :: self._size])  # type: ignore[arg-type]  # documented
+        with blaming(self._reference):
+            try:
+                whole = len(self._batches)  # type: ignore[arg-type]  # documented
+            except TypeError:
+                whole = -1
+        if whole < 0:
+            raise TypeError(f"the batches of {self._reference} have no length")
+        return len(range(whole)[self._rank :: self._size])
 
     def __iter__(self) -> Iterator[Any]:
         with blaming(self._reference):
@@ -84,7 +92,7 @@ class ArrayBatches:
 
     def __init__(self, arrays: Sequence[Tensor], batch_size: int) -> None:
         self._arrays = arrays
-        self._batch_size = batch_size
+        self._batch_size = min(batch_size, max(len(arrays[0]), 1))  # torch cannot count beyond 64 bits
 
     def __len__(self) -> int:
         return -(-len(self._arrays[0]) // self._batch_size)
@@ -95,7 +103,10 @@ class ArrayBatches:
 
 
 def _parameters(function: Callable[..., Any]) -> set[str]:
-    return set(inspect.signature(function).parameters)
+    try:
+        return set(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # written in C, it may not tell
+        return set()
 
 
 def _arrays(path: Path) -> list[Tensor]:
@@ -103,12 +114,9 @@ def _arrays(path: Path) -> list[Tensor]:
     extras.require("files", "a .npz file", "numpy")
     import numpy as np
 
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {name: _tensor(archive[name]) for name in ("x", "y") if name in archive}
-            names = ", ".join(archive)
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise UsageError(f"cannot read {path}: {error}") from error
+    with reading(path), path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        arrays = {name: _tensor(archive[name]) for name in ("x", "y") if name in archive}
+        names = ", ".join(archive)
     if "x" not in arrays:
         raise UsageError(f"got {path} with the arrays {names or '(none)'}; it must have one named x")
     shapes = {name: tuple(array.shape) for name, array in arrays.items()}

@@ -14,11 +14,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from batchnorm.errors import BatchNormError, UsageError
+from batchnorm.messages import described
 
 _PACKAGE = str(Path(__file__).parents[1])
-# Python, what is installed, and this package: their lines say less about an error than the user's line before them.
-_NOT_THE_USERS = (*{sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}, _PACKAGE, "<")
+# Python, what is installed, torch wherever it is, and this package: their lines say less about an error than the user's
+# line before them.
+_INSTALLED = {sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}
+_NOT_THE_USERS = (*_INSTALLED, str(Path(torch.__file__).parent), _PACKAGE, "<")
 
 
 def resolve(reference: str, what: str) -> Callable[..., Any]:
@@ -40,10 +45,11 @@ def resolve(reference: str, what: str) -> Callable[..., Any]:
         raise UsageError(f"got {what} {reference}; it must be package.module:callable or path/file.py:callable")
     with blaming(f"importing {source}"):
         module = _file(Path(source)) if source.endswith(".py") else _module(source)
-    try:
-        found: Any = operator.attrgetter(name)(module)
-    except AttributeError as error:
-        raise UsageError(f"got {what} {reference}; {source} has no {name}. Check the name") from error
+    with blaming(f"looking for {name} in {source}"):
+        try:
+            found: Any = operator.attrgetter(name)(module)
+        except AttributeError as error:
+            raise UsageError(f"got {what} {reference}; {source} has no {name}. Check the name") from error
     if not callable(found):
         raise UsageError(f"got {what} {reference}; it must be callable, and is of type {type(found).__name__}")
     return found  # type: ignore[no-any-return]  # it can be called, which is all that is known
@@ -53,17 +59,27 @@ def resolve(reference: str, what: str) -> Callable[..., Any]:
 def blaming(what: str) -> Iterator[None]:
     """An exception inside is the user's own code's: it becomes one line that says what raised it, and where.
 
+    `sys.exit` is an exception too: the work is not done, whatever the code it gives.
+
     Raises:
-        UsageError: for any exception but this package's own.
+        UsageError: for any exception but this package's own, Ctrl-C, and what ends a suspended pass.
     """
     try:
         yield
-    except BatchNormError:
+    except (BatchNormError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:
+        if _ends_a_pass(error):
+            raise
         frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_NOT_THE_USERS)]
         where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
-        raise UsageError(f"{what} raised {type(error).__name__}: {error}{where}") from error
+        raise UsageError(f"{what} raised {type(error).__name__}: {described(error)}{where}") from error
+
+
+def _ends_a_pass(error: BaseException) -> bool:
+    """Whether it is how greenlet ends a forward pass that method "exact" has suspended."""
+    greenlet = sys.modules.get("greenlet")  # without it, there is none
+    return greenlet is not None and isinstance(error, greenlet.GreenletExit)
 
 
 def _module(name: str) -> ModuleType:

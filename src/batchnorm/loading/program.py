@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from batchnorm import extras
 from batchnorm.errors import UsageError
+from batchnorm.files import check_writable, replacing, writing
 from batchnorm.loading import state_dict
-from batchnorm.loading.state_dict import atomic_write, check_writable, save_state_dict
+from batchnorm.loading.state_dict import save_state_dict
+from batchnorm.messages import described
 from batchnorm.models.nested import map_leaves
 
 
@@ -54,7 +56,7 @@ def save_program(model: nn.Module, inputs: Any, path: Path) -> None:  # noqa: AN
     arguments, keywords = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
     arguments = (arguments,) if isinstance(arguments, Tensor) else tuple(arguments)
     program = _exported(model, arguments, keywords)
-    with atomic_write(path) as temporary, _quiet():
+    with writing(path), replacing(path, suffix=path.suffix) as temporary, _quiet():  # torch wants its own suffix
         _PROGRAMS[path.suffix](program, temporary)
 
 
@@ -63,9 +65,12 @@ def _exported(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, 
     try:
         with _quiet():
             return torch.export.export(model, arguments, keywords, dynamic_shapes=(*shapes[0], *shapes[1].values()))
-    except Exception as error:  # of many kinds: whatever the model's code and torch.export raise
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # of many kinds: whatever the model's code and torch.export raise
+        first = described(error).split("; ")[0]
         raise UsageError(
-            f"torch.export cannot make a program of this model ({type(error).__name__}: {str(error).splitlines()[0]}). "
+            f"torch.export cannot make a program of this model ({type(error).__name__}: {first}). "
             f"Write its weights instead: a name that ends with .safetensors or .pt"
         ) from error
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from batchnorm import extras
 from batchnorm.errors import UsageError
+from batchnorm.files import check_writable, reading, replacing, writing
+from batchnorm.loading.object_reference import blaming
 
 _SHOWN = 5  # names of a list in a message
 
@@ -24,11 +24,13 @@ class _Format(NamedTuple):
     Attributes:
         load: puts a file's weights into a model; returns the names that the file lacks, and those that the model lacks.
         save: writes a model's weights.
+        refuses: why a value of a state_dict cannot be written; None if it can.
         needs: the packages of the extra "files" for it.
     """
 
     load: Callable[[nn.Module, Path], tuple[Iterable[str], Iterable[str]]]
     save: Callable[[nn.Module, Path], None]
+    refuses: Callable[[object], str | None]
     needs: tuple[str, ...] = ()
 
 
@@ -39,12 +41,8 @@ def load_state_dict(model: nn.Module, path: Path) -> None:
         UsageError: the file cannot be read, holds more than tensors, or does not fit the model.
     """
     form = _format(path, otherwise=".pt")
-    try:
+    with reading(path, verb="load"):
         missing, unexpected = form.load(model, path)
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
-    except Exception as error:  # of torch's and safetensors' own kinds, SafetensorError and pickle's among them
-        raise UsageError(f"cannot load {path}: {error}") from error
     lists = [f"it lacks {_listed(missing)}"] if missing else []
     lists += [f"the model has no {_listed(unexpected)}"] if unexpected else []
     if lists:
@@ -61,14 +59,23 @@ def check_state_dict_path(path: Path) -> None:
     check_writable(path)
 
 
-def check_writable(path: Path) -> None:
-    """Check that a file can be written to a path.
+def check_state_dict(model: nn.Module, path: Path) -> None:
+    """Check that a model's weights can be written to a path, before work is done that would be lost.
 
     Raises:
-        UsageError: it cannot.
+        UsageError: the format cannot hold them, or there is no room.
     """
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UsageError(f"cannot write to {path}; it must be a file in a folder that is there and can be written to")
+    form = _format(path)
+    state = _state(model)
+    for name, value in state.items():
+        why = form.refuses(value)
+        if why is not None:
+            raise UsageError(
+                f"got {path} for a model whose state_dict has {name}, {why}; {path.suffix} holds dense tensors of "
+                f"plain dtypes alone. Give a name that ends with .pt"
+            )
+    tensors = {id(value): value for value in state.values() if isinstance(value, Tensor) and not value.is_meta}
+    check_writable(path, size=sum(t.numel() * t.element_size() for t in tensors.values() if _dense(t)))
 
 
 def save_state_dict(model: nn.Module, path: Path) -> None:
@@ -78,25 +85,36 @@ def save_state_dict(model: nn.Module, path: Path) -> None:
         UsageError: it cannot be written.
     """
     form = _format(path)
-    with atomic_write(path) as temporary:
+    check_state_dict(model, path)
+    with writing(path), replacing(path) as temporary:
         form.save(model, temporary)
 
 
-@contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary path to write to; it becomes `path` at the end, if there is no error.
+def _state(model: nn.Module) -> Mapping[str, object]:
+    with blaming("the model's state_dict"):
+        state = model.state_dict()
+    if not isinstance(state, Mapping):
+        raise UsageError(f"the model's state_dict is of type {type(state).__name__}; it must be a dict of tensors")
+    return state
 
-    Raises:
-        UsageError: it cannot be written.
-    """
-    temporary = path.with_name(f"{path.name}.tmp{path.suffix}")  # torch.export wants its own suffix
-    try:
-        yield temporary
-        temporary.replace(path)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UsageError(f"cannot write to {path}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+
+def _dense(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_quantized
+
+
+def _anything(_: object) -> None:
+    """torch.save writes what can be pickled."""
+
+
+def _not_for_safetensors(value: object) -> str | None:
+    """Why a value of a state_dict cannot be in a .safetensors file; None if it can."""
+    if not isinstance(value, Tensor):
+        return f"an object of type {type(value).__name__}"
+    if value.is_meta:
+        return 'on the device "meta", without data'
+    if not _dense(value) or value.dtype.is_complex:
+        return f"a tensor of {value.dtype} and layout {value.layout}"
+    return None
 
 
 def _load_torch(model: nn.Module, path: Path) -> tuple[list[str], list[str]]:
@@ -131,9 +149,9 @@ def _save_safetensors(model: nn.Module, path: Path) -> None:
 
 
 _FORMATS = {
-    ".safetensors": _Format(_load_safetensors, _save_safetensors, ("safetensors",)),
-    ".pt": _Format(_load_torch, _save_torch),
-    ".pth": _Format(_load_torch, _save_torch),
+    ".safetensors": _Format(_load_safetensors, _save_safetensors, _not_for_safetensors, ("safetensors",)),
+    ".pt": _Format(_load_torch, _save_torch, _anything),
+    ".pth": _Format(_load_torch, _save_torch, _anything),
 }
 
 
@@ -148,6 +166,6 @@ def _format(path: Path, otherwise: str | None = None) -> _Format:
 
 
 def _listed(names: Iterable[str]) -> str:
-    several = list(names)
+    several = [str(name) for name in names]
     more = f" and {len(several) - _SHOWN} more" if len(several) > _SHOWN else ""
     return ", ".join(several[:_SHOWN]) + more

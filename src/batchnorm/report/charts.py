@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from batchnorm.report.document import Chart, Curve
+from batchnorm.report.document import Chart, Curve, shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,6 +71,7 @@ def svg(chart: Chart, name: str) -> str:
     Raises:
         ValueError: there are more curves than styles.
     """
+    chart = shown(chart)
     element = _drawing(chart, name)
     for i, colour in enumerate(_CURVES):
         element = element.replace(colour, f"var(--curve-{i})")
@@ -86,6 +87,7 @@ def file(chart: Chart, name: str) -> str:
         chart: what to draw.
         name: as in `svg`.
     """
+    chart = shown(chart)
     element = _drawing(chart, name)
     for style, colour in zip(STYLES, _CURVES, strict=True):
         element = element.replace(colour, style.light)

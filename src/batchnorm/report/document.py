@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Literal, TypeVar
+
+from batchnorm.messages import printable
+
+T = TypeVar("T")
 
 Outcome = Literal["yes", "no", "open"]
 
@@ -138,3 +142,18 @@ class Document:
 def percent(fraction: float) -> str:
     """A fraction in per cent with one decimal, without the sign: 0.975 is "97.5"."""
     return f"{100 * fraction:.1f}"
+
+
+def shown(part: T) -> T:
+    """A part of a document with all its text `printable`: names of others come as they are."""
+    return _shown(part)  # type: ignore[no-any-return]  # of the same type
+
+
+def _shown(part: Any) -> Any:  # noqa: ANN401 - dataclasses, sequences, text and numbers
+    if isinstance(part, str):
+        return printable(part)
+    if isinstance(part, (tuple, list)):
+        return type(part)(_shown(item) for item in part)
+    if is_dataclass(part) and not isinstance(part, type):
+        return replace(part, **{field.name: _shown(getattr(part, field.name)) for field in fields(part)})
+    return part

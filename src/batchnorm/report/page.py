@@ -7,7 +7,7 @@ from collections import Counter
 from typing import get_args
 
 from batchnorm.report import charts
-from batchnorm.report.document import Document, Outcome
+from batchnorm.report.document import Document, Outcome, shown
 
 _ROOMY = 22  # lines of the summary that fit one screen with room between them; more are set closer
 
@@ -21,6 +21,7 @@ def page(document: Document) -> str:
     import jinja2
     from markupsafe import Markup
 
+    document = shown(document)
     keys = [section.key for section in document.sections]
     if len(set(keys)) < len(keys):
         raise ValueError(f"each section needs a key of its own, got {keys}")

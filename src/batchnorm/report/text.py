@@ -12,13 +12,14 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from batchnorm.report.document import Outcome, Section, Table
+from batchnorm.report.document import Outcome, Section, Table, shown
 
 STYLES: dict[Outcome, str] = {"yes": "bold green", "no": "bold red", "open": "bold yellow"}
 
 
 def table(content: Table) -> Group:
     """`content` as rich can print it, below its caption. Cells are taken literally, brackets included."""
+    content = shown(content)
     drawn = RichTable(box=rich.box.SIMPLE_HEAD)
     drawn.show_edge, drawn.padding = False, (0, 1, 0, 0)
     widths = []
@@ -35,6 +36,7 @@ def table(content: Table) -> Group:
 
 def show(section: Section, console: Console) -> None:
     """Print the section's title, what became of its statements, its tables and its summary."""
+    section = shown(section)
     console.print(Text(section.title, style="bold"))
     for row in section.judged:
         console.print(Text.assemble((row.verdict, STYLES[row.outcome]), f": {row.claim}"))

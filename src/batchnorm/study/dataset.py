@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from batchnorm import extras
 from batchnorm.errors import UsageError
+from batchnorm.files import reading
 from batchnorm.loading.object_reference import blaming, resolve
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 FEWEST = 400  # with a fifth to test, enough to draw mini-batches of 256 from
 MOST = 5_000  # more would only take longer: the networks are small, and see a few thousand samples
+LEAST = 1e-5  # of the largest magnitude: a hundred times the rounding of a float32
 RULE = (
     f"it must be x, {FEWEST} numeric samples at least, of shape (N, features), (N, height, width) or "
     "(N, channels, height, width), and y, a whole number for each: the class"
@@ -111,7 +112,19 @@ def load(reference: str) -> Data:
             raise UsageError(f"{reference} returned {type(made).__name__}; it must be a pair (x, y)")
         with blaming(f"reading what {reference} returned"):
             x, y = (np.asarray(part.detach().cpu() if isinstance(part, Tensor) else part) for part in made)
-    return cut(*_checked(x, y, reference), Path(reference).name)
+    checked = _checked(x, y, reference)
+    try:
+        data = cut(*checked, Path(reference).name)
+    except ValueError as error:  # of scikit-learn: with very many classes, some may be left without a sample
+        raise UsageError(f"got {reference}, which cannot be cut into a training and a test part: {error}") from error
+    spread = float(data.train.inputs.flatten(1).double().std(0).max())
+    if spread < LEAST:
+        raise UsageError(
+            f"got {reference} whose columns have standard deviations of at most {spread:.1g} times the largest "
+            f"magnitude of x; there must be one of {LEAST:g} at least, or float32 cannot tell the samples apart. Drop "
+            f"constant columns, and subtract the means of the others"
+        )
+    return data
 
 
 def cut(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any], name: str) -> Data:
@@ -150,13 +163,10 @@ def _archive(path: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     extras.require("study", "a .npz file", "numpy")
     import numpy as np
 
-    try:
-        with path.open("rb") as file:
-            loaded = np.load(file, allow_pickle=False)
-            # A file of one array alone is read as that array, which has no names.
-            arrays = dict(loaded) if isinstance(loaded, Mapping) else {}
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise UsageError(f"cannot read {path}: {error}") from error
+    with reading(path), path.open("rb") as file:
+        loaded = np.load(file, allow_pickle=False)
+        # A file of one array alone is read as that array, which has no names.
+        arrays = dict(loaded) if isinstance(loaded, Mapping) else {}
     if not {"x", "y"} <= set(arrays):
         raise UsageError(f"got {path} with the arrays {', '.join(arrays) or '(none)'}; it must have x and y")
     return arrays["x"], arrays["y"]
@@ -171,7 +181,7 @@ def _checked(
     came = f"got {source} with x {x.dtype} of shape {x.shape} and y {y.dtype} of shape {y.shape}"
     if x.dtype.kind not in "fiub" or x.ndim not in (2, 3, 4) or len(x) < FEWEST or not x[0].size:
         raise UsageError(f"{came}; {RULE}")
-    if y.shape != (len(x),) or y.dtype.kind not in "iubf" or not np.array_equal(y, np.round(y)):
+    if y.shape != (len(x),) or y.dtype.kind not in "iubf" or not np.isfinite(y).all() or (y != np.round(y)).any():
         raise UsageError(f"{came}; {RULE}")
     if not np.isfinite(x).all():
         raise UsageError(f"{came}; {int((~np.isfinite(x)).sum()):,} values of x are not finite. Replace or drop them")

@@ -7,8 +7,6 @@ import fcntl
 import hashlib
 import inspect
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
@@ -19,6 +17,8 @@ from typing import Any
 import torch
 
 import batchnorm
+from batchnorm.errors import UsageError
+from batchnorm.files import reading, write_text
 from batchnorm.study.experiment import Experiment, Setting
 from batchnorm.study.grid import Args
 
@@ -45,32 +45,30 @@ class ResultCache:
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, args: Args) -> dict[str, Any] | None:
-        """A task's result; None where there is no complete one."""
+        """A task's result; None where there is no complete one: what is damaged is computed again."""
+        file = self._file(args)
         try:
-            content = json.loads(self._file(args).read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):  # ValueError: what a full disk or a power cut left
+            with reading(file):
+                content = json.loads(file.read_text(encoding="utf-8"))
+        except UsageError:  # not there yet, or what a full disk or a power cut left
             return None
-        return content["result"] if content["args"] == list(args) else None
+        if not isinstance(content, dict) or not isinstance(content.get("result"), dict):
+            return None
+        result: dict[str, Any] = content["result"]
+        return result if content == _record(args, result) else None
 
     def put(self, args: Args, result: dict[str, Any]) -> None:
         """Store a task's result."""
-        write_atomically(self._file(args), json.dumps({"args": args, "result": result}, allow_nan=False))
+        write_text(self._file(args), json.dumps(_record(args, result), allow_nan=False))
 
     def _file(self, args: Args) -> Path:
         return self._folder / f"{_digest(json.dumps(args).encode())}.json"
 
 
-def write_atomically(path: Path, content: str) -> None:
-    """Put a file in place, as a whole or not at all; until then an old file of that name stays."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(content)
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's are for their owner alone
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+def _record(args: Args, result: dict[str, Any]) -> dict[str, Any]:
+    """What a file holds."""
+    content = json.dumps([args, result], sort_keys=True)
+    return {"args": list(args), "result": result, "digest": _digest(content.encode())}
 
 
 @contextmanager
@@ -146,9 +144,3 @@ def software() -> dict[str, str]:
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:_LENGTH]
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

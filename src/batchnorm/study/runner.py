@@ -20,6 +20,8 @@ from rich.console import Console
 
 from batchnorm import extras
 from batchnorm.errors import UsageError
+from batchnorm.files import write_text
+from batchnorm.messages import described
 from batchnorm.report import charts, text
 from batchnorm.report.document import Document
 from batchnorm.report.page import page
@@ -28,7 +30,7 @@ from batchnorm.study.experiment import Conclusion, Experiment, Setting
 from batchnorm.study.experiments import EXPERIMENTS
 from batchnorm.study.grid import Args, Results
 from batchnorm.study.networks import LAYERS, OURS
-from batchnorm.study.result_cache import ResultCache, exclusive, software, write_atomically
+from batchnorm.study.result_cache import ResultCache, exclusive, software
 from batchnorm.study.verdict import Finding
 from batchnorm.study.workers import compute, cores
 
@@ -112,8 +114,7 @@ def study(
         work = partial(_done, setting)  # sent to each worker once, with the data
         for position, result in compute(work, [task for _, task in missing], processes or cores()):
             cache, task = missing[position]
-            with _writing(out):
-                cache.put(task.args, result)
+            _put(cache, task, result, out)
             advance(1)
     # Read back, new ones too, so that a number is the same whether it is of this run or of one before.
     conclusions = [
@@ -145,11 +146,22 @@ def study(
     with _writing(out), exclusive(out):
         (out / FIGURES).mkdir(exist_ok=True)
         for name, drawing in figures.items():
-            write_atomically(out / FIGURES / name, drawing)
-        write_atomically(out / "results.json", json.dumps(results, allow_nan=False, indent=1) + "\n")
-        write_atomically(out / "report.html", html)
+            write_text(out / FIGURES / name, drawing)
+        write_text(out / "results.json", json.dumps(results, allow_nan=False, indent=1) + "\n")
+        write_text(out / "report.html", html)
     findings = tuple(finding for conclusion in conclusions for finding in conclusion.findings)
     return Study(findings, out / "report.html")
+
+
+def _put(cache: ResultCache, task: _Task, result: dict[str, Any], out: Path) -> None:
+    try:
+        with _writing(out):
+            cache.put(task.args, result)
+    except ValueError as error:
+        raise UsageError(
+            f"the task {task.args} of {task.run.__module__} found numbers that are inf or NaN; such data cannot be "
+            f"examined. Look for values that are much larger than the others, and for samples that are all alike"
+        ) from error
 
 
 def _stored(cache: ResultCache, args: Args) -> dict[str, Any]:
@@ -211,4 +223,6 @@ def _writing(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UsageError(f"cannot write to {out}: {error.strerror or error}. Choose another --out") from error
+        raise UsageError(
+            f"cannot write to {out}: {error.strerror or described(error)}. Choose another --out"
+        ) from error

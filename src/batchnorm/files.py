@@ -1,0 +1,173 @@
+"""Files: what is read may be anything, and what is written appears as a whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import stat
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from types import TracebackType
+
+from batchnorm.errors import BatchNormError, UsageError
+from batchnorm.messages import described
+
+_NAME = 32  # characters of a file's name that a temporary one repeats; names may be 255 bytes long
+
+
+class _Boundary:
+    """Inside, a file is at work whose content is nobody's here: whatever that raises becomes one error of ours.
+
+    A class: `contextlib.contextmanager` lets a StopIteration pass where the error made of it is a RuntimeError too.
+
+    Args:
+        path: the file.
+        error: the kind to raise.
+        system: what cannot be done, where the system says so.
+        otherwise: the same where anything else does.
+    """
+
+    def __init__(self, path: Path, error: type[BatchNormError], system: str, otherwise: str) -> None:
+        self._path, self._error, self._system, self._otherwise = path, error, system, otherwise
+        self._warnings = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        self._warnings.__enter__()
+        warnings.simplefilter("ignore")
+
+    def __exit__(self, kind: type[BaseException] | None, wrong: BaseException | None, _: TracebackType | None) -> None:
+        self._warnings.__exit__(kind, wrong, _)
+        if wrong is None or isinstance(wrong, (BatchNormError, KeyboardInterrupt)):
+            return
+        # Not only Exceptions: a panic of a library in Rust is none.
+        if isinstance(wrong, OSError):
+            raise self._error(f"cannot {self._system} {self._path}: {wrong.strerror or described(wrong)}") from wrong
+        raise self._error(f"cannot {self._otherwise} {self._path}: {described(wrong)}") from wrong
+
+
+def reading(
+    path: Path, error: type[BatchNormError] = UsageError, *, verb: str = "read"
+) -> AbstractContextManager[None]:
+    """Inside, a file is read that somebody else may have written or damaged: libraries raise anything at all then.
+
+    Warnings are left out: of a file that is read they say nothing, and an error says what matters.
+
+    Args:
+        path: the file.
+        error: the kind to raise.
+        verb: what cannot be done where the file can be read, but its content is wrong.
+
+    Raises:
+        BatchNormError: of the kind `error`, naming the file, for any exception but this package's own and Ctrl-C.
+    """
+    return _Boundary(path, error, "read", verb)
+
+
+def writing(path: Path, error: type[BatchNormError] = UsageError) -> AbstractContextManager[None]:
+    """Inside, a file is written.
+
+    Raises:
+        BatchNormError: of the kind `error`, naming the file, for any exception but this package's own and Ctrl-C.
+    """
+    return _Boundary(path, error, "write to", "write to")
+
+
+def check_writable(path: Path, error: type[BatchNormError] = UsageError, *, size: int = 0) -> None:
+    """Check that a file can be written to a path, before work is done that would be lost: by writing beside it.
+
+    Args:
+        path: the file, which may be there.
+        error: the kind to raise.
+        size: about how many bytes there will be.
+
+    Raises:
+        BatchNormError: of the kind `error`; it cannot.
+    """
+    try:
+        target = _target(path)
+        with _temporary(target) as temporary:
+            temporary.write_bytes(b"\n")  # a full disk takes a file without content
+        free = shutil.disk_usage(target.parent).free
+    except (OSError, ValueError) as wrong:
+        reason = getattr(wrong, "strerror", None) or described(wrong)
+        raise error(
+            f"cannot write to {path}: {reason}; it must be a file in a folder that is there and can be written to"
+        ) from wrong
+    if size > free:
+        raise error(f"cannot write to {path}: it will have {size:,} bytes, and {free:,} are free there. Make room")
+
+
+@contextmanager
+def replacing(path: Path, *, suffix: str = "") -> Iterator[Path]:
+    """An empty temporary file to write to, which takes the place of `path` at the end, if there is no error.
+
+    Each writer has its own, in the same folder; of several the last one stays, whole. A symbolic link stays, and its
+    target is replaced. An old file's permissions stay; a new one has those that the user's umask leaves.
+
+    Args:
+        path: the file.
+        suffix: what the temporary name must end with, for libraries that go by it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    target = _target(path)
+    with _temporary(target, suffix) as temporary:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # the content is on the disk before the name is
+        temporary.chmod(_mode(target))  # mkstemp's files are for their owner alone
+        os.replace(temporary, target)
+
+
+def write_text(path: Path, content: str) -> None:
+    """Put a text file in place, as a whole or not at all; until then an old file of that name stays.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with replacing(path) as temporary:
+        temporary.write_text(content, encoding="utf-8")
+
+
+def _target(path: Path) -> Path:
+    """Where the file itself is, which a link leads to.
+
+    Raises:
+        OSError: something that is no file is there.
+    """
+    target = Path(os.path.realpath(path))
+    with contextlib.suppress(FileNotFoundError):
+        mode = target.lstat().st_mode  # a link is left where links go round in a circle
+        if not stat.S_ISREG(mode):
+            kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+            raise OSError(f"it is {kind}")
+    return target
+
+
+@contextmanager
+def _temporary(target: Path, suffix: str = "") -> Iterator[Path]:
+    """A new file beside `target`, gone at the end."""
+    with contextlib.suppress(FileNotFoundError):
+        target.lstat()  # a name that is too long is refused now, not when it is to be used
+    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:_NAME]}.", suffix=suffix)
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _mode(target: Path) -> int:
+    """The old file's permissions, or those that the user gives to new files."""
+    try:
+        return stat.S_IMODE(target.stat().st_mode)
+    except FileNotFoundError:
+        mask = os.umask(0)
+        os.umask(mask)
+        return 0o666 & ~mask
