@@ -9,7 +9,7 @@ dropped with its parent.
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from batchnorm._torch import BatchNormBase
 from batchnorm.errors import OptionError, TransformError
@@ -20,6 +20,9 @@ _REPLACEABLE = ("sync", "process_group", "inplace")
 
 class Rebuilding(BatchNormBase):
     """num_features, eps and momentum as true as they can be to whoever reads them."""
+
+    # torch.jit.trace reads every attribute; these are none that a trace could use.
+    __jit_ignored_attributes__: ClassVar[list[str]] = ["num_features", "eps", "momentum", "num_batches_skipped"]
 
     def options(self) -> dict[str, Any]:
         """What the layer has that torch's cannot express."""
