@@ -6,7 +6,8 @@ Every operation is about the same transformation of an input x, per channel:
 
 Shapes: x, residual, y and dy (N, C, *S) with the channels in dimension `channel_dim`, of one dtype; mean, var, weight,
 bias (C,). `weight`, `bias` and `residual` may be None: 1, 0 and 0. Statistics and sums are float64 (float32 where a
-device has nothing wider), and a value in x's dtype is rounded once, at the end.
+device has nothing wider), and a value in x's dtype is rounded once, at the end. In memory, y and dx lie as torch lays
+out the result of its own layers: channels_last where x's strides look so, contiguous otherwise.
 
 Source: Ioffe and Szegedy, "Batch Normalization", 2015, algorithm 1 and the equations of section 3.
 """
@@ -67,9 +68,8 @@ def normalize(
     activation: str | None,
 ) -> Tensor:
     """The output y, for given statistics."""
-    z = _preactivation(x, mean, var, weight, bias, residual, eps, channel_dim)
-    y = z if activation is None else ACTIVATIONS[activation].formula(z)
-    return y.to(x.dtype)
+    y = _activated(x, mean, var, weight, bias, residual, eps, channel_dim, activation)
+    return _laid_out(y.to(x.dtype), x)
 
 
 def normalize_(
@@ -103,8 +103,8 @@ def forward(
     """
     wide = x.to(statistics_dtype(x.device))  # once, so that a gradient through it is rounded once
     count, mean, m2 = batch_moments(wide, channel_dim, mask)
-    y = normalize(wide, mean, biased_variance(count, m2), weight, bias, residual, eps, channel_dim, activation)
-    return y.to(x.dtype), count, mean, m2
+    y = _activated(wide, mean, biased_variance(count, m2), weight, bias, residual, eps, channel_dim, activation)
+    return _laid_out(y.to(x.dtype), x), count, mean, m2
 
 
 def backward_sums(
@@ -173,8 +173,8 @@ def backward_input(
     scale = (var.to(dz.dtype) + eps).rsqrt()
     if weight is not None:
         scale = scale * weight
-    dx = (layout.per_channel(scale, x.dim(), axis) * inner).to(x.dtype)
-    dresidual = dx.new_empty(0) if residual is None or activation is None else dz.to(x.dtype)
+    dx = _laid_out((layout.per_channel(scale, x.dim(), axis) * inner).to(x.dtype), x)
+    dresidual = dx.new_empty(0) if residual is None or activation is None else _laid_out(dz.to(x.dtype), x)
     return dx, dresidual
 
 
@@ -310,22 +310,16 @@ def _check_commit(
     layout.check_vector(num_batches_skipped, "num_batches_skipped", channels)
     if num_batches_skipped is not None and num_batches_skipped.dtype != torch.int64:
         raise DTypeError(f"got num_batches_skipped of dtype {num_batches_skipped.dtype}; it must be torch.int64")
-    for name, number in (("count", count), ("num_batches_tracked", num_batches_tracked)):
-        if number is None:
-            continue
-        if number.numel() != 1:
-            raise ShapeError(f"got {name} of shape {tuple(number.shape)}; it must be one number, of shape ()")
-        if number.dtype == torch.bool or number.dtype.is_complex:
-            raise DTypeError(f"got {name} of dtype {number.dtype}; it must be a number, as torch.int64")
+    _check_number(count, "count")
+    if num_batches_tracked is not None:
+        _check_number(num_batches_tracked, "num_batches_tracked")
     written = {
         "running_mean": running_mean,
         "running_var": running_var,
         "num_batches_tracked": num_batches_tracked,
         "num_batches_skipped": num_batches_skipped,
     }
-    for name, tensor in written.items():
-        if tensor is None:
-            continue
+    for name, tensor in ((name, tensor) for name, tensor in written.items() if tensor is not None):
         if tensor.device != mean.device:
             raise OptionError(
                 f"got {name} on {tensor.device} and moments on {mean.device}; all must be on one device. Move the "
@@ -336,6 +330,13 @@ def _check_commit(
                 f"got {name} in which several elements share one place in memory, as in what expand() returns; it is "
                 f"written in place. Use .clone() first"
             )
+
+
+def _check_number(number: Tensor, name: str) -> None:
+    if number.numel() != 1:
+        raise ShapeError(f"got {name} of shape {tuple(number.shape)}; it must be one number, of shape ()")
+    if number.dtype == torch.bool or number.dtype.is_complex:
+        raise DTypeError(f"got {name} of dtype {number.dtype}; it must be a number, as torch.int64")
 
 
 def _with_rank(mask: Tensor, x: Tensor, axis: int) -> Tensor:
@@ -353,6 +354,43 @@ def _without_unused(dy: Tensor, x: Tensor, mean: Tensor, channel_dim: int, mask:
 def biased_variance(count: Tensor, m2: Tensor) -> Tensor:
     """The biased variance; 0 of nothing."""
     return m2 / torch.where(count > 0, count, 1).to(m2.dtype)
+
+
+def _looks_channels_last(x: Tensor) -> bool:
+    """Torch's own rule, its `suggest_memory_format`: whether the strides grow from the channels over *S to N."""
+    rank, sizes, strides = x.dim(), x.shape, x.stride()
+    if rank not in (4, 5) or strides[1] == 0:
+        return False
+    least = 0
+    for dim in (1, *range(rank - 1, 1, -1), 0):
+        # In the last dimension: of one value for each sample, both orders are the same, and it counts as contiguous.
+        if sizes[dim] == 0 or strides[dim] < least or (dim == 0 and least == strides[1]):
+            return False
+        least = strides[dim] * sizes[dim]
+    return True
+
+
+def _laid_out(result: Tensor, x: Tensor) -> Tensor:
+    """`result`, of x's shape, with the strides that torch gives the result of an operation on x."""
+    if _looks_channels_last(x):  # written with permutations, which transforms of torch.func know
+        return result.movedim(1, -1).contiguous().movedim(-1, 1)
+    return result.contiguous()
+
+
+def _activated(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    channel_dim: int,
+    activation: str | None,
+) -> Tensor:
+    """The output y, in the statistics' dtype."""
+    z = _preactivation(x, mean, var, weight, bias, residual, eps, channel_dim)
+    return z if activation is None else ACTIVATIONS[activation].formula(z)
 
 
 def _preactivation(

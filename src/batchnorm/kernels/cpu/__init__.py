@@ -8,6 +8,8 @@ too: `loops/` has what is compiled once for each instruction set, `host/` the re
 from __future__ import annotations
 
 import importlib.util
+import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -56,6 +58,24 @@ def use_level(name: str) -> None:
         raise ValueError(f"got level {name!r}; this machine has {levels()}")
 
 
+def _limit_pool(wanted: str | None) -> None:
+    """How much memory of outputs may lie idle: what BATCHNORM_POOL_MIB says."""
+    if wanted is None or not AVAILABLE:
+        return
+    if not (wanted.isascii() and wanted.isdigit() and len(wanted) < 20):
+        warnings.warn(
+            f"got BATCHNORM_POOL_MIB={wanted!r}; it must be a whole number of MiB, 0 for no pool. An eighth of the "
+            f"memory is the limit, as without it",
+            UserWarning,
+            stacklevel=3,
+        )
+        return
+    _operators._cpu_set_output_pool_limit(min(int(wanted), 2**42) * 2**20)
+
+
+_limit_pool(os.environ.get("BATCHNORM_POOL_MIB"))
+
+
 @contextmanager
 def resizable_outputs() -> Iterator[None]:
     """Inside, in all threads, outputs lie in torch's own memory, whose storages can be resized.
@@ -65,9 +85,10 @@ def resizable_outputs() -> Iterator[None]:
     if not AVAILABLE:
         yield
         return
-    before = _operators._cpu_output_pool()
-    _operators._use_cpu_output_pool(False)
+    # A number of its own, so that threads may come and go in any order.
+    number = _operators._cpu_new_number()
+    _operators._cpu_set_outputs_elsewhere(number, True)
     try:
         yield
     finally:
-        _operators._use_cpu_output_pool(before)
+        _operators._cpu_set_outputs_elsewhere(number, False)

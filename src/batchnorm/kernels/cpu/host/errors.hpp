@@ -20,7 +20,7 @@ template <class... Parts>
   throw std::runtime_error(text.str());
 }
 
-std::string dtype_name(const torch::stable::Tensor& t) {
+inline std::string dtype_name(const torch::stable::Tensor& t) {
   using torch::headeronly::ScalarType;
   switch (t.scalar_type()) {
     case ScalarType::Bool: return "bool";
@@ -38,7 +38,7 @@ std::string dtype_name(const torch::stable::Tensor& t) {
 }
 
 // What came, for a message: dtype, shape, and a device that is not the CPU.
-std::string described(const torch::stable::Tensor& t) {
+inline std::string described(const torch::stable::Tensor& t) {
   std::ostringstream text;
   text << dtype_name(t) << " of shape (";
   for (int64_t d = 0; d < t.dim(); ++d) text << (d ? ", " : "") << t.size(d);

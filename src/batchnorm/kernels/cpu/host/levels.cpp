@@ -3,9 +3,11 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <atomic>
 #include <string>
 #include <vector>
 
+#include "host/guarded.hpp"
 #include "host/strings.hpp"
 #include "loops/kernels.hpp"
 
@@ -42,7 +44,7 @@ std::vector<const Level*> available() {
 #endif
 }
 
-const Level* current = available().back();
+std::atomic<const Level*> current = available().back();  // another thread may choose while kernels run
 
 // --- for Python ------------------------------------------------------------------------------------------------------
 
@@ -52,12 +54,12 @@ std::string cpu_levels() {
   return names;
 }
 
-std::string cpu_level() { return current->name; }
+std::string cpu_level() { return current.load()->name; }
 
 std::string cpu_activations() {
   std::string names;
-  for (int i = 1; current->activations[i] != nullptr; ++i)
-    names.append(names.empty() ? "" : " ").append(current->activations[i]);
+  const char* const* activations = current.load()->activations;
+  for (int i = 1; activations[i] != nullptr; ++i) names.append(names.empty() ? "" : " ").append(activations[i]);
   return names;
 }
 
@@ -73,11 +75,12 @@ bool use_cpu_level(StringHandle name) {
 
 }  // namespace
 
-const Kernels& kernels(Dtype dtype) { return current->kernels[static_cast<int>(dtype)]; }
+const Kernels& kernels(Dtype dtype) { return current.load(std::memory_order_relaxed)->kernels[static_cast<int>(dtype)]; }
 
 int find_activation(const std::string& name) {
-  for (int i = 0; current->activations[i] != nullptr; ++i)
-    if (name == current->activations[i]) return i;
+  const char* const* activations = current.load(std::memory_order_relaxed)->activations;
+  for (int i = 0; activations[i] != nullptr; ++i)
+    if (name == activations[i]) return i;
   return -1;
 }
 
@@ -91,8 +94,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(batchnorm, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(batchnorm, CompositeExplicitAutograd, m) {
-  m.impl("_cpu_levels", TORCH_BOX(&batchnorm::cpu_levels));
-  m.impl("_cpu_level", TORCH_BOX(&batchnorm::cpu_level));
-  m.impl("_cpu_activations", TORCH_BOX(&batchnorm::cpu_activations));
-  m.impl("_use_cpu_level", TORCH_BOX(&batchnorm::use_cpu_level));
+  m.impl("_cpu_levels", BN_BOX(batchnorm::cpu_levels));
+  m.impl("_cpu_level", BN_BOX(batchnorm::cpu_level));
+  m.impl("_cpu_activations", BN_BOX(batchnorm::cpu_activations));
+  m.impl("_use_cpu_level", BN_BOX(batchnorm::use_cpu_level));
 }

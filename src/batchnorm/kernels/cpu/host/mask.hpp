@@ -116,7 +116,10 @@ class MaskInput {
     const auto dim_of_x = [&](int64_t d) { return d < axis ? d : d + 1; };
     bool fits = mask.is_cpu() && rank == x.dim() - 1;
     for (int64_t d = 0; fits && d < rank; ++d) fits = mask.size(d) == x.size(dim_of_x(d));
-    STD_TORCH_CHECK(fits, "batchnorm: mask must have x's shape without the channels, on the CPU");
+    if (!fits)
+      refuse("got a mask, ", described(mask), ", for x ", described(x), "; it must have x's shape without the channels",
+             ", on the CPU");
+    check_storage(mask, "mask");
 
     std::vector<int64_t> order(rank), strides(rank);
     std::iota(order.begin(), order.end(), 0);

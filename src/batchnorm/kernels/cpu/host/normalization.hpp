@@ -1,8 +1,10 @@
 // The numbers that the loops use, one for each channel, from statistics, weight and bias.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <string>
 #include <vector>
@@ -23,7 +25,7 @@ int take_activation(const OptionalString& argument) {
   if (!argument) return 0;
   const std::string name = take_string(*argument);
   const int index = find_activation(name);
-  STD_TORCH_CHECK(index > 0, "batchnorm: no native kernel for the activation ", name);
+  if (index <= 0) refuse("got activation '", name, "'; there is no native kernel for it");
   return index;
 }
 
@@ -36,7 +38,10 @@ class Coefficient {
         exact_(input.dtype == Dtype::float64 ? size_ : 0),
         rounded_(input.dtype == Dtype::float64 ? 0 : size_) {}
 
+  // A finite value stays so: a scale beyond float32 would make NaN of the zeros that it is multiplied with.
   void set(int64_t c, double value) {
+    constexpr double largest = std::numeric_limits<float>::max();
+    if (exact_.empty() && std::isfinite(value)) value = std::clamp(value, -largest, largest);
     if (exact_.empty())
       for (int64_t i = c; i < size_; i += channels_) rounded_[i] = static_cast<float>(value);
     else

@@ -2,11 +2,15 @@
 // the loops in loops/.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <optional>
 #include <tuple>
 #include <utility>
 
+#include "host/guarded.hpp"
+#include "host/memory_limit.hpp"
 #include "host/normalization.hpp"
 #include "host/output.hpp"
 #include "host/passes.hpp"
@@ -20,7 +24,7 @@ namespace batchnorm {
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor> batch_moments(const Tensor& x, int64_t channel_dim, const OptionalTensor& mask) {
-  const Input input(x, channel_dim);
+  const Input input(x, channel_dim, Order::own);
   const Schedule schedule(input.extents, input.tensor.element_size());
   const MomentsPass moments(input, channel_dim, schedule.repeat(), mask);
   schedule.reduce([&](const Extents& e, int64_t begin, int64_t end, Sums s) { moments.add(e, begin, end, s); },
@@ -32,11 +36,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_of(const Tensor& x, const Opt
                                                       const OptionalTensor& bias, const OptionalTensor& residual,
                                                       double eps, int64_t channel_dim, int activation,
                                                       const OptionalTensor& mask) {
-  const Input input(x, channel_dim);
+  const Input input(x, channel_dim, Order::outputs);
   const Schedule schedule(input.extents, input.tensor.element_size());
   const MomentsPass moments(input, channel_dim, schedule.repeat(), mask);
   Normalization norm(input, schedule.repeat(), weight, bias, eps, activation);
-  const ApplyPass apply(input, norm, residual, Output::like(input.tensor, input.extents));
+  const ApplyPass apply(input, norm, residual, Output::like(input));
   schedule.reduce_then(
       schedule.blocks() && !apply.in_order(),
       [&](const Extents& e, int64_t begin, int64_t end, Sums s) { moments.add(e, begin, end, s); },
@@ -70,8 +74,8 @@ Tensor normalize(const Tensor& x, const Tensor& mean, const Tensor& var, const O
                  const OptionalTensor& bias, const OptionalTensor& residual, double eps, int64_t channel_dim,
                  const OptionalString& activation) {
   const int index = take_activation(activation);
-  const Input input(x, channel_dim);
-  Output output = Output::like(input.tensor, input.extents);
+  const Input input(x, channel_dim, Order::outputs);
+  Output output = Output::like(input);
   return normalize_into(input, std::move(output), mean, var, weight, bias, residual, eps, index);
 }
 
@@ -79,9 +83,21 @@ void normalize_(const Tensor& x, const Tensor& mean, const Tensor& var, const Op
                 const OptionalTensor& bias, const OptionalTensor& residual, double eps, int64_t channel_dim,
                 const OptionalString& activation) {
   const int index = take_activation(activation);
-  const Input input(x, channel_dim);
+  check_writable(x, "x");
+  const Input input(x, channel_dim, Order::own);
   const bool copied = input.tensor.data_ptr() != x.data_ptr();
-  const Tensor y = normalize_into(input, Output{input.tensor}, mean, var, weight, bias, residual, eps, index);
+  // Statistics and parameters are read before anything is written, and so is all that is copied.
+  OptionalTensor aligned = input.aligned(residual, "residual");
+  if (!copied) {
+    check_apart(x, mean, "mean"), check_apart(x, var, "var");
+    if (weight) check_apart(x, *weight, "weight");
+    if (bias) check_apart(x, *bias, "bias");
+    if (residual && same_place(x, *residual))
+      aligned = input.copy(*residual);  // a kernel may read values again that it has written over
+    else if (residual)
+      check_apart(x, *residual, "residual");
+  }
+  const Tensor y = normalize_into(input, Output{input.tensor}, mean, var, weight, bias, aligned, eps, index);
   if (copied) {
     Tensor target = x;
     torch::stable::copy_(target, y);
@@ -110,7 +126,7 @@ std::tuple<Tensor, Tensor> backward_input(const Tensor& dy, const Tensor& x, con
   const int64_t channels = b.input.extents.channels;
   const auto first = read(mean_dz, channels, "mean_dz", 0), second = read(mean_dz_xhat, channels, "mean_dz_xhat", 0);
   for (int64_t c = 0; c < channels; ++c) b.set_grad(c, first[c], second[c]);
-  const GradPass apply(b);
+  const GradPass apply(b, !mean_dz || !mean_dz_xhat);
   b.schedule.each(apply);
   return {apply.dx(), apply.dresidual()};
 }
@@ -153,32 +169,50 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_commit(
 
 // --- memory of outputs -----------------------------------------------------------------------------------------------
 
-// Whether outputs lie in the pool. Reading and setting are two operators: torch's compiler may call one twice while it
-// traces, which then changes nothing.
-bool output_pool() { return Pool::instance().enabled; }
-void use_output_pool(bool enabled) { Pool::instance().enabled = enabled; }
+bool output_pool() { return Pool::instance().enabled(); }
+
+// A number that nobody else has, for `set_outputs_elsewhere`.
+int64_t new_number() {
+  static std::atomic<int64_t> last = 0;
+  return ++last;
+}
+
+// Two operators: torch's compiler may call one twice while it traces, which then changes nothing.
+void set_outputs_elsewhere(int64_t who, bool wanted) { Pool::instance().set_elsewhere(who, wanted); }
+void set_output_pool_limit(int64_t bytes) { Pool::instance().set_limit(static_cast<size_t>(bytes)); }
+
+// At most what int64 holds.
+int64_t memory_limit_below(StringHandle root) {
+  return static_cast<int64_t>(std::min<uint64_t>(memory_limit(take_string(root)), INT64_MAX));
+}
 
 }  // namespace
 }  // namespace batchnorm
 
 STABLE_TORCH_LIBRARY_IMPL(batchnorm, CPU, m) {
-  m.impl("batch_moments", TORCH_BOX(&batchnorm::batch_moments));
-  m.impl("normalize", TORCH_BOX(&batchnorm::normalize));
-  m.impl("normalize_", TORCH_BOX(&batchnorm::normalize_));
-  m.impl("forward", TORCH_BOX(&batchnorm::forward));
-  m.impl("backward_sums", TORCH_BOX(&batchnorm::backward_sums));
-  m.impl("backward_input", TORCH_BOX(&batchnorm::backward_input));
-  m.impl("backward", TORCH_BOX(&batchnorm::backward));
-  m.impl("commit", TORCH_BOX(&batchnorm::commit));
-  m.impl("forward_commit", TORCH_BOX(&batchnorm::forward_commit));
+  m.impl("batch_moments", BN_BOX(batchnorm::batch_moments));
+  m.impl("normalize", BN_BOX(batchnorm::normalize));
+  m.impl("normalize_", BN_BOX(batchnorm::normalize_));
+  m.impl("forward", BN_BOX(batchnorm::forward));
+  m.impl("backward_sums", BN_BOX(batchnorm::backward_sums));
+  m.impl("backward_input", BN_BOX(batchnorm::backward_input));
+  m.impl("backward", BN_BOX(batchnorm::backward));
+  m.impl("commit", BN_BOX(batchnorm::commit));
+  m.impl("forward_commit", BN_BOX(batchnorm::forward_commit));
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(batchnorm, m) {
-  m.def("_cpu_output_pool() -> bool");
-  m.def("_use_cpu_output_pool(bool enabled) -> ()");
+  m.def("_cpu_output_pool() -> bool");  // whether outputs lie in it
+  m.def("_cpu_new_number() -> int");
+  m.def("_cpu_set_outputs_elsewhere(int who, bool wanted) -> ()");
+  m.def("_cpu_set_output_pool_limit(int bytes) -> ()");
+  m.def("_cpu_memory_limit(str root) -> int");  // root: where the system's files are, "" for its own
 }
 
 STABLE_TORCH_LIBRARY_IMPL(batchnorm, CompositeExplicitAutograd, m) {
-  m.impl("_cpu_output_pool", TORCH_BOX(&batchnorm::output_pool));
-  m.impl("_use_cpu_output_pool", TORCH_BOX(&batchnorm::use_output_pool));
+  m.impl("_cpu_output_pool", BN_BOX(batchnorm::output_pool));
+  m.impl("_cpu_new_number", BN_BOX(batchnorm::new_number));
+  m.impl("_cpu_set_outputs_elsewhere", BN_BOX(batchnorm::set_outputs_elsewhere));
+  m.impl("_cpu_set_output_pool_limit", BN_BOX(batchnorm::set_output_pool_limit));
+  m.impl("_cpu_memory_limit", BN_BOX(batchnorm::memory_limit_below));
 }

@@ -43,17 +43,20 @@ struct Output {
   Tensor tensor;
   bool in_order = false, stream = false;
 
-  // A new tensor of a dense one's shape and memory order.
+  // A new tensor of an input's shape, dtype and memory order.
   //
   // The first touch of fresh memory costs more than writing it: the system maps and clears it page by page. Where it
   // helps, 2 MiB pages are asked for; a page that was just cleared is best written at once, in memory order. Memory
   // that was used before can be written in any order, and, where the tensor is larger than the caches, past them.
-  static Output like(const Tensor& x, const Extents& extents) {
+  static Output like(const Input& input) {
+    const Tensor& x = input.tensor;
+    const Extents& extents = input.extents;
+    const int64_t* strides = input.strides.data();
     const auto bytes = static_cast<uintptr_t>(x.numel() * x.element_size());
     bool used = false;
     const AtenTensorHandle pooled =
-        Pool::instance().tensor(bytes, x.dim(), x.sizes().data(), x.strides().data(), dtype_code(x), used);
-    Output out{pooled ? Tensor(pooled) : allocate(x.dim(), x.sizes().data(), x.strides().data(), dtype_code(x))};
+        Pool::instance().tensor(bytes, x.dim(), x.sizes().data(), strides, dtype_code(x), used);
+    Output out{pooled ? Tensor(pooled) : allocate(x.dim(), x.sizes().data(), strides, dtype_code(x))};
     constexpr uintptr_t line = 64, large = 1 << 21, least = 1 << 24;  // a last-level cache may hold less than `least`
     const auto address = reinterpret_cast<uintptr_t>(out.tensor.data_ptr());
     const auto begin = (address + large - 1) & ~(large - 1), end = (address + bytes) & ~(large - 1);

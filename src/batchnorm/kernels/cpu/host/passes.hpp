@@ -124,7 +124,7 @@ struct BackwardInputs {
   BackwardInputs(const Tensor& dy_, const Tensor& x, const Tensor& mean, const Tensor& m2, const OptionalTensor& weight,
                  const OptionalTensor& bias, const OptionalTensor& residual_, double eps, int64_t channel_dim,
                  int activation, const OptionalTensor& mask_, double count = 1)
-      : input(x, channel_dim),
+      : input(x, channel_dim, Order::outputs),
         schedule(input.extents, input.tensor.element_size()),
         dy(input.aligned(dy_, "dy")),
         residual(input.aligned(residual_, "residual")),
@@ -185,14 +185,15 @@ class SumsPass {
 // dx and dresidual, for ranges; dresidual is empty where there is no residual or no activation.
 class GradPass {
  public:
-  explicit GradPass(const BackwardInputs& b)
-      : dx_(Output::like(b.input.tensor, b.input.extents)),
+  // `constants`: the statistics do not depend on x.
+  explicit GradPass(const BackwardInputs& b, bool constants = false)
+      : dx_(Output::like(b.input)),
         tensors_(b.tensors()),
         affine_(b.affine),
-        coefficients_{b.slope.view(), b.offset.view()},
+        coefficients_{b.slope.view(), b.offset.view(), constants},
         kernels_(kernels(b.input.dtype)) {
     const bool wanted = b.residual && b.affine.activation != 0;
-    if (wanted) dresidual_ = Output::like(b.input.tensor, b.input.extents);
+    if (wanted) dresidual_ = Output::like(b.input);
     tensors_.dx = dx_.tensor.mutable_data_ptr();
     tensors_.dresidual = wanted ? dresidual_->tensor.mutable_data_ptr() : nullptr;
     tensors_.stream = dx_.stream && (!wanted || dresidual_->stream);

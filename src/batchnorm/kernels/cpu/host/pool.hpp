@@ -6,15 +6,18 @@
 
 #include <pthread.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <unistd.h>
 
-#include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <cstdio>
 #include <cstdlib>
+#include <iterator>
+#include <list>
+#include <map>
 #include <mutex>
+#include <set>
 #include <vector>
+
+#include "host/memory_limit.hpp"
 
 // torch 2.11 and newer can be told what to do when a tensor is freed. Weak, and so null in an older torch.
 extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
@@ -36,8 +39,6 @@ class Pool {
     bool used = false;  // before: its pages are there
   };
 
-  std::atomic<bool> enabled = true;
-
   // The process's pool. Never destroyed: tensors may be freed after everything else.
   static Pool& instance() {
     static Pool* pool = new Pool;
@@ -48,7 +49,7 @@ class Pool {
   // says whether its pages are there.
   AtenTensorHandle tensor(size_t bytes, int64_t rank, const int64_t* sizes, const int64_t* strides, int32_t dtype,
                           bool& used) {
-    if (torch_from_blob == nullptr || bytes < kSmallestBlock || bytes > limit_ || !enabled) return nullptr;
+    if (torch_from_blob == nullptr || bytes < kSmallestBlock || bytes > limit_ || !enabled()) return nullptr;
     const Block block = take(bytes);
     if (block.data == nullptr) return nullptr;
     used = block.used;
@@ -62,64 +63,98 @@ class Pool {
     return nullptr;
   }
 
+  // Whether outputs lie in the pool: unless somebody wants them elsewhere.
+  bool enabled() const { return enabled_; }
+
+  // Somebody who wants outputs elsewhere comes or goes. Each has a number of its own, so that several at once, from any
+  // threads and in any order, are told apart, and being told twice changes nothing.
+  void set_elsewhere(int64_t who, bool wanted) {
+    const std::lock_guard lock(mutex_);
+    if (wanted)
+      elsewhere_.insert(who);
+    else
+      elsewhere_.erase(who);
+    enabled_ = elsewhere_.empty();
+  }
+
+  // The bytes that may lie idle.
+  void set_limit(size_t bytes) {
+    limit_ = bytes;
+    drop(beyond(bytes));
+  }
+
+  // Returns to the system all that lies idle; false if nothing did.
+  bool drop_idle() {
+    const auto blocks = beyond(0);
+    drop(blocks);
+    return !blocks.empty();
+  }
+
  private:
-  Pool() : limit_(limit()) {
+  // At first, an eighth of the memory that this process may have may lie idle.
+  Pool() : limit_(memory_limit() / 8) {
     // A child process must not inherit a lock that another thread of its parent held.
     pthread_atfork([] { instance().mutex_.lock(); }, [] { instance().mutex_.unlock(); },
                    [] { instance().mutex_.unlock(); });
-  }
-
-  // The bytes that may lie idle: an eighth of the memory that this process may have, or BATCHNORM_POOL_MIB.
-  static size_t limit() {
-    if (const char* wanted = std::getenv("BATCHNORM_POOL_MIB")) return std::strtoull(wanted, nullptr, 10) << 20;
-    size_t memory = static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
-    if (FILE* file = std::fopen("/sys/fs/cgroup/memory.max", "r")) {  // a container's
-      unsigned long long most = 0;
-      if (std::fscanf(file, "%llu", &most) == 1) memory = std::min<size_t>(memory, most);
-      std::fclose(file);
-    }
-    return memory / 8;
   }
 
   // The smallest idle block that fits, of equal ones the last used, or a new one.
   Block take(size_t bytes) {
     {
       const std::lock_guard lock(mutex_);
-      auto best = idle_.end();
-      for (auto it = idle_.begin(); it != idle_.end(); ++it)
-        if (it->bytes >= bytes && it->bytes - bytes <= bytes / 8 && (best == idle_.end() || it->bytes <= best->bytes))
-          best = it;
-      if (best != idle_.end()) {
-        const Block block = *best;
-        idle_.erase(best);
+      auto found = by_size_.lower_bound(bytes);
+      if (found != by_size_.end() && found->first - bytes <= bytes / 8) {
+        found = std::prev(by_size_.upper_bound(found->first));
+        const Block block = *found->second;
+        by_age_.erase(found->second);
+        by_size_.erase(found);
         idle_bytes_ -= block.bytes;
         return block;
       }
     }
     Block block{nullptr, bytes, false};
-    if (posix_memalign(&block.data, bytes < kLargePage ? 4096 : kLargePage, bytes) != 0) block.data = nullptr;
+    const size_t alignment = bytes < kLargePage ? 4096 : kLargePage;
+    if (posix_memalign(&block.data, alignment, bytes) == 0) return block;
+    if (drop_idle() && posix_memalign(&block.data, alignment, bytes) == 0) return block;
+    block.data = nullptr;
     return block;
   }
 
   // Keeps a block, and returns to the system those that lay idle longest, beyond the limit.
   static void give_back(void* data, void* bytes) {
     Pool& pool = instance();
-    std::vector<Block> dropped;
     {
       const std::lock_guard lock(pool.mutex_);
-      pool.idle_.push_back({data, reinterpret_cast<size_t>(bytes), true});
-      pool.idle_bytes_ += pool.idle_.back().bytes;
-      auto first_kept = pool.idle_.begin();
-      for (; pool.idle_bytes_ > pool.limit_; ++first_kept) pool.idle_bytes_ -= first_kept->bytes;
-      dropped.assign(pool.idle_.begin(), first_kept);
-      pool.idle_.erase(pool.idle_.begin(), first_kept);
+      pool.by_age_.push_back({data, reinterpret_cast<size_t>(bytes), true});
+      pool.by_size_.emplace(pool.by_age_.back().bytes, std::prev(pool.by_age_.end()));
+      pool.idle_bytes_ += pool.by_age_.back().bytes;
     }
-    for (const Block& block : dropped) std::free(block.data);
+    drop(pool.beyond(pool.limit_));
   }
 
-  size_t limit_;
+  // Takes out the blocks that lay idle longest, until no more than `most` bytes lie idle.
+  std::vector<Block> beyond(size_t most) {
+    std::vector<Block> out;
+    const std::lock_guard lock(mutex_);
+    while (idle_bytes_ > most) {
+      out.push_back(by_age_.front());
+      by_size_.erase(by_size_.lower_bound(out.back().bytes));  // of equal ones the first is the longest idle
+      by_age_.pop_front();
+      idle_bytes_ -= out.back().bytes;
+    }
+    return out;
+  }
+
+  static void drop(const std::vector<Block>& blocks) {
+    for (const Block& block : blocks) std::free(block.data);
+  }
+
+  std::atomic<size_t> limit_;
+  std::atomic<bool> enabled_ = true;
   std::mutex mutex_;
-  std::vector<Block> idle_;  // the longest idle first
+  std::set<int64_t> elsewhere_;
+  std::list<Block> by_age_;  // the idle blocks, the longest idle first
+  std::multimap<size_t, std::list<Block>::iterator> by_size_;
   size_t idle_bytes_ = 0;
 };
 

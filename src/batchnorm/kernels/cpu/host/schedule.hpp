@@ -9,8 +9,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <numeric>
-#include <vector>
+#include <utility>
 
 #include "loops/kernels.hpp"
 
@@ -19,6 +20,7 @@ namespace {
 
 constexpr int64_t kPart = 1 << 16;          // values of a part, at least
 constexpr int64_t kMaxParts = 32;           // each has sums of its own for every channel
+constexpr int64_t kKept = 1 << 22;          // bytes for sums that a thread keeps for its next call
 constexpr int64_t kGrain = 1 << 15;         // values that are worth a thread
 constexpr int64_t kAlign = 64;              // parts of planes begin at multiples of this many values
 constexpr int64_t kFewChannels = 256;       // rows of fewer are packed where that fills whole vectors
@@ -64,7 +66,10 @@ class Schedule {
     extents_.channels = e.channels * repeat_;
     start_ = extents_.size();
     rest_.outer = repeat_ == 1 ? 0 : e.outer % repeat_;
-    const int64_t wanted = std::clamp<int64_t>(start_ / kPart, 1, kMaxParts);
+    // Where channels are many and their values few, the sums of many parts would be larger than the input.
+    const int64_t sums = 2 * static_cast<int64_t>(sizeof(double)) * extents_.channels;
+    const int64_t room = std::max(kKept, e.size() * element_size / 2) / sums;
+    const int64_t wanted = std::clamp<int64_t>(start_ / kPart, 1, std::clamp<int64_t>(room, 1, kMaxParts));
     const int64_t unit = e.rows() ? extents_.channels : kAlign;
     length_ = ceil_div(ceil_div(start_, unit), wanted) * unit;
     parts_ = ceil_div(start_, length_);
@@ -92,7 +97,8 @@ class Schedule {
   template <class Add, class Finish>
   void reduce(const Add& add, const Finish& finish) const {
     if (parts_ == 0) return;
-    double* sums = scratch();
+    const Scratch scratch(2 * extents_.channels * parts_);
+    double* sums = scratch.data;
     each_part(false, [&](int64_t part, const Extents& e, int64_t begin, int64_t end) {
       if (&e == &extents_) clear(sums_of(sums, part, 0), extents_.channels);
       add(e, begin, end, sums_of(sums, part, 0));
@@ -111,7 +117,8 @@ class Schedule {
       each_part(true, [&](int64_t, const Extents& e, int64_t begin, int64_t end) { then(e, begin, end); });
       return;
     }
-    double* sums = scratch();
+    const Scratch scratch(2 * extents_.channels * parts_);
+    double* sums = scratch.data;
     const int64_t blocks = ceil_div(extents_.channels, width_);
     torch::stable::parallel_for(0, blocks, 1, [&](int64_t first_block, int64_t last_block) {
       for (int64_t block = first_block; block < last_block; ++block) {
@@ -150,13 +157,25 @@ class Schedule {
     });
   }
 
-  // Memory for every part's sums. Kept for the next call: up to a megabyte, which would otherwise be mapped and
-  // unmapped every time.
-  double* scratch() const {
-    static thread_local std::vector<double> sums;
-    if (const size_t size = 2 * extents_.channels * parts_; sums.size() < size) sums.resize(size);
-    return sums.data();
-  }
+  // Memory for every part's sums. A little is kept for the thread's next call: it would otherwise be mapped and unmapped
+  // every time.
+  struct Scratch {
+    std::unique_ptr<double[]> own;
+    double* data;
+
+    explicit Scratch(int64_t size) {
+      static thread_local std::unique_ptr<double[]> kept;
+      static thread_local int64_t kept_size = 0;
+      const bool keep = size <= kKept / static_cast<int64_t>(sizeof(double));
+      if (keep && size <= kept_size) {
+        data = kept.get();
+        return;
+      }
+      own = std::make_unique_for_overwrite<double[]>(size);
+      data = own.get();
+      if (keep) kept = std::move(own), kept_size = size;
+    }
+  };
 
   // A part's sums, from a channel on.
   Sums sums_of(double* sums, int64_t part, int64_t channel) const {

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "host/errors.hpp"
+#include "host/pool.hpp"
 #include "loops/kernels.hpp"
 
 namespace batchnorm {
@@ -23,12 +24,36 @@ using OptionalTensor = std::optional<Tensor>;
 
 // --- memory ----------------------------------------------------------------------------------------------------------
 
+// A new tensor on the CPU. (By the shim's own function: empty_like and new_empty are operators and go through the
+// dispatcher, at three times the cost, which shows with small inputs.)
+Tensor allocate(int64_t rank, const int64_t* sizes, const int64_t* strides, int32_t dtype) {
+  const auto tried = [&](AtenTensorHandle& handle) {
+    return aoti_torch_empty_strided(rank, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle) ==
+           AOTI_TORCH_SUCCESS;
+  };
+  AtenTensorHandle handle = nullptr;
+  if (tried(handle) || (Pool::instance().drop_idle() && tried(handle))) return Tensor(handle);
+  double bytes = aoti_torch_dtype_element_size(dtype);
+  for (int64_t d = 0; d < rank; ++d) bytes *= static_cast<double>(sizes[d]);
+  refuse("no memory for a tensor of ", bytes / (1 << 20), " MiB. Use a smaller batch, or give memory back first");
+}
+
+Tensor allocate_vector(int64_t size, int32_t dtype) {
+  const int64_t stride = 1;
+  return allocate(1, &size, &stride, dtype);
+}
+
+int32_t dtype_code(const Tensor& t) {
+  int32_t code;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &code));
+  return code;
+}
+
 // The bytes that a tensor's values lie in: [begin, end).
 struct Span {
   uintptr_t begin = 0, end = 0;
 
   bool overlaps(const Span& other) const { return begin < other.end && other.begin < end; }
-  bool operator==(const Span&) const = default;
 };
 
 Span span_of(const Tensor& t) {
@@ -55,34 +80,45 @@ void check_storage(const Tensor& t, const char* name) {
 
 // What is written in place must have a place for each value.
 void check_writable(const Tensor& t, const char* name) {
+  if (t.numel() == 0) return;
+  constexpr int64_t most = 16;
   const auto sizes = t.sizes(), strides = t.strides();
-  for (int64_t d = 0; d < t.dim(); ++d)
-    if (sizes[d] > 1 && strides[d] == 0)
-      refuse("got ", name, " ", described(t), " in which several elements share one place in memory, as in what "
+  std::array<int64_t, most> order;
+  int64_t used = 0;
+  for (int64_t d = 0; d < std::min(t.dim(), most); ++d)
+    if (sizes[d] > 1) order[used++] = d;
+  std::sort(order.begin(), order.begin() + used, [&](int64_t a, int64_t b) { return strides[a] < strides[b]; });
+  int64_t reached = 0;  // by the dimensions before: the next one must step over it
+  for (int64_t i = 0; i < used; ++i) {
+    const int64_t d = order[i];
+    if (strides[d] <= reached)
+      refuse("got ", name, " ", described(t), " in which several elements share one place in memory, as in what ",
              "expand() returns; it is written in place. Use .clone() first");
+    reached += (sizes[d] - 1) * strides[d];
+  }
+}
+
+template <class Strides>
+bool same_order(const Tensor& t, const Strides& strides) {
+  const auto sizes = t.sizes(), own = t.strides();
+  for (int64_t d = 0; d < t.dim(); ++d)
+    if (sizes[d] != 1 && own[d] != strides[d]) return false;
+  return true;
+}
+
+// Whether two tensors of one shape and dtype are the same values in memory.
+bool same_place(const Tensor& a, const Tensor& b) {
+  return a.data_ptr() == b.data_ptr() && same_order(a, b.strides());
+}
+
+// A dense x is written in place: what is read beside it must lie elsewhere.
+void check_apart(const Tensor& x, const Tensor& other, const char* name) {
+  if (span_of(x).overlaps(span_of(other)))
+    refuse("got ", name, " ", described(other), " that shares memory with x ", described(x),
+           ", which is written in place. Use ", name, ".clone() first");
 }
 
 // --- memory order ----------------------------------------------------------------------------------------------------
-
-// A new tensor on the CPU. (By the shim's own function: empty_like and new_empty are operators and go through the
-// dispatcher, at three times the cost, which shows with small inputs.)
-Tensor allocate(int64_t rank, const int64_t* sizes, const int64_t* strides, int32_t dtype) {
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(rank, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-Tensor allocate_vector(int64_t size, int32_t dtype) {
-  const int64_t stride = 1;
-  return allocate(1, &size, &stride, dtype);
-}
-
-int32_t dtype_code(const Tensor& t) {
-  int32_t code;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &code));
-  return code;
-}
 
 // How the values of a tensor lie in memory, or nothing where they leave gaps or overlap.
 std::optional<Extents> extents_of(const Tensor& x, int64_t axis) {
@@ -90,7 +126,7 @@ std::optional<Extents> extents_of(const Tensor& x, int64_t axis) {
   const int64_t rank = x.dim();
   const auto sizes = x.sizes(), strides = x.strides();
   std::array<int64_t, most> order;
-  STD_TORCH_CHECK(rank <= most, "batchnorm: x must have at most 16 dimensions");
+  if (rank > most) refuse("got x with ", rank, " dimensions; it may have at most ", most, ". Flatten some first");
   int64_t used = 0;
   for (int64_t d = 0; d < rank; ++d)
     if (sizes[d] != 1) order[used++] = d;
@@ -108,13 +144,6 @@ std::optional<Extents> extents_of(const Tensor& x, int64_t axis) {
       (inside ? extents.inner : extents.outer) *= sizes[d];
   }
   return extents;
-}
-
-bool same_order(const Tensor& a, const Tensor& b) {
-  const auto sizes = a.sizes(), sa = a.strides(), sb = b.strides();
-  for (int64_t d = 0; d < a.dim(); ++d)
-    if (sizes[d] != 1 && sa[d] != sb[d]) return false;
-  return true;
 }
 
 std::optional<Dtype> dtype_of(const Tensor& t) {
@@ -139,28 +168,65 @@ void with_element(const Tensor& t, const char* name, const F& f) {
   }
 }
 
+// The strides of what torch returns for an input: channels_last where the input's strides look so, by torch's own rule
+// (`suggest_memory_format`), contiguous otherwise.
+std::vector<int64_t> output_strides(const Tensor& x) {
+  const auto sizes = x.sizes(), strides = x.strides();
+  const int64_t rank = x.dim();
+  const auto channels_last = [&] {
+    if ((rank != 4 && rank != 5) || strides[1] == 0) return false;
+    int64_t least = 0;
+    for (int64_t i = 0; i < rank; ++i) {
+      const int64_t d = i == 0 ? 1 : (i == rank - 1 ? 0 : rank - i);  // 1, the spatial ones from the last on, 0
+      if (sizes[d] == 0 || strides[d] < least || (d == 0 && least == strides[1])) return false;
+      least = strides[d] * std::max<int64_t>(sizes[d], 1);
+    }
+    return true;
+  };
+  std::vector<int64_t> out(rank);
+  int64_t stride = 1;
+  const bool last = channels_last();
+  const auto put = [&](int64_t d) {
+    out[d] = stride;
+    stride *= std::max<int64_t>(sizes[d], 1);
+  };
+  if (last) put(1);
+  for (int64_t d = rank - 1; d >= 0; --d)
+    if (!last || d != 1) put(d);
+  return out;
+}
+
+// In which order an input is gone through: in that of its outputs, or in its own where there are none.
+enum class Order { outputs, own };
+
 // The input in a memory order that the kernels can go through: itself, or one copy.
 struct Input {
   Tensor tensor;
+  std::vector<int64_t> strides;  // of outputs
   Extents extents;
   Dtype dtype;
 
-  Input(const Tensor& x, int64_t channel_dim) : tensor(x), extents{}, dtype{} {
+  Input(const Tensor& x, int64_t channel_dim, Order order)
+      : tensor(x), strides(output_strides(x)), extents{}, dtype{} {
     const auto type = dtype_of(x);
-    STD_TORCH_CHECK(type && x.is_cpu(), "batchnorm: x must be floating and on the CPU");
-    STD_TORCH_CHECK(x.dim() >= 2 && channel_dim >= -x.dim() && channel_dim < x.dim(),
-                    "batchnorm: x must have at least 2 dimensions, and channel_dim be one of them");
+    if (!type || !x.is_cpu())
+      refuse("got x ", described(x), "; it must be floating: float32, float64, bfloat16 or float16, on the CPU");
+    if (x.dim() < 2) refuse("got x ", described(x), "; it must have at least 2 dimensions, (N, C) or (N, C, *S)");
+    if (channel_dim < -x.dim() || channel_dim >= x.dim())
+      refuse("got channel_dim=", channel_dim, " for x ", described(x), "; it must lie in [", -x.dim(), ", ",
+             x.dim() - 1, "]");
     dtype = *type;
     const int64_t axis = channel_dim < 0 ? channel_dim + x.dim() : channel_dim;
     if (x.numel() == 0) {
       extents = Extents{0, x.sizes()[axis], 1};
       return;
     }
-    auto found = extents_of(x, axis);
+    check_storage(x, "x");
+    auto found = order == Order::outputs && !same_order(x, strides) ? std::nullopt : extents_of(x, axis);
     if (!found) {
-      tensor = torch::stable::clone(x);
+      tensor = allocate(x.dim(), x.sizes().data(), strides.data(), dtype_code(x));
+      torch::stable::copy_(tensor, x);
       found = extents_of(tensor, axis);
-      STD_TORCH_CHECK(found, "batchnorm: a copy of x is not dense");
     }
     extents = *found;
   }
@@ -169,14 +235,19 @@ struct Input {
 
   // Another tensor of the input's shape and dtype, in the input's memory order: itself, or one copy.
   Tensor aligned(const Tensor& other, const char* name) const {
-    STD_TORCH_CHECK(other.scalar_type() == tensor.scalar_type() && other.is_cpu(), "batchnorm: ", name,
-                    " must have x's dtype and be on the CPU");
-    bool same_shape = other.dim() == tensor.dim();
-    for (int64_t d = 0; same_shape && d < other.dim(); ++d) same_shape = other.sizes()[d] == tensor.sizes()[d];
-    STD_TORCH_CHECK(same_shape, "batchnorm: ", name, " must have x's shape");
-    if (same_order(other, tensor)) return other;
-    Tensor copy = torch::stable::empty_like(tensor);
-    return torch::stable::copy_(copy, other);
+    bool fits = other.scalar_type() == tensor.scalar_type() && other.is_cpu() && other.dim() == tensor.dim();
+    for (int64_t d = 0; fits && d < other.dim(); ++d) fits = other.size(d) == tensor.size(d);
+    if (!fits)
+      refuse("got ", name, " ", described(other), " for x ", described(tensor), "; it must have x's shape and dtype, ",
+             "on the CPU");
+    check_storage(other, name);
+    return same_order(other, tensor.strides()) ? other : copy(other);
+  }
+
+  // Another tensor's values in new memory, in the input's order.
+  Tensor copy(const Tensor& other) const {
+    Tensor out = allocate(tensor.dim(), tensor.sizes().data(), tensor.strides().data(), dtype_code(tensor));
+    return torch::stable::copy_(out, other);
   }
 
   OptionalTensor aligned(const OptionalTensor& other, const char* name) const {

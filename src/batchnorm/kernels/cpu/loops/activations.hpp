@@ -14,9 +14,8 @@ namespace {
 
 // --- what they are made of -------------------------------------------------------------------------------------------
 
+// 0 below -87 and infinity above 88, so that a product with it has its limit; NaN stays.
 BN_INLINE Floats exponential(Floats x) {
-  x = x < -87.0f ? splat<Floats>(-87.0f) : x;
-  x = x > 88.0f ? splat<Floats>(88.0f) : x;
   // x = n log 2 + r, |r| <= log(2) / 2; adding 1.5 * 2^23 rounds to the integer n, which stays in the low bits.
   const Floats shifted = x * 1.44269504f + 0x1.8p23f;
   const Floats n = shifted - 0x1.8p23f;
@@ -28,7 +27,8 @@ BN_INLINE Floats exponential(Floats x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  return p * as_floats((as_bits(shifted) + 127) << 23);
+  const Floats inside = p * as_floats((as_bits(shifted) + 127) << 23);
+  return x > 88.0f ? splat<Floats>(__builtin_inff()) : (x < -87.0f ? Floats{} : inside);
 }
 
 // erf(t) for t >= 0, to an absolute 1.4e-7: 1 - exp(-t P(t)), P fitted to -log(erfc(t)) / t on [0, 4.1].
@@ -78,6 +78,13 @@ template <class V>
 BN_INLINE V logistic_density(V z) {
   const V e = exponential(z < 0 ? z : -z);
   return e / ((1 + e) * (1 + e));
+}
+
+// z between bounds: where an activation's derivative has reached its limit, which at infinity would be 0 times infinity.
+template <class V>
+BN_INLINE V clamped(V z, Scalar<V> low, Scalar<V> high) {
+  const V above = z < low ? splat<V>(low) : z;
+  return above > high ? splat<V>(high) : above;
 }
 
 // The distribution function of the standard normal distribution.
@@ -159,7 +166,7 @@ struct Silu {
   template <class V>
   static BN_INLINE V grad(V dy, V z) {
     const V s = logistic(z);
-    return dy * s * (1 + z * (1 - s));
+    return dy * s * (1 + clamped<V>(z, -1000, 1000) * (1 - s));
   }
 };
 
@@ -171,8 +178,9 @@ struct Gelu {
   }
   template <class V>
   static BN_INLINE V grad(V dy, V z) {
-    const V density = exponential(-(z * z) / 2) * static_cast<Scalar<V>>(0.39894228040143268);
-    return dy * (normal(z) + z * density);
+    const V near = clamped<V>(z, -100, 100);
+    const V density = exponential(-(near * near) / 2) * static_cast<Scalar<V>>(0.39894228040143268);
+    return dy * (normal(z) + near * density);
   }
 };
 
@@ -181,7 +189,7 @@ struct Hardswish {
   template <class V>
   static BN_INLINE V value(V z) {
     const V gate = z + 3, low = gate < 0 ? V{} : gate;
-    return z * (low > 6 ? splat<V>(6) : low) / 6;
+    return z * ((low > 6 ? splat<V>(6) : low) / 6);
   }
   template <class V>
   static BN_INLINE V grad(V dy, V z) {
@@ -196,19 +204,19 @@ struct Mish {
   static constexpr char name[] = "mish";
   template <class V>
   static BN_INLINE V value(V z) {
-    const V e = exponential(capped(z)), w = e * (e + 2);
+    const V e = exponential(near(z)), w = e * (e + 2);
     return z * (w / (w + 2));
   }
   template <class V>
   static BN_INLINE V grad(V dy, V z) {
-    const V cap = capped(z), e = exponential(cap), w = e * (e + 2), d = w + 2;
-    return dy * (w / d + cap * (4 * e * (e + 1)) / (d * d));
+    const V n = near(z), e = exponential(n), w = e * (e + 2), d = w + 2;
+    return dy * (w / d + n * (4 * e * (e + 1)) / (d * d));
   }
 
  private:
   template <class V>
-  static BN_INLINE V capped(V z) {
-    return z > 20 ? splat<V>(20) : z;
+  static BN_INLINE V near(V z) {
+    return clamped<V>(z, -1000, 20);
   }
 };
 

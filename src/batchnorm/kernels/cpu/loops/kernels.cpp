@@ -59,9 +59,14 @@ BN_INLINE void grad_run(const Backward& t, const Affine& a, const GradCoefficien
         const V mean = access.coefficient(c, a.mean, k);
         const V dz = preactivation_grad<T, A, Residual>(t, a, access, c, at + k, k, x);
         if constexpr (Residual && !std::is_same_v<A, Identity>) access.store(t.dresidual, at + k, dz, t.stream);
+        const V direct = dz * access.coefficient(c, a.scale, k);
+        if (s.constants) {
+          access.store(t.dx, at + k, direct, t.stream);
+          return;
+        }
         V rest = affine(x, mean, access.coefficient(c, s.slope, k), access.coefficient(c, s.offset, k));
         if (t.mask) rest = mask.times(access, k, rest);
-        access.store(t.dx, at + k, dz * access.coefficient(c, a.scale, k) + rest, t.stream);
+        access.store(t.dx, at + k, direct + rest, t.stream);
       });
 }
 

@@ -39,9 +39,11 @@ struct Affine {
   int activation;  // an index of Level::activations
 };
 
-// The input's gradient: dx = dz * scale + mask * ((x - mean) * slope + offset), with the affine's mean and scale.
+// The input's gradient: dx = dz * scale + mask * ((x - mean) * slope + offset), with the affine's mean and scale. Where
+// the statistics are constants, dx = dz * scale, whatever x is, infinity included.
 struct GradCoefficients {
   PerChannel slope, offset;
+  bool constants;
 };
 
 // What a mask holds: booleans, a byte each, or sample weights.
