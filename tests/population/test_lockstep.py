@@ -132,22 +132,6 @@ def test_a_pass_that_catches_its_end_is_ended_where_it_waits_next() -> None:
     assert LOG == ["caught 0", "caught 1", "caught 2"]
 
 
-def test_around_is_entered_whenever_a_pass_runs() -> None:
-    class Around:
-        def __enter__(self) -> None:
-            LOG.append("(")
-
-        def __exit__(self, *_: object) -> None:
-            LOG.append(")")
-
-    with lockstep(two_waits) as steps:
-        steps.make_context = Around
-        batch_pass = steps.add(Batch(0, 0))
-        for _ in range(2):
-            steps.proceed(batch_pass)
-    assert LOG == ["(", "0a", ")", "(", "0b", ")", "(", "0 cleaned", ")"]
-
-
 def test_a_thousand_passes() -> None:
     """Each is a piece of memory, not a thread."""
     threads = threading.active_count()

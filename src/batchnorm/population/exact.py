@@ -86,8 +86,7 @@ class Exact:
         batch = first
         while batch is not None:
             self._memory.proceed(self._lockstep.add(batch))
-            with self._memory.guarding():
-                batch = next(unread, None)
+            batch = next(unread, None)
         self._context.progress.batches = len(self._lockstep.passes)
 
     def _receive(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -125,7 +124,6 @@ class Exact:
 
     def _proceed_all(self) -> None:
         """Let every pass run on to its next layer."""
-        self._memory.next_round()
         for batch_pass in self._lockstep.passes:
             self._memory.proceed(batch_pass)
             self._context.progress.done += 1

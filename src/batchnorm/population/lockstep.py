@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextvars
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import TracebackType
 
 import greenlet
@@ -36,7 +35,6 @@ class Pass:
         seconds: how long it ran, since it last began.
         stopping: it is being ended before its end.
         stack: the greenlet that it runs on; None before it began, and after it was stopped.
-        open_contexts: the contexts that its own code runs in, left while it waits.
     """
 
     def __init__(self, batch: Batch) -> None:
@@ -47,7 +45,6 @@ class Pass:
         self.seconds = 0.0
         self.stopping = False
         self.stack: greenlet.greenlet | None = None
-        self.open_contexts = ExitStack()
 
 
 class Lockstep:
@@ -58,7 +55,7 @@ class Lockstep:
         devices: the kinds of devices whose autocast state is exchanged.
 
     Attributes:
-        make_context: what makes the context that a pass's own code runs in.
+        before_stop: called with a pass before it is ended.
         passes: in the order in which they began.
         current: the pass that runs; None outside of all.
     """
@@ -69,7 +66,7 @@ class Lockstep:
         self._inference = torch.is_inference_mode_enabled()
         self._modes: tuple[object, ...] = ()
         self._seed = 0
-        self.make_context: Callable[[], AbstractContextManager[object]] = nullcontext
+        self.before_stop: Callable[[Pass], object] = lambda _: None
         self.passes: list[Pass] = []
         self.current: Pass | None = None
 
@@ -119,7 +116,6 @@ class Lockstep:
                 'torch.device(...)" or saved_tensors_hooks; method "exact" has to interrupt it there. Enter it around '
                 'the whole of recalibrate, or use method="pooled"'
             )
-        batch_pass.open_contexts.close()
         inside = TorchState.here(self._devices)
         try:
             # Leaving it puts back what torch dispatches by, so nothing else may change that while the pass waits.
@@ -127,25 +123,17 @@ class Lockstep:
                 batch_pass.stack.parent.switch()
         finally:
             inside.restore()
-            self._enter(batch_pass)
 
     def _begin(self, batch_pass: Pass) -> None:
         """What a pass's stack runs."""
-        self._enter(batch_pass)
-        try:
-            self._run(batch_pass.batch)
-        finally:
-            batch_pass.open_contexts.close()
-
-    def _enter(self, batch_pass: Pass) -> None:
-        batch_pass.open_contexts.enter_context(self.make_context())
-        self._modes = thread_modes()
+        self._run(batch_pass.batch)
 
     def stop(self, batch_pass: Pass) -> None:
         """End a pass where it waits: its `finally`s run, and its memory is free. It can begin again."""
         stack, batch_pass.stack = batch_pass.stack, None
         if stack is None or stack.dead:
             return
+        self.before_stop(batch_pass)
         outside = TorchState.here(self._devices)
         batch_pass.stopping = True
         self.current, batch_pass.stack = batch_pass, stack
@@ -157,6 +145,7 @@ class Lockstep:
             outside.restore()
 
     def __enter__(self) -> Self:
+        self._modes = thread_modes()
         # Each pass has a random stream of its own, that does not depend on when the others run.
         self._seed = int(torch.randint(2**62, ()))
         return self

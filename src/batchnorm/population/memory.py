@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from types import TracebackType
 
 import torch
@@ -16,13 +16,15 @@ from batchnorm.models.devices import device
 from batchnorm.population.available import default_limit, hand_back
 from batchnorm.population.lockstep import Lockstep, Pass
 from batchnorm.population.result import MemoryUse
-from batchnorm.population.spill import Spill
-from batchnorm.population.storages import Storages, storages, watch_storages
+from batchnorm.population.spill import Spill, available, can_spill, left_in_memory
+from batchnorm.population.storages import Storages, every_storage, storages, watch_storages
 
 # Freed memory goes back to the system whenever so much was allocated as is this share of the limit, but not in pieces
 # below the second. What is allocated inside a pass counts too: in the last round nothing else is.
 HANDED_BACK = 0.25
 LEAST_HANDED_BACK = 2**26
+# The rest of the limit is for what stays in memory of passes that wait in a file: small tensors, and parts of pages.
+FOR_WHOLE_PASSES = 0.9
 
 
 def spilling_is_cheaper(size: int, bytes_per_second: float, seconds: float) -> bool:
@@ -55,9 +57,14 @@ class Memory:
         self._peak = 0
         self._allocated = 0  # since the system was given memory back; all of it is freed sooner or later
         self._replays = 0
-        self._spill = Spill(self._common)
-        self._can_spill = True
-        self._asked_for_resizable = False
+        self._spill = Spill()
+        self._can_spill = available()
+        # From the first pass that finds no room: before, nothing has to be known of what is whose.
+        self._careful = False
+        # Looks at all there is, one before each pass begins: in which one a storage was first found, and each pass's.
+        self._looks = 0
+        self._found: weakref.WeakKeyDictionary[torch.UntypedStorage, int] = weakref.WeakKeyDictionary()
+        self._began: dict[Pass, int] = {}
         self._exit = ExitStack()
 
     @property
@@ -71,18 +78,12 @@ class Memory:
             self._lockstep.proceed(batch_pass)
             return
         self._release(self._held.pop(batch_pass, 0))
+        if self._careful and batch_pass.stack is None:  # it begins
+            self._look(batch_pass)
         self._load(batch_pass)
         self._lockstep.proceed(batch_pass)
         if batch_pass.at is not None:
             self._admit(batch_pass, self._limit)
-
-    def guarding(self) -> AbstractContextManager[object]:
-        """Inside, others than the passes' own code may use tensors: what was put out comes back to whoever uses it."""
-        return self._spill if len(self._spill) else nullcontext()
-
-    def next_round(self) -> None:
-        """All passes had their turn."""
-        self._spill.next_round()
 
     def _release(self, size: int) -> None:
         self._total -= size
@@ -98,6 +99,17 @@ class Memory:
             self._allocated += storage.nbytes()
         self._common.update(storages(batch_pass.batch.content))
 
+    def _look(self, batch_pass: Pass) -> None:
+        """What there is before a pass begins is not the pass's."""
+        self._looks += 1
+        self._began[batch_pass] = self._looks
+        for storage in every_storage():
+            self._found.setdefault(storage, self._looks)
+
+    def _is_older(self, storage: torch.UntypedStorage, batch_pass: Pass) -> bool:
+        began = self._began.get(batch_pass)
+        return began is not None and self._found.get(storage, began + 1) <= began
+
     def _note(self, found: Iterable[torch.UntypedStorage]) -> None:
         batch_pass = self._lockstep.current
         if batch_pass is not None:
@@ -110,31 +122,41 @@ class Memory:
 
     def _admit(self, batch_pass: Pass, limit: int) -> None:
         """Find room for a pass that waits, or put it out."""
-        own = [s for s in self._seen[batch_pass] if s not in self._common]
+        own = [s for s in self._seen[batch_pass] if s not in self._common and not self._is_older(s, batch_pass)]
         size = sum(s.nbytes() for s in own)
-        if self._total + size > limit:
-            self._evict(batch_pass, own, size)
-            size = 0
+        if self._total + size > limit * FOR_WHOLE_PASSES:
+            size = self._evict(batch_pass, own, size, limit - self._total)
         self._held[batch_pass] = size
         self._total += size
         self._peak = max(self._peak, self._total)
 
-    def _evict(self, batch_pass: Pass, own: list[torch.UntypedStorage], size: int) -> None:
-        """Spill what a pass holds, or end it, so that it begins again at its next turn."""
+    def _evict(self, batch_pass: Pass, own: list[torch.UntypedStorage], size: int, room: int) -> int:
+        """Spill what a pass holds, or end it, so that it begins again at its next turn.
+
+        Returns:
+            The bytes that it still holds in memory, at most `room`.
+        """
         if self._can_spill and spilling_is_cheaper(size, self._spill.bytes_per_second, batch_pass.seconds):
-            if all(s.resizable() for s in own):
-                if self._spilled(own):
-                    return
-            elif not self._asked_for_resizable:  # in time for this pass's repetition, and for all that come after it
-                self._asked_for_resizable = True
-                self._exit.enter_context(resizable_outputs())
+            self._begin_to_be_careful()
+            fit = [s for s in own if can_spill(s)]
+            left = size - sum(s.nbytes() - left_in_memory(s) for s in fit)
+            if batch_pass in self._began and left <= room and self._spilled(fit):
+                return left
         self._lockstep.stop(batch_pass)
         self._replays += 1
+        return 0
+
+    def _begin_to_be_careful(self) -> None:
+        """In time for a pass's repetition, and for all that come after it."""
+        if not self._careful:
+            self._careful = True
+            self._exit.enter_context(resizable_outputs())
 
     def _spilled(self, own: list[torch.UntypedStorage]) -> bool:
-        """Put storages into a file; False where there is no room, and then all of them are in memory."""
+        """Put storages into files; False where there is no room, and then all of them are in memory."""
         try:
-            for storage in own:
+            self._can_spill = self._spill.has_room()
+            for storage in own if self._can_spill else ():
                 self._spill.put(storage)
         except OSError:  # from now on all is computed again
             self._can_spill = False
@@ -142,8 +164,13 @@ class Memory:
                 self._spill.get(storage)
         return self._can_spill
 
+    def _before_stop(self, batch_pass: Pass) -> None:
+        """What is freed has to be memory, for whoever gets it next."""
+        for storage in self._seen.get(batch_pass, ()):
+            self._spill.get(storage)
+
     def __enter__(self) -> Self:
-        self._lockstep.make_context = self.guarding
+        self._lockstep.before_stop = self._before_stop
         self._common.update(storages([*self._model.parameters(), *self._model.buffers()]))
         if self._limit is None:
             self._limit = default_limit(device(self._model))

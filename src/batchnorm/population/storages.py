@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -22,6 +23,11 @@ def storages(value: object) -> Iterator[torch.UntypedStorage]:
     for t in tensors(value):
         if t.layout == torch.strided and type(t) in (Tensor, nn.Parameter) and not t.is_meta:
             yield t.untyped_storage()
+
+
+def every_storage() -> Iterator[torch.UntypedStorage]:
+    """The storages of all plain tensors that Python has now."""
+    return storages([t for t in gc.get_objects() if type(t) in (Tensor, nn.Parameter)])
 
 
 def watch_storages(
