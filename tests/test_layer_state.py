@@ -209,6 +209,7 @@ def test_what_torchs_operator_cannot_say_is_not_exported_in_training(options: di
     close(program.module()(batches()[1]), layer(batches()[1]))
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # the package's filter is not pytest's
 def test_traced_layers() -> None:
     model = Block(bn.BatchNorm2d(4, activation="silu")).eval()
     xs = batches()

@@ -38,7 +38,7 @@ current_backward: Callable[[], int] = torch._C._current_graph_task_id
 is_traced: Callable[[], bool] = torch._C._is_tracing
 # A trace bakes in what is asked of shapes. Of its own code torch does not warn about this, and ours asks only what
 # decides between errors and operators.
-warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"batchnorm\.")
+warnings.filterwarnings("ignore", category=torch.jit._trace.TracerWarning, module=r"batchnorm\.")
 
 
 def in_functorch() -> bool:

@@ -9,20 +9,19 @@ dropped with its parent.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 from batchnorm._torch import BatchNormBase
 from batchnorm.errors import OptionError, TransformError
 
 # Options that a layer made from these numbers may lack: results are the same.
 _REPLACEABLE = ("sync", "process_group", "inplace")
+# Options of which inference by scale and shift knows nothing, or which say only where the channels are.
+_ONLY_TRAINING = ("virtual_batch_size", "renorm", "frozen", "channel_dim")
 
 
 class Rebuilding(BatchNormBase):
     """num_features, eps and momentum as true as they can be to whoever reads them."""
-
-    # torch.jit.trace reads every attribute; these are none that a trace could use.
-    __jit_ignored_attributes__: ClassVar[list[str]] = ["num_features", "eps", "momentum", "num_batches_skipped"]
 
     def options(self) -> dict[str, Any]:
         """What the layer has that torch's cannot express."""
@@ -31,7 +30,7 @@ class Rebuilding(BatchNormBase):
     @property
     def num_features(self) -> int:
         """C; raises where a layer of torch.nn made with it would lack options of this one."""
-        self._refuse("num_features", self.options())
+        self._refuse("num_features")
         return int(vars(self)["num_features"])
 
     @num_features.setter
@@ -41,7 +40,7 @@ class Rebuilding(BatchNormBase):
     @property
     def eps(self) -> float:
         """Added to the variance; raises where y = (x - mean) / sqrt(var + eps) * weight + bias is not all of it."""
-        self._refuse("eps", {name: value for name, value in self.options().items() if name == "activation"})
+        self._refuse("eps")
         return float(vars(self)["eps"])
 
     @eps.setter
@@ -58,9 +57,19 @@ class Rebuilding(BatchNormBase):
     def momentum(self, value: float | None) -> None:
         vars(self)["momentum"] = None if value is None else float(value)
 
-    def _refuse(self, name: str, options: dict[str, Any]) -> None:
-        lost = {option: value for option, value in options.items() if option not in _REPLACEABLE}
-        if lost:
+    def __dir__(self) -> list[str]:
+        """Without what would raise: whoever looks at all there is, torch.jit.trace for one, is not about to rebuild."""
+        hidden = {name for name in ("num_features", "eps") if self._lost(name)}
+        names: list[str] = super().__dir__()  # type: ignore[no-untyped-call]  # torch's
+        return [name for name in names if name not in hidden]
+
+    def _lost(self, name: str) -> dict[str, Any]:
+        """The options that what is made with this number would lack."""
+        kept = _REPLACEABLE if name == "num_features" else (*_REPLACEABLE, *_ONLY_TRAINING)
+        return {option: value for option, value in self.options().items() if option not in kept}
+
+    def _refuse(self, name: str) -> None:
+        if lost := self._lost(name):
             raise OptionError(
                 f"got a question for {name} of {type(self).__name__} with "
                 f"{', '.join(f'{option}={value}' for option, value in lost.items())}. Tools that ask for it make "
