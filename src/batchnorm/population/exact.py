@@ -51,7 +51,8 @@ class Exact:
         first = next(unread, None)
         if first is not None:
             self._context.progress.calls = self._look_ahead(first)
-        with self._hooks.on(self._context.model, self._context.layers), self._memory, self._lockstep:
+        # The memory first: what goes into the layer that a pass waits at is counted.
+        with self._memory, self._hooks.on(self._context.model, self._context.layers), self._lockstep:
             self._begin_all(first, unread)
             while (arrived := self._gather()) is not None:
                 self._solve(*arrived)
@@ -91,6 +92,7 @@ class Exact:
 
     def _receive(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Inside a pass, where it comes to a layer: wait for the layer's statistics."""
+        self._lockstep.check_stopping()
         batch_pass = self._lockstep.current
         assert batch_pass is not None
         if layer in batch_pass.called:

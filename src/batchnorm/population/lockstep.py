@@ -95,6 +95,11 @@ class Lockstep:
             self.current = None
             outside.restore()
 
+    def check_stopping(self) -> None:
+        """Inside a pass: what is being ended goes no further, also where the model caught what was to end it."""
+        if self.current is not None and self.current.stopping:
+            raise GreenletExit
+
     def wait(self) -> None:
         """Inside a pass: let others run, until it is let run on.
 
@@ -108,8 +113,7 @@ class Lockstep:
                 'got a call from another thread than the one that the forward pass began in; method "exact" has to '
                 'interrupt it there. Use method="pooled"'
             )
-        if batch_pass.stopping:  # the model caught what was to end it
-            raise GreenletExit
+        self.check_stopping()
         if thread_modes() != self._modes:
             raise OrderError(
                 'got a call inside a mode of torch that a forward pass cannot be interrupted in, such as "with '
