@@ -7,6 +7,7 @@ torch keeps for a thread, and that is exchanged whenever another one runs.
 from __future__ import annotations
 
 import contextvars
+import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -65,6 +66,7 @@ class Lockstep:
         self._devices = sorted(devices)
         self._inference = torch.is_inference_mode_enabled()
         self._modes: tuple[object, ...] = ()
+        self._loop: object = None
         self._seed = 0
         self.before_stop: Callable[[Pass], object] = lambda _: None
         self.passes: list[Pass] = []
@@ -120,6 +122,11 @@ class Lockstep:
                 'torch.device(...)" or saved_tensors_hooks; method "exact" has to interrupt it there. Enter it around '
                 'the whole of recalibrate, or use method="pooled"'
             )
+        if _event_loop() is not self._loop:
+            raise OrderError(
+                "got a call inside an event loop of asyncio that the forward pass runs, and a thread has only one; "
+                'method "exact" has to interrupt the pass there. Use method="pooled"'
+            )
         inside = TorchState.here(self._devices)
         try:
             # Leaving it puts back what torch dispatches by, so nothing else may change that while the pass waits.
@@ -149,7 +156,7 @@ class Lockstep:
             outside.restore()
 
     def __enter__(self) -> Self:
-        self._modes = thread_modes()
+        self._modes, self._loop = thread_modes(), _event_loop()
         # Each pass has a random stream of its own, that does not depend on when the others run.
         self._seed = int(torch.randint(2**62, ()))
         return self
@@ -163,3 +170,12 @@ class Lockstep:
                 if error is None:
                     raise
         self.passes.clear()
+
+
+def _event_loop() -> object:
+    """The one that runs on this thread; None without."""
+    asyncio = sys.modules.get("asyncio")  # otherwise none runs
+    try:
+        return None if asyncio is None else asyncio.get_running_loop()
+    except RuntimeError:
+        return None

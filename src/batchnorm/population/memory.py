@@ -87,6 +87,19 @@ class Memory:
         if batch_pass.at is not None:
             self._admit(batch_pass, self._limit)
 
+    def end(self, batch_pass: Pass) -> None:
+        """End a pass that is to begin again at its next turn, as if it had not been.
+
+        What it does and raises meanwhile is nobody's.
+        """
+        buffers = SavedBuffers(self._model)
+        try:
+            with contextlib.suppress(Exception):
+                self._lockstep.stop(batch_pass)
+        finally:
+            buffers.restore()
+        self._replays += 1
+
     def _release(self, size: int) -> None:
         self._total -= size
         if self._limit is not None and self._allocated > max(self._limit * HANDED_BACK, LEAST_HANDED_BACK):
@@ -145,18 +158,8 @@ class Memory:
             left = size - sum(s.nbytes() - left_in_memory(s) for s in fit)
             if batch_pass in self._began and left <= room and self._spilled(fit):
                 return left
-        self._end(batch_pass)
-        self._replays += 1
+        self.end(batch_pass)
         return 0
-
-    def _end(self, batch_pass: Pass) -> None:
-        """End a pass that is to begin again, as if it had not been: what it does and raises meanwhile is nobody's."""
-        buffers = SavedBuffers(self._model)
-        try:
-            with contextlib.suppress(Exception):
-                self._lockstep.stop(batch_pass)
-        finally:
-            buffers.restore()
 
     def _begin_to_be_careful(self) -> None:
         """In time for a pass's repetition, and for all that come after it."""
