@@ -18,6 +18,7 @@ from batchnorm.moments import Moments, pool
 from batchnorm.population.batches import Batch, cut, nothing_to_learn_from, samples
 from batchnorm.population.context import Context, LayerCall, MethodResult, check_finite, population
 from batchnorm.population.layers import CallHooks, Layer
+from batchnorm.population.locks import Locks
 from batchnorm.population.lockstep import Lockstep, Pass
 from batchnorm.population.memory import Memory
 from batchnorm.population.result import Population
@@ -40,6 +41,7 @@ class Exact:
         self._hooks = CallHooks(self._receive, lambda: self._lockstep.current is not None)
         self._lockstep = Lockstep(lambda batch: context.run(batch, self._hooks), context.devices)
         self._memory = Memory(self._lockstep, context.model, context.memory_limit)
+        self._last: Pass | None = None
 
     def run(self) -> MethodResult:
         """Compute the statistics, and write them to the layers on the way.
@@ -51,7 +53,9 @@ class Exact:
         first = next(unread, None)
         if first is not None:
             self._context.progress.calls = self._look_ahead(first)
-        with self._hooks.on(self._context.model, self._context.layers), self._memory, self._lockstep:
+        self._locks = Locks()
+        # The memory first: what goes into the layer that a pass waits at is counted.
+        with self._memory, self._hooks.on(self._context.model, self._context.layers), self._lockstep:
             self._begin_all(first, unread)
             while (arrived := self._gather()) is not None:
                 self._solve(*arrived)
@@ -85,12 +89,13 @@ class Exact:
         """Run a pass for each batch up to its first layer."""
         batch = first
         while batch is not None:
-            self._memory.proceed(self._lockstep.add(batch))
+            self._proceed(self._lockstep.add(batch))
             batch = next(unread, None)
         self._context.progress.batches = len(self._lockstep.passes)
 
     def _receive(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Inside a pass, where it comes to a layer: wait for the layer's statistics."""
+        self._lockstep.check_stopping()
         batch_pass = self._lockstep.current
         assert batch_pass is not None
         if layer in batch_pass.called:
@@ -125,9 +130,32 @@ class Exact:
     def _proceed_all(self) -> None:
         """Let every pass run on to its next layer."""
         for batch_pass in self._lockstep.passes:
-            self._memory.proceed(batch_pass)
+            self._proceed(batch_pass)
             self._context.progress.done += 1
             self._context.progress.tell()
+
+    def _proceed(self, batch_pass: Pass) -> None:
+        """Let a pass run on, after one that holds no lock."""
+        if self._last is not None and self._last is not batch_pass:
+            self._check_locks(self._last)
+        self._last = batch_pass
+        self._memory.proceed(batch_pass)
+
+    def _check_locks(self, waiting: Pass) -> None:
+        """A pass that waits must not hold a lock. Whether it does shows when it is ended; then it begins again.
+
+        Raises:
+            OrderError: it holds one.
+        """
+        if waiting.at is None or not (held := self._locks.held()):
+            return
+        self._memory.end(waiting)
+        if not self._locks.of_others(held):
+            raise OrderError(
+                f'layer "{waiting.at.name}": got a call inside a lock or semaphore, in the forward pass of batch '
+                f'{waiting.batch.index}; method "exact" has to interrupt the pass there, and the next one would wait '
+                f'for the lock for ever. Hold it around the whole of recalibrate, or use method="pooled"'
+            )
 
 
 def _called_twice(batch: Batch) -> OrderError:

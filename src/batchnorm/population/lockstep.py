@@ -7,6 +7,7 @@ torch keeps for a thread, and that is exchanged whenever another one runs.
 from __future__ import annotations
 
 import contextvars
+import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -65,6 +66,7 @@ class Lockstep:
         self._devices = sorted(devices)
         self._inference = torch.is_inference_mode_enabled()
         self._modes: tuple[object, ...] = ()
+        self._loop: object = None
         self._seed = 0
         self.before_stop: Callable[[Pass], object] = lambda _: None
         self.passes: list[Pass] = []
@@ -95,6 +97,11 @@ class Lockstep:
             self.current = None
             outside.restore()
 
+    def check_stopping(self) -> None:
+        """Inside a pass: what is being ended goes no further, also where the model caught what was to end it."""
+        if self.current is not None and self.current.stopping:
+            raise GreenletExit
+
     def wait(self) -> None:
         """Inside a pass: let others run, until it is let run on.
 
@@ -108,13 +115,17 @@ class Lockstep:
                 'got a call from another thread than the one that the forward pass began in; method "exact" has to '
                 'interrupt it there. Use method="pooled"'
             )
-        if batch_pass.stopping:  # the model caught what was to end it
-            raise GreenletExit
+        self.check_stopping()
         if thread_modes() != self._modes:
             raise OrderError(
                 'got a call inside a mode of torch that a forward pass cannot be interrupted in, such as "with '
                 'torch.device(...)" or saved_tensors_hooks; method "exact" has to interrupt it there. Enter it around '
                 'the whole of recalibrate, or use method="pooled"'
+            )
+        if _event_loop() is not self._loop:
+            raise OrderError(
+                "got a call inside an event loop of asyncio that the forward pass runs, and a thread has only one; "
+                'method "exact" has to interrupt the pass there. Use method="pooled"'
             )
         inside = TorchState.here(self._devices)
         try:
@@ -145,7 +156,7 @@ class Lockstep:
             outside.restore()
 
     def __enter__(self) -> Self:
-        self._modes = thread_modes()
+        self._modes, self._loop = thread_modes(), _event_loop()
         # Each pass has a random stream of its own, that does not depend on when the others run.
         self._seed = int(torch.randint(2**62, ()))
         return self
@@ -159,3 +170,12 @@ class Lockstep:
                 if error is None:
                     raise
         self.passes.clear()
+
+
+def _event_loop() -> object:
+    """The one that runs on this thread; None without."""
+    asyncio = sys.modules.get("asyncio")  # otherwise none runs
+    try:
+        return None if asyncio is None else asyncio.get_running_loop()
+    except RuntimeError:
+        return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -12,6 +13,7 @@ from torch import nn
 from typing_extensions import Self
 
 from batchnorm.kernels.cpu import resizable_outputs
+from batchnorm.models.buffers import SavedBuffers
 from batchnorm.models.devices import device
 from batchnorm.population.available import default_limit, hand_back
 from batchnorm.population.lockstep import Lockstep, Pass
@@ -85,6 +87,19 @@ class Memory:
         if batch_pass.at is not None:
             self._admit(batch_pass, self._limit)
 
+    def end(self, batch_pass: Pass) -> None:
+        """End a pass that is to begin again at its next turn, as if it had not been.
+
+        What it does and raises meanwhile is nobody's.
+        """
+        buffers = SavedBuffers(self._model)
+        try:
+            with contextlib.suppress(Exception):
+                self._lockstep.stop(batch_pass)
+        finally:
+            buffers.restore()
+        self._replays += 1
+
     def _release(self, size: int) -> None:
         self._total -= size
         if self._limit is not None and self._allocated > max(self._limit * HANDED_BACK, LEAST_HANDED_BACK):
@@ -111,6 +126,7 @@ class Memory:
         return began is not None and self._found.get(storage, began + 1) <= began
 
     def _note(self, found: Iterable[torch.UntypedStorage]) -> None:
+        self._lockstep.check_stopping()
         batch_pass = self._lockstep.current
         if batch_pass is not None:
             for storage in found:
@@ -142,8 +158,7 @@ class Memory:
             left = size - sum(s.nbytes() - left_in_memory(s) for s in fit)
             if batch_pass in self._began and left <= room and self._spilled(fit):
                 return left
-        self._lockstep.stop(batch_pass)
-        self._replays += 1
+        self.end(batch_pass)
         return 0
 
     def _begin_to_be_careful(self) -> None:
