@@ -29,7 +29,8 @@ def test_what_a_terminal_would_obey_is_shown(text: str, shown: str) -> None:
 
 def test_one_line_is_bounded() -> None:
     assert one_line("a\n  b\tc\x1b") == r"a b c\x1b"
-    assert len(one_line("x" * 10**6)) < 3000
+    assert len(one_line("x " * 10**6)) < 3000
+    assert one_line(f"cannot write to {'n' * 5000}: File name too long").endswith("nnn: File name too long")
 
 
 class UnprintableError(Exception):

@@ -46,7 +46,8 @@ class _Boundary:
         # Not only Exceptions: a panic of a library in Rust is none.
         if isinstance(wrong, OSError):
             raise self._error(f"cannot {self._system} {self._path}: {wrong.strerror or described(wrong)}") from wrong
-        raise self._error(f"cannot {self._otherwise} {self._path}: {described(wrong)}") from wrong
+        reason = described(wrong) if wrong.args else type(wrong).__name__
+        raise self._error(f"cannot {self._otherwise} {self._path}: {reason}") from wrong
 
 
 def reading(

@@ -20,6 +20,7 @@ _NATIVE_PLACES = (
     re.compile(rf"\"?{_NATIVE_FILE}\"?:\d+,?\s*"),
 )
 _LONGEST = 2000  # characters of a message
+_LONGEST_WORD = 300  # so that a name of thousands of characters does not hide what is said about it
 
 
 def printable(text: str) -> str:
@@ -32,7 +33,7 @@ def printable(text: str) -> str:
 
 def one_line(text: str) -> str:
     """`printable` text in one line, of bounded length."""
-    line = " ".join(printable(text).split())
+    line = " ".join(_shortened(word) for word in printable(text).split())
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."
 
 
@@ -58,6 +59,10 @@ def described(error: BaseException) -> str:
     for place in _NATIVE_PLACES:
         message = place.sub("", message)
     return one_line(message) or "without a message"
+
+
+def _shortened(word: str) -> str:
+    return word if len(word) <= _LONGEST_WORD else f"{word[:100]}...{word[-100:]}"
 
 
 def _escaped(code: int) -> str:

@@ -31,3 +31,11 @@ def test_a_bench_without_what_it_needs(
     monkeypatch.chdir(tmp_path)
     assert "make peers" in fails(capsys, "bench", "--peers", "--no-compile")
     assert "'nothing' is not one of" in fails(capsys, "bench", "--suite", "nothing")
+
+
+@pytest.mark.parametrize("name", ["no/bench.json", "", "n" * 300])
+def test_a_file_that_cannot_be_written_is_noticed_before_the_work(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(measure, "run", lambda *_, **__: pytest.fail("it was measured"))
+    assert "cannot write to" in fails(capsys, "bench", "--json", str(tmp_path / name))

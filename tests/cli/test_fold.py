@@ -144,3 +144,46 @@ def test_refusals(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
 def test_weights_of_a_model_that_cannot_be_exported() -> None:
     assert main(["fold", "my.py:branching", "--output", "x.safetensors", "--example", "2,3,8,8"]) == 0
     assert "conv.weight" in load_file("x.safetensors")
+
+
+@pytest.mark.parametrize(
+    "shape", ["100000,100000,100000", "4294967296,4294967296", "9" * 5000, f"2,{'9' * 18}"], ids=len
+)
+def test_examples_that_no_memory_holds(shape: str, capsys: pytest.CaptureFixture[str]) -> None:
+    line = fails(capsys, "fold", "my.py:net", "--example", shape, "--output", "a.pt")
+    assert "got --example" in line
+    assert ".cpp" not in line
+    assert not Path("a.pt").exists()
+
+
+HOSTILE = """
+import sys
+from torch import nn
+class Leaving(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+    def forward(self, x):
+        sys.exit(0)
+def named():
+    model = nn.Sequential()
+    model.add_module("\\x1b[2J\\u202e\\n漢", nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+    return model
+"""
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pt2", ".safetensors"])
+def test_users_code_of_every_kind(suffix: str, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (project / "hostile.py").write_text(HOSTILE)
+    output = ("--example", "2,3,4,4", "--output", f"a{suffix}")
+    assert "the model raised SystemExit: 0 (" in fails(capsys, "fold", "hostile.py:Leaving", *output)
+    assert "cannot load hostile.py" in fails(capsys, "fold", "my.py:net", "--weights", "hostile.py", *output)
+    assert not list(project.glob("a*"))
+
+
+def test_names_of_layers_are_shown(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (project / "hostile.py").write_text(HOSTILE)
+    assert main(["fold", "hostile.py:named", "--example", "2,3,4,4", "--output", "a.pt"]) == 0
+    printed = capsys.readouterr().out
+    assert r"\x1b[2J\u202e 漢.1" in printed
+    assert len(printed.splitlines()) == 2

@@ -223,3 +223,91 @@ def test_a_process_that_fails_ends_both() -> None:
     assert "batchnorm: my.py:failing raised LookupError: no such picture (" in process.stderr
     assert process.stdout == ""
     assert not Path("new.pt").exists()
+
+
+HOSTILE = """
+import sys
+import torch
+from torch import nn
+from support.populations import images, made
+def data():
+    return images(4, 3)
+def scripted():
+    return torch.jit.trace(made("plain").eval(), images(4)[0])
+def inside():
+    return nn.Sequential(scripted())
+class Leaving(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = made("plain")
+    def forward(self, x):
+        sys.exit(0)
+def leaving():
+    sys.exit(0)
+def later():
+    yield data()[0]
+    sys.exit(0)
+class Extra(nn.Module):
+    def get_extra_state(self):
+        return {1}
+    def forward(self, x):
+        return x
+def extra():
+    return nn.Sequential(made("plain"), Extra())
+def named():
+    model = nn.Sequential()
+    model.add_module("\\x1b[2J\\u202e\\n漢", made("plain"))
+    return model
+"""
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "part"),
+    [
+        ("scripted", "data", "got MODEL hostile.py:scripted, which is TorchScript; its layers cannot be seen. Return"),
+        ("inside", "data", "whose module 0.1 is TorchScript"),
+        ("Leaving", "data", "the model raised SystemExit: 0 ("),
+        ("leaving", "data", "hostile.py:leaving raised SystemExit: 0 ("),
+        ("extra", "leaving", "_extra_state, an object of type set"),  # before any data are read
+        ("named", "later", "hostile.py:later raised SystemExit: 0 ("),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_users_code_of_every_kind(
+    model: str, data: str, part: str, project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (project / "hostile.py").write_text(HOSTILE)
+    for method in ("exact", "pooled", "average"):
+        arguments = (f"hostile.py:{model}", "--data", f"hostile.py:{data}", "--output", "a.safetensors")
+        assert part in refusal(capsys, *arguments, "--method", method)
+
+
+def test_names_of_layers_are_shown(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a terminal that lacks some of their characters; the file is there by then."""
+    (project / "hostile.py").write_text(HOSTILE)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1:strict")
+    process = start("recalibrate", "hostile.py:named", "--data", "hostile.py:data", "--output", "a.pt")
+    output, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (0, "")
+    assert r"\x1b[2J\u202e " in output
+    assert len(output.splitlines()) == 4, "no line more than there are layers"
+    assert Path("a.pt").exists()
+
+
+def test_an_output_keeps_its_permissions_and_its_link() -> None:
+    Path("there").mkdir()
+    target = Path("there/w.pt")
+    target.touch(0o600)
+    Path("w.pt").symlink_to(target)
+    run("--data", "my.py:data", "--output", "w.pt")
+    assert Path("w.pt").is_symlink()
+    assert target.stat().st_mode & 0o777 == 0o600
+    assert_same(torch.load(target, weights_only=True), by_hand())
+
+
+@pytest.mark.parametrize(
+    "output", ["/proc/a.pt", "n" * 300 + ".pt", "my.py/a.pt"], ids=["no files", "long", "in a file"]
+)
+def test_a_place_that_takes_no_files(output: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "cannot write to" in refusal(capsys, "my.py:no", "--data", "my.py:data", "--output", output)

@@ -125,3 +125,23 @@ def test_files_that_cannot_be_read(project: Path) -> None:
     assert refusal("no.npz").startswith("cannot read no.npz: ")
     Path("a.npz").write_bytes(b"PK\x03\x04 and so on")
     assert refusal("a.npz").startswith("cannot read a.npz: ")
+
+
+@pytest.mark.parametrize("position", [30, 200, -100])
+def test_damaged_arrays(position: int) -> None:
+    np.savez_compressed("a.npz", x=np.random.default_rng(0).normal(size=(40, 3)))
+    content = bytearray(Path("a.npz").read_bytes())
+    content[position] ^= 0xFF
+    Path("a.npz").write_bytes(content)
+    assert refusal("a.npz").startswith("cannot read a.npz: ")
+
+
+def test_a_batch_size_beyond_all_samples() -> None:
+    np.savez("a.npz", x=np.zeros((7, 2)))
+    (batch,) = load_data("a.npz", batch_size=2**63 - 1)
+    assert batch.shape == (7, 2)
+    assert length(load_data("a.npz", batch_size=10**30)) == 1
+
+
+def test_a_callable_that_tells_no_parameters() -> None:
+    assert list(load_data("builtins:dict")) == []

@@ -6,6 +6,7 @@ import pickle
 import sys
 from pathlib import Path
 
+import greenlet
 import pytest
 
 from batchnorm.errors import ShapeError, UsageError
@@ -104,3 +105,36 @@ def test_our_own_errors_and_interrupts_stay() -> None:
         with pytest.raises(type(error)) as caught, blaming("this"):
             raise error
         assert caught.value is error
+
+
+class MuteError(BaseException):
+    def __str__(self) -> str:
+        raise MuteError
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (SystemExit(0), "this raised SystemExit: 0 ("),
+        (SystemExit(), "this raised SystemExit: without a message ("),
+        (GeneratorExit(), "this raised GeneratorExit: "),
+        (StopIteration(3), "this raised StopIteration: 3 ("),
+        (MuteError(), "this raised MuteError: its message cannot be printed, that raises MuteError ("),
+        (RuntimeError("API call failed at tensors.hpp, line 8"), "this raised RuntimeError: API call failed ("),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_whatever_users_code_raises(error: BaseException, message: str) -> None:
+    with pytest.raises(UsageError) as caught, blaming("this"):
+        raise error
+    assert str(caught.value).startswith(message)
+
+
+def test_the_end_of_a_suspended_pass_is_no_error() -> None:
+    with pytest.raises(greenlet.GreenletExit), blaming("this"):
+        raise greenlet.GreenletExit
+
+
+def test_a_module_that_raises_when_it_is_asked(project: Path) -> None:
+    (project / "things.py").write_text("def __getattr__(name): raise SystemExit(name)")
+    assert "raised SystemExit: two (" in refusal("things.py:two")

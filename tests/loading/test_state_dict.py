@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from batchnorm.errors import UsageError
+from batchnorm.files import check_writable
 from batchnorm.loading import state_dict
-from batchnorm.loading.state_dict import check_state_dict_path, check_writable, load_state_dict, save_state_dict
+from batchnorm.loading.state_dict import check_state_dict, check_state_dict_path, load_state_dict, save_state_dict
 
 
 class Tied(nn.Module):
@@ -140,3 +142,99 @@ def test_a_write_that_fails_leaves_the_old_file(
     with pytest.raises(UsageError if isinstance(error, OSError) else KeyboardInterrupt):
         save_state_dict(nn.Linear(1, 1), tmp_path / "w.pt")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"w.pt": b"old"}
+
+
+class Extra(nn.Linear):
+    """Has more state than tensors."""
+
+    def get_extra_state(self) -> object:
+        return {"a": 1}
+
+    def set_extra_state(self, state: object) -> None:
+        pass
+
+
+def with_buffer(value: Tensor) -> nn.Module:
+    model = nn.Linear(2, 2)
+    model.register_buffer("b", value)
+    return model
+
+
+UNFIT = {
+    "extra": (lambda: Extra(2, 2), "_extra_state, an object of type dict"),
+    "complex": (lambda: with_buffer(torch.zeros(2, dtype=torch.complex64)), "b, a tensor of torch.complex64"),
+    "sparse": (
+        lambda: with_buffer(torch.eye(2).to_sparse()),
+        "b, a tensor of torch.float32 and layout torch.sparse_coo",
+    ),
+    "meta": (lambda: with_buffer(torch.zeros(2, device="meta")), 'b, on the device "meta"'),
+    "quantized": (
+        lambda: with_buffer(torch.quantize_per_tensor(torch.zeros(2), 0.1, 0, torch.qint8)),
+        "b, a tensor of torch.qint8",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+@pytest.mark.filterwarnings("ignore")
+def test_what_safetensors_cannot_hold(name: str, tmp_path: Path) -> None:
+    make, part = UNFIT[name]
+    for work in (check_state_dict, save_state_dict):
+        with pytest.raises(UsageError) as caught:
+            work(make(), tmp_path / "w.safetensors")
+        assert part in str(caught.value)
+        assert str(caught.value).endswith("Give a name that ends with .pt")
+    assert os.listdir(tmp_path) == []
+    if name != "meta":
+        save_state_dict(make(), tmp_path / "w.pt")
+        assert os.listdir(tmp_path) == ["w.pt"]
+
+
+class Refusing(nn.Linear):
+    """Gives no state."""
+
+    def state_dict(self, *_: Any, **__: Any) -> Any:
+        raise SystemExit(0)
+
+
+def test_a_model_that_gives_no_state(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"^the model's state_dict raised SystemExit: 0 \("):
+        save_state_dict(Refusing(1, 1), tmp_path / "w.pt")
+
+
+def test_a_disk_without_room_for_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
+    with pytest.raises(UsageError, match=r"it will have 4,000,000 bytes, and 100 are free there\. Make room"):
+        check_state_dict(with_buffer(torch.zeros(1_000_000 - 6)), tmp_path / "w.pt")
+
+
+def test_flipped_bits_in_what_torch_wrote(tmp_path: Path) -> None:
+    path = tmp_path / "w.pt"
+    model = nn.Linear(50, 50)
+    torch.save(model.state_dict(), path)
+    whole = path.read_bytes()
+    place = whole.index(model.weight.detach().numpy().tobytes())
+    for offset in (0, 777, 9_999):
+        content = bytearray(whole)
+        content[place + offset] ^= 4
+        path.write_bytes(content)
+        with pytest.raises(UsageError, match=r"^cannot load \S*w\.pt: it is damaged: the checksum of its part"):
+            load_state_dict(model, path)
+
+
+def test_a_file_without_checksums_is_read(tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(Tied(0).state_dict(), tmp_path / "w.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    other = Tied(1)
+    load_state_dict(other, tmp_path / "w.pt")
+    assert state(other) == state(Tied(0))
+
+
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    torch.save({3: torch.zeros(1), "weight": torch.zeros(1, 1), "bias": torch.zeros(1)}, tmp_path / "w.pt")
+    with pytest.raises(UsageError, match=r"w\.pt"):
+        load_state_dict(nn.Linear(1, 1), tmp_path / "w.pt")

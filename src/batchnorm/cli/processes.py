@@ -49,9 +49,9 @@ def _check_environment(together: bool) -> None:
     told["LOCAL_WORLD_SIZE"] = os.environ.get("LOCAL_WORLD_SIZE", "1")  # the memory is shared by so many
     for name, value in told.items():
         if value is None or not re.fullmatch("[0-9]{1,9}", value) or (name.endswith("SIZE") and not int(value)):
-            came = "no" if value is None else f"{name}={value} for"
+            came = f"no {name}" if value is None else f"{name}={value}"
             raise UsageError(
-                f"got {came} {name} in the environment; it must be a number, as torchrun sets it. Run under "
+                f"got {came} in the environment; it must be a number, as torchrun sets it. Run under "
                 f"torchrun, or unset it, and TORCHELASTIC_RUN_ID"
             )
     if together and int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -117,7 +118,23 @@ def _not_for_safetensors(value: object) -> str | None:
     return None
 
 
+def _check_archive(path: Path) -> None:
+    """What torch.save writes is a zip archive with checksums, which torch.load does not look at.
+
+    Raises:
+        ValueError: a checksum is another; also of the kinds of zipfile.
+    """
+    if not zipfile.is_zipfile(path):
+        return  # as torch wrote before 1.6, without checksums
+    with zipfile.ZipFile(path) as archive:
+        # All zero where torch.serialization.set_crc32_options has switched them off.
+        damaged = archive.testzip() if any(entry.CRC for entry in archive.infolist()) else None
+    if damaged is not None:
+        raise ValueError(f"it is damaged: the checksum of its part {damaged} is another. Get the file again")
+
+
 def _load_torch(model: nn.Module, path: Path) -> tuple[list[str], list[str]]:
+    _check_archive(path)
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:

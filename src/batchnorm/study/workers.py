@@ -83,9 +83,9 @@ def compute(work: Callable[[T], R], tasks: Sequence[T], processes: int) -> Itera
                 assert isinstance(ready, Connection)
                 position, process = busy.pop(ready)
                 with _alive(process):
-                    result, error = pickle.loads(ready.recv_bytes())
-                if error is not None:
-                    raise error
+                    result, failure = pickle.loads(ready.recv_bytes())
+                if failure is not None:
+                    raise failure
                 give(ready, process)
                 yield position, result
     finally:
