@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard src/batchnorm/kernels/cpu/*/*.?pp)
 
-.PHONY: demo test test-long check bench peers clean
+.PHONY: demo test test-long check sanitize bench peers clean
 
 demo: $(VENV)/installed ## the study's quick form, on real data
 	$(BIN)/batchnorm study --quick
@@ -20,6 +20,24 @@ check: $(VENV)/installed ## format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+CASES ?= 2000
+SEED ?= $(shell date +%Y%m%d)
+# One build for each sanitizer. Its runtime comes before everything else, and torch, which has none, is not looked at.
+sanitize: $(VENV)/installed ## random calls of the operators under the address, undefined-behaviour and thread sanitizers
+	for sanitizer in address,undefined thread; do \
+	  $(BIN)/cmake -S . -B build/$$sanitizer -G Ninja -DCMAKE_BUILD_TYPE=Release -DBATCHNORM_SANITIZE=$$sanitizer \
+	    -DBATCHNORM_FIRST_LEVEL=ON -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	    -DPython_EXECUTABLE=$(abspath $(BIN)/python) && $(BIN)/ninja -C build/$$sanitizer || exit 1; \
+	done
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 BATCHNORM_POOL_MIB=0 \
+	  $(BIN)/python tests/fuzz/operators.py --cases $(CASES) --seed $(SEED) \
+	    --library "$(abspath build)/address,undefined/_native.so"
+	LD_PRELOAD="$$(c++ -print-file-name=libtsan.so) $$(c++ -print-file-name=libstdc++.so)" \
+	  TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1 OMP_NUM_THREADS=1 setarch -R \
+	  $(BIN)/python tests/fuzz/operators.py --cases $(CASES) --seed $(SEED) --threads 4 \
+	    --library $(abspath build)/thread/_native.so
 
 bench: $(VENV)/installed ## ours beside torch, in one run
 	$(BIN)/batchnorm bench

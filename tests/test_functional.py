@@ -126,14 +126,14 @@ def test_gradients_are_the_oracles(sample: Sample, training: bool) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_output_lies_in_memory_as_the_input_does(layout: Any, dtype: torch.dtype) -> None:
+def test_the_output_lies_in_memory_as_torchs_does(layout: Any, dtype: torch.dtype) -> None:
     x = layout.arrange(torch.randn(layout.shape, dtype=dtype)).detach().requires_grad_()
     y = batch_norm(x, None, None, training=True, channel_dim=layout.channel_dim, activation="relu")
-    assert y.stride() == torch.empty_like(x).stride()
-    for memory_format in (torch.contiguous_format, torch.channels_last):
-        if x.dim() == 4 and layout.memory not in ("permuted", "gaps", "expanded"):
-            expected = F.batch_norm(x, None, None, training=True)
-            assert y.is_contiguous(memory_format=memory_format) == expected.is_contiguous(memory_format=memory_format)
+    expected = F.batch_norm(x, None, None, training=True)
+    strides = (
+        [(size, stride) for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1] for t in (y, expected)
+    )
+    assert next(strides) == next(strides)
 
 
 def test_a_gradient_in_another_memory_order() -> None:

@@ -44,3 +44,13 @@ def test_vectors_and_shapes() -> None:
     layout.check_same_shape(torch.ones(2, 3), "residual", x)
     with pytest.raises(ShapeError, match=r"got residual of shape \(1, 3\) for an input of shape \(2, 3\)"):
         layout.check_same_shape(torch.ones(1, 3), "residual", x)
+
+
+def test_a_result_is_laid_out_as_the_input_suggests() -> None:
+    result = torch.randn(2, 3, 4, 5)
+    last = result.contiguous(memory_format=torch.channels_last)
+    for x, expected in ((result, result), (last, last), (last.permute(0, 3, 1, 2).permute(0, 2, 3, 1), last)):
+        laid_out = layout.laid_out(result, x)
+        assert laid_out.stride() == expected.stride()
+        assert torch.equal(laid_out, result)
+    assert layout.laid_out(result, result.transpose(2, 3).contiguous().transpose(2, 3)).is_contiguous()

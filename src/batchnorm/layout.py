@@ -1,6 +1,7 @@
 """The law of shapes: an input is (N, C, *S), one dimension holds the channels, all others are observations.
 
-Everything that depends on which dimension that is stands here; how the values lie in memory is the kernels' concern.
+Everything that depends on which dimension that is stands here, and how results lie in memory; how inputs may lie is the
+kernels' concern.
 """
 
 from __future__ import annotations
@@ -141,3 +142,24 @@ def check_same_shape(other: Tensor, name: str, x: Tensor) -> None:
             f"got {name} of shape {tuple(other.shape)} for an input of shape {tuple(x.shape)}; "
             f"both must be equal. Expand or crop the {name} first"
         )
+
+
+def _looks_channels_last(x: Tensor) -> bool:
+    """Torch's own rule, its `suggest_memory_format`: whether the strides grow from the channels over *S to N."""
+    rank, sizes, strides = x.dim(), x.shape, x.stride()
+    if rank not in (4, 5) or strides[1] == 0:
+        return False
+    least = 0
+    for dim in (1, *range(rank - 1, 1, -1), 0):
+        # In the last dimension: of one value for each sample, both orders are the same, and it counts as contiguous.
+        if sizes[dim] == 0 or strides[dim] < least or (dim == 0 and least == strides[1]):
+            return False
+        least = strides[dim] * sizes[dim]
+    return True
+
+
+def laid_out(result: Tensor, x: Tensor) -> Tensor:
+    """`result`, of x's shape, with the strides that torch gives the result of an operation on x."""
+    if _looks_channels_last(x):  # written with permutations, which transforms of torch.func know
+        return result.movedim(1, -1).contiguous().movedim(-1, 1)
+    return result.contiguous()

@@ -259,23 +259,23 @@ def test_what_is_not_finite_shows_and_stays_in_its_channel(layout: Layout, bad: 
 
 def test_wrong_calls_are_refused_not_read() -> None:
     x, v = torch.randn(4, 3), torch.ones(3)
-    with pytest.raises(RuntimeError, match="got x int32 .* must be floating"):
+    with pytest.raises(RuntimeError, match=r"got x int32 .* must be floating"):
         native.batch_moments(x.int(), 1)
     with pytest.raises(RuntimeError, match="at least 2 dimensions"):
         native.batch_moments(torch.randn(4), 0)
     with pytest.raises(RuntimeError, match="channel_dim"):
         native.batch_moments(x, 2)
-    with pytest.raises(RuntimeError, match="got mean .* must have one value for each channel"):
+    with pytest.raises(RuntimeError, match=r"got mean .* must have one value for each channel"):
         native.normalize(x, torch.ones(2), v, None, None, None, EPS, 1, None)
-    with pytest.raises(RuntimeError, match="got weight int32 of shape"):
+    with pytest.raises(RuntimeError, match=r"got weight int32 of shape"):
         native.normalize(x, v, v, v.int(), None, None, EPS, 1, None)
-    with pytest.raises(RuntimeError, match="got residual .* must have x's shape"):
+    with pytest.raises(RuntimeError, match=r"got residual .* must have x's shape"):
         native.normalize(x, v, v, None, None, x[:2], EPS, 1, None)
-    with pytest.raises(RuntimeError, match="got residual float64 .* must have x's shape and dtype"):
+    with pytest.raises(RuntimeError, match=r"got residual float64 .* must have x's shape and dtype"):
         native.normalize(x, v, v, None, None, x.double(), EPS, 1, None)
-    with pytest.raises(RuntimeError, match="got dy .* must have x's shape"):
+    with pytest.raises(RuntimeError, match=r"got dy .* must have x's shape"):
         native.backward_sums(x[:2], x, v, v, None, None, None, EPS, 1, None)
-    with pytest.raises(RuntimeError, match="got activation 'softplus'; there is no native kernel"):
+    with pytest.raises(RuntimeError, match=r"got activation 'softplus'; there is no native kernel"):
         native.forward(x, None, None, None, EPS, 1, "softplus")
 
 

@@ -120,3 +120,19 @@ print(kilobytes() - before)
 def test_the_name_of_an_activation_is_freed() -> None:
     done = run(LEAK)
     assert int(done.stdout) < 1000, done.stderr  # 48 bytes a call would be 1,900
+
+
+AGAIN = """
+import importlib.util, torch
+import batchnorm as bn
+from batchnorm.kernels import cpu
+cpu.use_level(cpu.levels()[0])
+torch.ops.load_library(importlib.util.find_spec("batchnorm._native").origin)
+assert cpu._load() == ""
+print(cpu.level() == cpu.levels()[0], bn.BatchNorm1d(3)(torch.randn(4, 3)).shape)
+"""
+
+
+def test_the_library_may_be_loaded_again() -> None:
+    done = run(AGAIN)
+    assert done.stdout.strip() == "True torch.Size([4, 3])", done.stderr

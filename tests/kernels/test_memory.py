@@ -138,10 +138,10 @@ def test_in_place_nothing_may_share_a_part_of_the_inputs_memory() -> None:
     for name in ("mean", "var", "weight", "bias"):
         with pytest.raises(RuntimeError, match=f"got {name} float32 of shape .3,. that shares memory with x"):
             in_place(x, **{name: memory[46:49]})
-    with pytest.raises(RuntimeError, match="got residual .* that shares memory with x"):
+    with pytest.raises(RuntimeError, match=r"got residual .* that shares memory with x"):
         in_place(x, memory[3:51].view(16, 3))
     square = values(3, 3)
-    with pytest.raises(RuntimeError, match="got residual .* that shares memory with x"):
+    with pytest.raises(RuntimeError, match=r"got residual .* that shares memory with x"):
         in_place(square, square.t())
 
 
@@ -212,7 +212,7 @@ def test_freed_memory_is_not_read(name: str, how: Callable[[Tensor], Tensor]) ->
             arguments |= {"channel_dim": 1}  # type: ignore[dict-item]
         else:
             arguments |= options
-        with pytest.raises(RuntimeError, match="whose storage has .* bytes; it needs"):
+        with pytest.raises(RuntimeError, match=r"whose storage has .* bytes; it needs"):
             getattr(native, operation)(**arguments)
 
 

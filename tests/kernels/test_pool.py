@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,8 +101,6 @@ def several(n):
 
 
 def run(work: str, **environment: str) -> str:
-    import os
-
     command = [sys.executable, "-c", PROCESS.replace("{work}", work)]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=120, check=False, env=os.environ | environment
@@ -149,3 +150,95 @@ def test_a_forked_process_has_memory_of_its_own() -> None:
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     """.replace("\n    ", "\n")
     assert run("torch.set_num_threads(1)\n" + work.strip()).strip() == "0"
+
+
+def test_outputs_elsewhere_are_counted_whichever_thread_leaves_first() -> None:
+    first, second = cpu.resizable_outputs(), cpu.resizable_outputs()
+    pooled = native._cpu_output_pool
+    with ThreadPoolExecutor(1) as thread:
+        first.__enter__()
+        thread.submit(second.__enter__).result()
+        first.__exit__(None, None, None)  # before the second, which came later
+        assert not pooled()
+        thread.submit(second.__exit__, None, None, None).result()
+    assert pooled()
+
+
+def test_many_idle_blocks_do_not_slow_the_next_output() -> None:
+    # By the blocks' use and not by the clock: of many sizes each finds its own, the last used first.
+    sizes = [(1, 16, 64, 64 + i) for i in range(0, 160, 20)]
+    outputs = [normalized(shape) for shape in sizes for _ in range(3)]
+    addresses = [y.data_ptr() for y in outputs]
+    while outputs:
+        del outputs[0]
+    again = [normalized(shape) for shape in reversed(sizes) for _ in range(3)]
+    assert [y.data_ptr() for y in again] == addresses[::-1]
+
+
+@pytest.mark.parametrize("wanted", ["-1", "many", "", "1.5", "1e3", " 1", "9" * 30])
+def test_a_limit_that_is_none_is_told(wanted: str) -> None:
+    with pytest.warns(UserWarning, match=f"got BATCHNORM_POOL_MIB='{wanted}'; it must be a whole number of MiB"):
+        cpu._limit_pool(wanted)
+    assert normalized(LARGE).shape == LARGE
+
+
+def control_groups(root: Path, lines: str, limits: dict[str, str]) -> int:
+    """The limit that is found in a system with these files, in MiB."""
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/self/cgroup").write_text(lines)
+    for name, content in limits.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(content)
+    found: int = native._cpu_memory_limit(str(root))
+    return found >> 20
+
+
+V2, V1 = "sys/fs/cgroup/", "sys/fs/cgroup/memory/"
+
+
+@pytest.mark.parametrize(
+    ("lines", "limits", "expected"),
+    [
+        ("0::/a/b\n", {f"{V2}a/b/memory.max": "max\n", f"{V2}a/memory.max": f"{64 << 20}\n"}, 64),
+        ("0::/a/b\n", {f"{V2}a/b/memory.max": f"{32 << 20}\n", f"{V2}a/memory.max": f"{64 << 20}\n"}, 32),
+        ("0::/host/path\n", {f"{V2}memory.max": f"{16 << 20}\n"}, 16),  # inside a container
+        ("0::/\n", {f"{V2}memory.max": f"{16 << 20}\n"}, 16),
+        ("5:cpu,memory:/a\n0::/\n", {f"{V1}a/memory.limit_in_bytes": f"{8 << 20}\n"}, 8),
+        ("5:memory:/a/b\n", {f"{V1}memory.limit_in_bytes": f"{4 << 20}\n"}, 4),
+    ],
+)
+def test_the_limits_of_control_groups(tmp_path: Path, lines: str, limits: dict[str, str], expected: int) -> None:
+    assert control_groups(tmp_path, lines, limits) == expected
+
+
+@pytest.mark.parametrize("lines", ["", "0::/a\n", "garbage\n", "3:cpu:/a\n"])
+def test_without_a_limit_the_machines_memory_is_it(tmp_path: Path, lines: str) -> None:
+    limits = {f"{V2}a/memory.max": "max\n", f"{V2}cpu/a/memory.max": "1\n"}
+    assert control_groups(tmp_path, lines, limits) == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
+
+
+def test_idle_blocks_go_when_memory_runs_out() -> None:
+    work = """
+    kept = several(64)  # 128 MiB, then idle
+    del kept
+    used = int(open("/proc/self/statm").read().split()[0]) * 4096
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, used + 2**26))
+    y = torch.ops.batchnorm.normalize(torch.ones(1).expand(2**10, 16, 2**10), one, one, None, None, None, 0.0, 1, None)
+    print(y.shape[0])
+    """.replace("\n    ", "\n")
+    assert run(work.strip(), BATCHNORM_POOL_MIB="1024").strip() == "1024"
+
+
+def test_the_sums_of_many_channels_stay_small() -> None:
+    work = """
+    x = torch.ones(32, 2**18)  # 32 MiB
+    layer = batchnorm.BatchNorm1d(2**18)
+    def mebibytes(name):
+        return next(int(line.split()[1]) >> 10 for line in open("/proc/self/status") if line.startswith(name))
+    before = mebibytes("VmRSS")
+    y = layer(x)
+    print(mebibytes("VmHWM") - before, mebibytes("VmRSS") - before)
+    """.replace("\n    ", "\n")
+    peak, after = map(int, run(work.strip()).split())
+    assert peak < 110  # 32 of the output, 16 of sums, numbers for each channel; sums alone may be 128
+    assert after < 60

@@ -102,3 +102,7 @@ STUDY_SHARE = 0.01
 
 # A number of the study's that is float64 throughout, relative.
 STUDY_DOUBLE = 1e-9
+
+# Random calls against the reference in float64, in units of NATIVE, over 1 + the largest |value|: sums of hundreds of
+# terms, each rounded once, and eps = 1e-2, which multiplies by ten at most. A wrong value is off by 1e-2 and more.
+FUZZ = 100

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from batchnorm import layout
 from batchnorm.activations import ACTIVATIONS
-from batchnorm.errors import DTypeError, OptionError, ShapeError
+from batchnorm.errors import OptionError
+from batchnorm.kernels.running_statistics import check_commit
 
 
 def statistics_dtype(device: torch.device) -> torch.dtype:
@@ -69,7 +70,7 @@ def normalize(
 ) -> Tensor:
     """The output y, for given statistics."""
     y = _activated(x, mean, var, weight, bias, residual, eps, channel_dim, activation)
-    return _laid_out(y.to(x.dtype), x)
+    return layout.laid_out(y.to(x.dtype), x)
 
 
 def normalize_(
@@ -104,7 +105,7 @@ def forward(
     wide = x.to(statistics_dtype(x.device))  # once, so that a gradient through it is rounded once
     count, mean, m2 = batch_moments(wide, channel_dim, mask)
     y = _activated(wide, mean, biased_variance(count, m2), weight, bias, residual, eps, channel_dim, activation)
-    return _laid_out(y.to(x.dtype), x), count, mean, m2
+    return layout.laid_out(y.to(x.dtype), x), count, mean, m2
 
 
 def backward_sums(
@@ -173,8 +174,8 @@ def backward_input(
     scale = (var.to(dz.dtype) + eps).rsqrt()
     if weight is not None:
         scale = scale * weight
-    dx = _laid_out((layout.per_channel(scale, x.dim(), axis) * inner).to(x.dtype), x)
-    dresidual = dx.new_empty(0) if residual is None or activation is None else _laid_out(dz.to(x.dtype), x)
+    dx = layout.laid_out((layout.per_channel(scale, x.dim(), axis) * inner).to(x.dtype), x)
+    dresidual = dx.new_empty(0) if residual is None or activation is None else layout.laid_out(dz.to(x.dtype), x)
     return dx, dresidual
 
 
@@ -226,11 +227,11 @@ def commit(
     num_batches_skipped. A count of 0 changes nothing. All is checked before anything is changed.
 
     running_mean and running_var are (C,) of any floating dtype, num_batches_tracked is one number of any integer or
-    floating dtype or None, num_batches_skipped (C,) int64 or None. A momentum of None is 1 / num_batches_tracked, after counting: the
-    equal-weight average of all batches. Statistics that are not the initial 0 and 1 while that counter is 0 were loaded
-    without it, and weigh as one batch.
+    floating dtype or None, num_batches_skipped (C,) int64 or None. A momentum of None is 1 / num_batches_tracked, after
+    counting: the equal-weight average of all batches. Statistics that are not the initial 0 and 1 while that counter is
+    0 were loaded without it, and weigh as one batch.
     """
-    _check_commit(running_mean, running_var, num_batches_tracked, num_batches_skipped, count, mean, m2)
+    check_commit(running_mean, running_var, num_batches_tracked, num_batches_skipped, count, mean, m2)
     any_counted = count > 0
     factor: float | Tensor | None = momentum
     batches = None
@@ -285,60 +286,6 @@ def forward_commit(
     return y, count, mean, m2
 
 
-def _check_commit(
-    running_mean: Tensor,
-    running_var: Tensor,
-    num_batches_tracked: Tensor | None,
-    num_batches_skipped: Tensor | None,
-    count: Tensor,
-    mean: Tensor,
-    m2: Tensor,
-) -> None:
-    """What `commit` changes fits the moments.
-
-    Raises:
-        ShapeError: a tensor has another shape than its channels, or its one number, give it.
-        DTypeError: statistics that are not floating, or a counter that is no number.
-        OptionError: one lies on another device than the moments, or in memory that cannot be written.
-    """
-    channels = mean.numel()
-    vectors = {"running_mean": running_mean, "running_var": running_var, "mean": mean, "m2": m2}
-    for name, vector in vectors.items():
-        layout.check_vector(vector, name, channels)
-        if not vector.is_floating_point():
-            raise DTypeError(f"got {name} of dtype {vector.dtype}; it must be floating. Convert it with .float()")
-    layout.check_vector(num_batches_skipped, "num_batches_skipped", channels)
-    if num_batches_skipped is not None and num_batches_skipped.dtype != torch.int64:
-        raise DTypeError(f"got num_batches_skipped of dtype {num_batches_skipped.dtype}; it must be torch.int64")
-    _check_number(count, "count")
-    if num_batches_tracked is not None:
-        _check_number(num_batches_tracked, "num_batches_tracked")
-    written = {
-        "running_mean": running_mean,
-        "running_var": running_var,
-        "num_batches_tracked": num_batches_tracked,
-        "num_batches_skipped": num_batches_skipped,
-    }
-    for name, tensor in ((name, tensor) for name, tensor in written.items() if tensor is not None):
-        if tensor.device != mean.device:
-            raise OptionError(
-                f"got {name} on {tensor.device} and moments on {mean.device}; all must be on one device. Move the "
-                f"layer with .to(...)"
-            )
-        if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
-            raise OptionError(
-                f"got {name} in which several elements share one place in memory, as in what expand() returns; it is "
-                f"written in place. Use .clone() first"
-            )
-
-
-def _check_number(number: Tensor, name: str) -> None:
-    if number.numel() != 1:
-        raise ShapeError(f"got {name} of shape {tuple(number.shape)}; it must be one number, of shape ()")
-    if number.dtype == torch.bool or number.dtype.is_complex:
-        raise DTypeError(f"got {name} of dtype {number.dtype}; it must be a number, as torch.int64")
-
-
 def _with_rank(mask: Tensor, x: Tensor, axis: int) -> Tensor:
     """The mask with x's rank: one that lacks the channel dimension gets it."""
     return mask.unsqueeze(axis) if mask.dim() < x.dim() else mask
@@ -354,27 +301,6 @@ def _without_unused(dy: Tensor, x: Tensor, mean: Tensor, channel_dim: int, mask:
 def biased_variance(count: Tensor, m2: Tensor) -> Tensor:
     """The biased variance; 0 of nothing."""
     return m2 / torch.where(count > 0, count, 1).to(m2.dtype)
-
-
-def _looks_channels_last(x: Tensor) -> bool:
-    """Torch's own rule, its `suggest_memory_format`: whether the strides grow from the channels over *S to N."""
-    rank, sizes, strides = x.dim(), x.shape, x.stride()
-    if rank not in (4, 5) or strides[1] == 0:
-        return False
-    least = 0
-    for dim in (1, *range(rank - 1, 1, -1), 0):
-        # In the last dimension: of one value for each sample, both orders are the same, and it counts as contiguous.
-        if sizes[dim] == 0 or strides[dim] < least or (dim == 0 and least == strides[1]):
-            return False
-        least = strides[dim] * sizes[dim]
-    return True
-
-
-def _laid_out(result: Tensor, x: Tensor) -> Tensor:
-    """`result`, of x's shape, with the strides that torch gives the result of an operation on x."""
-    if _looks_channels_last(x):  # written with permutations, which transforms of torch.func know
-        return result.movedim(1, -1).contiguous().movedim(-1, 1)
-    return result.contiguous()
 
 
 def _activated(

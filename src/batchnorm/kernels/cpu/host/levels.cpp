@@ -18,11 +18,17 @@ namespace batchnorm {
   extern const Level level;         \
   }
 
-#if defined(__x86_64__)
+// Which there are is the build's choice.
+#if defined(BN_HAS_sse2)
 BN_DECLARE(sse2)
+#endif
+#if defined(BN_HAS_avx2)
 BN_DECLARE(avx2)
+#endif
+#if defined(BN_HAS_avx512)
 BN_DECLARE(avx512)
-#else
+#endif
+#if defined(BN_HAS_generic)
 BN_DECLARE(generic)
 #endif
 
@@ -30,18 +36,23 @@ namespace {
 
 // The levels that run on this machine, the best last.
 std::vector<const Level*> available() {
-#if defined(__x86_64__)
-  std::vector<const Level*> levels{&sse2::level};
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    levels.push_back(&avx2::level);
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
-      levels.push_back(&avx512::level);
-  }
-  return levels;
-#else
-  return {&generic::level};
+  std::vector<const Level*> levels;
+#if defined(BN_HAS_generic)
+  levels.push_back(&generic::level);
 #endif
+#if defined(BN_HAS_sse2)
+  levels.push_back(&sse2::level);
+#endif
+#if defined(BN_HAS_avx2)
+  const bool avx2_runs = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (avx2_runs) levels.push_back(&avx2::level);
+#endif
+#if defined(BN_HAS_avx512)
+  if (avx2_runs && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+    levels.push_back(&avx512::level);
+#endif
+  return levels;
 }
 
 std::atomic<const Level*> current = available().back();  // another thread may choose while kernels run

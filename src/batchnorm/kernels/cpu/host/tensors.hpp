@@ -218,7 +218,8 @@ struct Input {
     dtype = *type;
     const int64_t axis = channel_dim < 0 ? channel_dim + x.dim() : channel_dim;
     if (x.numel() == 0) {
-      extents = Extents{0, x.sizes()[axis], 1};
+      extents = Extents{1, x.size(axis), 1};  // without channels there are positions all the same
+      for (int64_t d = 0; d < x.dim(); ++d) extents.outer *= d == axis ? 1 : x.size(d);
       return;
     }
     check_storage(x, "x");
