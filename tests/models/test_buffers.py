@@ -34,7 +34,7 @@ def test_what_is_accepted_stays() -> None:
     saved = SavedBuffers(model)
     model.running_mean += 1
     model.running_var += 1
-    saved.accept(model.running_mean)
+    saved.accept([model.running_mean])
     saved.restore()
     assert (model.running_mean.tolist(), model.running_var.tolist()) == ([1, 1], [1, 1])
 
@@ -124,6 +124,8 @@ def test_all_steps_are_taken_and_all_failures_told() -> None:
     def fail() -> None:
         raise LookupError("it is gone")
 
-    with pytest.raises(OptionError, match=r"put back 2 .*: a \(LookupError: it is gone\); c \(LookupError: it is gone\)\."):
+    with pytest.raises(
+        OptionError, match=r"put back 2 .*: a \(LookupError: it is gone\); c \(LookupError: it is gone\)\."
+    ):
         put_back(iter([("a", fail), ("b", lambda: done.append(1)), ("c", fail), ("d", lambda: done.append(2))]))
     assert done == [1, 2]

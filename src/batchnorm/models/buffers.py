@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -51,9 +51,10 @@ class SavedBuffers:
                 if buffer is not None and not buffer.is_meta and not torch.nn.parameter.is_lazy(buffer):
                     self._saved[buffer] = _Saved.of(buffer, f"{path}.{name}".lstrip("."))
 
-    def accept(self, buffer: Tensor) -> None:
-        """Let a buffer keep the values that it has by the time of `restore`."""
-        self._saved.pop(buffer, None)
+    def accept(self, buffers: Iterable[Tensor]) -> Iterator[Step]:
+        """Let buffers keep the values that they have by the time of `restore`. Returns what would put them back."""
+        taken = {buffer: self._saved.pop(buffer) for buffer in buffers if buffer in self._saved}
+        return _steps(taken)
 
     def restore(self) -> None:
         """Put everything back.
@@ -66,8 +67,7 @@ class SavedBuffers:
     def steps(self) -> Iterator[Step]:
         """What there is to put back."""
         yield "the names of buffers", self._restore_objects
-        for buffer, saved in self._saved.items():
-            yield f'buffer "{saved.name}"', functools.partial(saved.write_back, buffer)
+        yield from _steps(self._saved)
 
     def _restore_objects(self) -> None:
         for module, named in self._buffers:
@@ -124,3 +124,8 @@ class _Saved(NamedTuple):
         last = sum((n - 1) * step for n, step in zip(self.place.shape, self.place.stride, strict=True))
         needed = (self.place.offset + last + 1) * self.value.element_size()
         return 0 in self.place.shape or self.place.storage.nbytes() >= needed
+
+
+def _steps(saved: dict[Tensor, _Saved]) -> Iterator[Step]:
+    for buffer, before in saved.items():
+        yield f'buffer "{before.name}"', functools.partial(before.write_back, buffer)
