@@ -17,7 +17,9 @@ from batchnorm.population import spill as module
 from batchnorm.population.spill import ASSUMED_BYTES_PER_SECOND, LEAST_BYTES, Spill, can_spill, left_in_memory
 from support.memory import mapped_files
 
-pytestmark = pytest.mark.skipif(not module.available(), reason="memory is exchanged for a file with Linux's glibc alone")
+pytestmark = pytest.mark.skipif(
+    not module.available(), reason="memory is exchanged for a file with Linux's glibc alone"
+)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from batchnorm.errors import CountError, OptionError
 from batchnorm.models.devices import device
 from batchnorm.models.nested import map_tensors, tensors
+from batchnorm.population.interrupts import caller
 
 Forward = Callable[[nn.Module, Any], object]
 
@@ -110,9 +111,10 @@ class Batches:
 
     def _next(self) -> Any:  # noqa: ANN401 - as `map_tensors`
         """The next item, or _EXHAUSTED. The first one may draw random numbers, to shuffle."""
-        if self._items is None:
-            self._items = iter(self._iterable)
-        return next(self._items, _EXHAUSTED)
+        with caller():
+            if self._items is None:
+                self._items = iter(self._iterable)
+            return next(self._items, _EXHAUSTED)
 
     def _within_limit(self, content: Any, n: int | None) -> tuple[Any, int]:  # noqa: ANN401 - as `map_tensors`
         assert self._limit is not None

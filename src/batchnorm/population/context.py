@@ -14,6 +14,7 @@ from batchnorm.distributed import Group
 from batchnorm.errors import CountError, NonFiniteError
 from batchnorm.moments import Moments
 from batchnorm.population.batches import Batch, Batches, Forward, nothing_to_learn_from
+from batchnorm.population.interrupts import caller
 from batchnorm.population.layers import CallHooks, Layer
 from batchnorm.population.result import MemoryUse, Population
 
@@ -53,7 +54,8 @@ class Progress:
         """Report what is done."""
         if self.report is not None:
             known = self.batches is not None and self.calls is not None
-            self.report(self.done, self.batches * self.calls if known else None)  # type: ignore[operator]  # `known`
+            with caller():
+                self.report(self.done, self.batches * self.calls if known else None)  # type: ignore[operator]  # `known`
 
 
 @dataclass(eq=False)
@@ -88,7 +90,8 @@ class Context:
         """One forward pass; its exceptions say which batch it was."""
         self.running = True
         try:
-            self.forward(self.model, batch.content)
+            with caller():
+                self.forward(self.model, batch.content)
         except Exception as error:
             if sys.version_info >= (3, 11):
                 error.add_note(f"in the forward pass of batch {batch.index}")
@@ -103,7 +106,8 @@ class Context:
         Raises:
             CountError: no process had any.
         """
-        label, shares = self.group.all_gather("the end of the data" if self.batches.used else None, tensors)
+        with caller():  # others may take long
+            label, shares = self.group.all_gather("the end of the data" if self.batches.used else None, tensors)
         if label is None:
             raise nothing_to_learn_from(self.batches.read)
         return shares

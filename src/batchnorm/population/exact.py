@@ -17,6 +17,7 @@ from batchnorm.errors import OrderError
 from batchnorm.moments import Moments, pool
 from batchnorm.population.batches import Batch, cut, nothing_to_learn_from, samples
 from batchnorm.population.context import Context, LayerCall, MethodResult, check_finite, population
+from batchnorm.population.interrupts import caller, closed
 from batchnorm.population.layers import CallHooks, Layer
 from batchnorm.population.locks import Locks
 from batchnorm.population.lockstep import Lockstep, Pass
@@ -103,7 +104,8 @@ class Exact:
         batch_pass.called.append(layer)
         if layer not in self._solved:  # otherwise the pass is being repeated
             batch_pass.at, batch_pass.moments = layer, layer.moments(args, kwargs)
-            self._lockstep.wait()
+            with closed():
+                self._lockstep.wait()
 
     def _gather(self) -> tuple[Layer, Moments] | None:
         """The layer that all passes of all processes wait at, and the moments of its inputs; None at their end.
@@ -113,7 +115,9 @@ class Exact:
         """
         passes = self._lockstep.passes
         here = _where(passes)
-        label, shares = self._context.group.all_gather(here, _pool(passes) if here in self._layers else [])
+        tensors = _pool(passes) if here in self._layers else []
+        with caller():  # others may take long
+            label, shares = self._context.group.all_gather(here, tensors)
         if label is None:
             raise nothing_to_learn_from(self._context.batches.read)
         if label == _END:
