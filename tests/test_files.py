@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from batchnorm import files
 from batchnorm.errors import OptionError, ShapeError, UsageError
-from batchnorm.files import check_writable, reading, replacing, write_text, writing
+from batchnorm.files import check_writable, reading, replacing, steady, write_text, writing
 
 
 class PanicError(BaseException):
@@ -187,3 +190,22 @@ def test_a_temporary_name_ends_as_it_is_asked_to(tmp_path: Path) -> None:
         assert temporary.suffix == ".pt2"
         temporary.write_text("new")
     assert os.listdir(tmp_path) == ["net.pt2"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_disk_that_becomes_full_is_an_error_of_the_system() -> None:
+    """torch's own writer would abort the process."""
+    with pytest.raises(OSError, match="No space left"), steady(Path("/dev/full")) as file:
+        torch.save({"a": torch.zeros(100_000)}, file)
+
+
+def test_what_is_written_steadily(tmp_path: Path) -> None:
+    with steady(tmp_path / "file") as file:
+        assert file.write(b"ab") == 2
+        assert file.write(memoryview(np.arange(3.0))) == 24
+        torch.save(torch.arange(5), file)
+    content = (tmp_path / "file").read_bytes()
+    assert content[:26] == b"ab" + np.arange(3.0).tobytes()
+    assert torch.load(io.BytesIO(content[26:]), weights_only=True).tolist() == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="mine"), steady(tmp_path / "file"):
+        raise ValueError("mine")

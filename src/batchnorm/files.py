@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import shutil
 import stat
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import IO, Any
 
 from batchnorm.errors import BatchNormError, UsageError
 from batchnorm.messages import described
@@ -123,6 +125,43 @@ def replacing(path: Path, *, suffix: str = "") -> Iterator[Path]:
             os.fsync(file.fileno())  # the content is on the disk before the name is
         temporary.chmod(_mode(target))  # mkstemp's files are for their owner alone
         os.replace(temporary, target)
+
+
+@contextmanager
+def steady(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write to, whose errors are raised at the end: torch's writer in C++ aborts the process for one.
+
+    Raises:
+        OSError: the first that a write raised.
+    """
+    with path.open("wb", buffering=0) as file:
+        sink = _Sink(file)
+        try:
+            yield sink
+        except Exception as error:
+            raise sink.error or error from None
+        if sink.error is not None:
+            raise sink.error
+
+
+class _Sink(io.BytesIO):
+    """Hands on all that is written, keeps nothing but the first error. What torch takes for a file has this base."""
+
+    def __init__(self, file: io.FileIO) -> None:
+        super().__init__()
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, content: Any, /) -> int:  # noqa: ANN401 - whatever has bytes
+        """Write, or do as if."""
+        rest = memoryview(content).cast("B")
+        size = rest.nbytes
+        try:
+            while rest and self.error is None:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            self.error = error
+        return size
 
 
 def write_text(path: Path, content: str) -> None:

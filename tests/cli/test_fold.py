@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 
 import batchnorm as bn
 from batchnorm.cli.main import main
-from cli.commands import fails
+from cli.commands import START, fails, start
 from support.comparison import close
 
 CODE = """
@@ -187,3 +188,18 @@ def test_names_of_layers_are_shown(project: Path, capsys: pytest.CaptureFixture[
     printed = capsys.readouterr().out
     assert r"\x1b[2J\u202e 漢.1" in printed
     assert len(printed.splitlines()) == 2
+
+
+FULL = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500)); "
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits are POSIX's")
+def test_a_disk_that_becomes_full(project: Path) -> None:
+    names = ["a.pt", "a.pt2", "a.safetensors"]
+    started = [start("fold", "my.py:net", "--example", "2,3,8,8", "--output", n, code=FULL + START) for n in names]
+    for name, process in zip(names, started, strict=True):
+        output, errors = process.communicate(timeout=240)
+        assert (process.returncode, output, errors.count("\n")) == (2, "", 1), errors
+        assert errors.startswith(f"batchnorm: cannot write to {name}: ")
+        assert "File too large" in errors
+    assert not list(project.glob("*a.p*"))

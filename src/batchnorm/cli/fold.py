@@ -46,7 +46,7 @@ def fold(model: str, output: Path, example: str, weights: Path | None) -> None:
     with blaming("the model"):
         folded: Any = batchnorm.fold(net, inputs)
     save_program(folded, inputs, output)
-    entries = [replace(entry, layer=one_line(entry.layer)) for entry in folded.report]
+    entries = [replace(entry, layer=one_line(entry.layer), what=one_line(entry.what)) for entry in folded.report]
     say(str(replace(folded.report, entries=tuple(entries))))
 
 

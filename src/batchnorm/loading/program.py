@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from batchnorm import extras
 from batchnorm.errors import UsageError
-from batchnorm.files import check_writable, replacing, writing
+from batchnorm.files import check_writable, replacing, steady, writing
 from batchnorm.loading import state_dict
 from batchnorm.loading.state_dict import save_state_dict
 from batchnorm.messages import described
@@ -96,7 +96,8 @@ def _dynamic_shape(value: object) -> dict[int, Any] | None:
 
 
 def _save_export(program: torch.export.ExportedProgram, path: Path) -> None:
-    torch.export.save(program, path)
+    with steady(path) as file:
+        torch.export.save(program, file)
 
 
 def _save_onnx(program: torch.export.ExportedProgram, path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from batchnorm import extras
 from batchnorm.errors import UsageError
-from batchnorm.files import check_writable, reading, replacing, writing
+from batchnorm.files import check_writable, reading, replacing, steady, writing
 from batchnorm.loading.object_reference import blaming
 
 _SHOWN = 5  # names of a list in a message
@@ -149,7 +149,8 @@ def _load_torch(model: nn.Module, path: Path) -> tuple[list[str], list[str]]:
 
 
 def _save_torch(model: nn.Module, path: Path) -> None:
-    torch.save(model.state_dict(), path)
+    with steady(path) as file:
+        torch.save(model.state_dict(), file)
 
 
 def _load_safetensors(model: nn.Module, path: Path) -> tuple[list[str], list[str]]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.errors import OptionError
-from batchnorm.files import check_writable, reading, replacing, writing
+from batchnorm.files import check_writable, reading, replacing, steady, writing
 from batchnorm.moments import Moments
 from batchnorm.population.context import Context
 from batchnorm.population.layers import Layer
@@ -105,8 +105,8 @@ class Checkpoint:
             "random": [state for _, state in random_state()],
             "moments": [(m.count.cpu(), m.mean.cpu(), m.m2.cpu()) for m in joined.values()],
         }
-        with writing(self._path, OptionError), replacing(self._path) as temporary:
-            torch.save(content | {"digest": _digest(content)}, temporary)
+        with writing(self._path, OptionError), replacing(self._path) as temporary, steady(temporary) as file:
+            torch.save(content | {"digest": _digest(content)}, file)
         self._last = time.monotonic()
 
     def remove(self) -> None:
