@@ -174,8 +174,25 @@ class BatchNorm(BatchNormBase):
             if (buffer := self._buffers[name]) is not None:
                 self._buffers[name] = _at_least_float32(buffer)
 
-    def forward(self, input: Tensor, *, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Normalise `input`; in training mode, move the running statistics."""
+    def forward(
+        self,
+        input: Tensor,
+        *,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        activation: str | None = None,
+    ) -> Tensor:
+        """Normalise `input`; in training mode, move the running statistics.
+
+        `activation` is for this call of a layer that has none of its own; OptionError if both are set.
+        """
+        if activation is None:
+            activation = self.activation
+        elif self.activation is not None:
+            raise OptionError(
+                f"got activation={activation!r} for a layer with activation={self.activation!r}; one call has one. "
+                f"Leave one of them out"
+            )
         own = self._parameters  # attributes take several times as long, and `get` would look at them all the same
         weight: Tensor | None = own["weight"] if "weight" in own else self.weight  # noqa: SIM401 - not `get`: see above
         bias: Tensor | None = own["bias"] if "bias" in own else self.bias  # noqa: SIM401 - not `get`: see above
@@ -191,7 +208,7 @@ class BatchNorm(BatchNormBase):
             mask = None  # no effect
         try:
             self._check_input_dim(input)
-            call = Call(input, weight, bias, residual, mask, self.eps, self.channel_dim, self.activation)
+            call = Call(input, weight, bias, residual, mask, self.eps, self.channel_dim, activation)
             if mean is not None and var is not None and by_running:
                 if not training:
                     return functional.normalize_by_running(call, mean, var, inplace=self.inplace)

@@ -20,6 +20,7 @@ from batchnorm.surgery import linear, scale_shift
 from batchnorm.surgery.chains import Chain, Flow, find_chains
 from batchnorm.surgery.comparing import ALTOGETHER, difference, outputs
 from batchnorm.surgery.exported import as_module
+from batchnorm.surgery.fuse import unfuse
 from batchnorm.surgery.observing import forward, observe
 from batchnorm.surgery.report import Entry, attach, check_free
 from batchnorm.surgery.tracing import regions, seen_call
@@ -114,7 +115,9 @@ def _copied(model: nn.Module) -> nn.Module:
     with warnings.catch_warnings():
         # torch's own, about how the graphs of exported programs are copied.
         warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
-        return copy.deepcopy(model).eval()
+        copied = copy.deepcopy(model).eval()
+    unfuse(copied)  # what is folded has nothing left to fuse, and only the class's own forward tells who reads what
+    return copied
 
 
 def _why_left(flow: Flow, norm: NormLayer) -> str | None:
