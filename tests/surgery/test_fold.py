@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import batchnorm as bn
 from batchnorm.surgery import linear
@@ -418,3 +419,25 @@ def test_the_activation_of_a_call_folds() -> None:
     folded = fold(net, x)
     assert folded.report.done == {"norm": "part of conv"}
     torch.testing.assert_close(folded(x), net(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("how", ["pruned", "normed"])
+def test_weights_that_a_hook_computed_with_gradients(how: str) -> None:
+    net, x = used(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))).double(), draw(2, 3, 4, 4)
+    if how == "pruned":
+        prune.random_unstructured(net[0], "weight", 0.5)
+    else:
+        nn.utils.weight_norm(net[0])
+    net(x).sum().backward()
+    folded = fold(net, x)
+    torch.testing.assert_close(folded(x), net.eval()(x))
+
+
+def test_a_model_that_cannot_be_copied_is_refused() -> None:
+    class Sharded(nn.Sequential):
+        def __deepcopy__(self, memo: object) -> None:
+            raise AssertionError("FSDP does not support deepcopy")
+
+    with pytest.raises(bn.BatchNormError, match="cannot be copied: FSDP does not support deepcopy"):
+        fold(Sharded(nn.BatchNorm2d(3)), torch.randn(2, 3, 4, 4))

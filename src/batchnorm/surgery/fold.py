@@ -123,13 +123,30 @@ def _copied(model: nn.Module) -> nn.Module:
     with warnings.catch_warnings():
         # torch's own, about how the graphs of exported programs are copied.
         warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
-        copied = uncompiled(copy.deepcopy(uncompiled(model)).eval())
+        copied = uncompiled(_deepcopied(uncompiled(model)).eval())
     for parent in list(copied.modules()):
         for name, child in children_of(parent).items():
             if child is not None:
                 children_of(parent)[name] = uncompiled(child)
     unfuse(copied)  # what is folded has nothing left to fuse, and only the class's own forward tells who reads what
     return copied
+
+
+def _deepcopied(model: nn.Module) -> nn.Module:
+    """A deep copy, of weights too that a hook computed from others with gradients: pruned or normed ones.
+
+    Raises:
+        OptionError: something in the model cannot be copied, parameters that processes share for example.
+    """
+    attributes = [value for module in model.modules() for value in vars(module).values()]
+    computed = [value for value in attributes if isinstance(value, Tensor) and not value.is_leaf]
+    try:
+        return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in computed})
+    except Exception as error:
+        raise OptionError(
+            f"got a model of {type(model).__qualname__} that cannot be copied: {str(error) or type(error).__name__}. "
+            f"What is folded is a copy; where parameters are sharded or computed, fold the plain model"
+        ) from error
 
 
 def _check_examples(example_inputs: Any, returned: Any) -> None:  # noqa: ANN401 - as `forward`
