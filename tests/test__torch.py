@@ -179,3 +179,11 @@ def test_callers_are_known() -> None:
     hook.register_forward_hook(lambda *_: seen.append(_torch.called_by_torch(1)))
     hook(torch.ones(1))
     assert seen == [True]
+
+
+def test_hooks_of_all_modules_are_known() -> None:
+    assert not _torch.any_global_hook()
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert _torch.any_global_hook()
+    handle.remove()
+    assert not _torch.any_global_hook()

@@ -140,6 +140,14 @@ def without_compiled_code() -> AbstractContextManager[object]:
 HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+def any_global_hook() -> bool:
+    """Whether hooks for all modules are registered (`register_module_forward_hook` and its kind).
+
+    There is no public question. Without it, they would see fused calls instead of those that the model makes.
+    """
+    return bool(nn.modules.module._has_any_global_hook())
+
+
 def called_by_torch(depth: int) -> bool:
     """Whether the function `depth` calls up is torch's own. Without frames, a tracer could not tell users' code."""
     return str(sys._getframe(depth + 1).f_globals.get("__name__", "")).startswith("torch.")

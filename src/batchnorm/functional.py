@@ -295,9 +295,7 @@ def _normalize_ghost_batches(call: Call, size: int) -> tuple[Tensor, Moments]:
         outputs.append(ghost.narrow(y, ghosts))
         proposals.append(pool(count, moments.mean.view(ghosts, -1), moments.m2.view(ghosts, -1)))
     y = torch.cat(outputs).movedim(1, axis)
-    if y.stride() != call.x.stride():
-        y = torch.empty_like(call.x).copy_(y)
-    return y, sum(proposals[1:], start=proposals[0])
+    return layout.laid_out(y, call.x), sum(proposals[1:], start=proposals[0])
 
 
 def _wrong_eps(eps: float) -> OptionError:

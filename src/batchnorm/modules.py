@@ -201,10 +201,27 @@ class BatchNorm(Rebuilding):
                 self._skipped = skipped = torch.zeros(mean.shape, dtype=torch.int64, device=mean.device)
         return RunningStatistics(mean, var, self._buffers["num_batches_tracked"], skipped, vars(self)["momentum"])
 
-    def forward(self, input: Tensor, *, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Normalise `input`; in training mode, move the running statistics."""
+    def forward(
+        self,
+        input: Tensor,
+        *,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        activation: str | None = None,
+    ) -> Tensor:
+        """Normalise `input`; in training mode, move the running statistics.
+
+        `activation` is for this call of a layer that has none of its own; OptionError if both are set.
+        """
         if isinstance(input, fx.Proxy):
-            return self._leaf(input, residual, mask)
+            return self._leaf(input, residual, mask, activation)
+        if activation is None:
+            activation = self.activation
+        elif self.activation is not None:
+            raise OptionError(
+                f"got activation={activation!r} for a layer with activation={self.activation!r}; one call has one. "
+                f"Leave one of them out"
+            )
         own = self._parameters  # attributes take several times as long, and `get` would look at them all the same
         weight: Tensor | None = own["weight"] if "weight" in own else self.weight  # noqa: SIM401 - not `get`: see above
         bias: Tensor | None = own["bias"] if "bias" in own else self.bias  # noqa: SIM401 - not `get`: see above
@@ -222,7 +239,7 @@ class BatchNorm(Rebuilding):
             mask = None  # no effect
         try:
             self._check_input_dim(input)
-            call = Call(input, weight, bias, residual, mask, vars(self)["eps"], self.channel_dim, self.activation)
+            call = Call(input, weight, bias, residual, mask, vars(self)["eps"], self.channel_dim, activation)
             if mean is not None and var is not None and by_running:
                 if not training:
                     return functional.normalize_by_running(call, mean, var, inplace=self.inplace)
@@ -251,9 +268,10 @@ class BatchNorm(Rebuilding):
             raise error.within(self._title()) from None
         return output
 
-    def _leaf(self, input: fx.Proxy, residual: object, mask: object) -> Any:  # noqa: ANN401 - a proxy
+    def _leaf(self, input: fx.Proxy, residual: object, mask: object, activation: str | None) -> Any:  # noqa: ANN401 - a proxy
         """A node that calls this layer: to torch.fx it is a leaf, as torch's own layers are."""
-        given = {name: value for name, value in (("residual", residual), ("mask", mask)) if value is not None}
+        options = {"residual": residual, "mask": mask, "activation": activation}
+        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         tracer = input.tracer
         assert isinstance(tracer, fx.Tracer)
         return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), given)

@@ -172,3 +172,11 @@ def test_flags_and_mode_stay() -> None:
     assert model[1].training
     assert model[1].num_batches_tracked == 0
     assert biases.remove_dead_biases(model, draw(6, 3, dtype=torch.float32)).report.left == {"1": "0 has no bias"}
+
+
+def test_a_compiled_model() -> None:
+    net = used(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))).double()
+    compiled, x = torch.compile(copy.deepcopy(net), backend="eager"), draw(2, 3, 4, 4)
+    assert remove_dead_biases(compiled, x) is compiled
+    assert compiled.report.done == {"1": "the bias of 0 is part of the running mean"}
+    close(compiled.eval()(x), net.eval()(x))

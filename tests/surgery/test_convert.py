@@ -386,3 +386,10 @@ def test_a_layer_whose_attributes_would_mean_something_else_is_left(name: str, v
         convert(model)
     assert type(model[0]) is nn.BatchNorm2d
     assert getattr(model[0], name) is value
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_scripted_layers_are_named() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.BatchNorm2d(3)))
+    with pytest.warns(UserWarning, match=r"0\.0 \(a scripted BatchNorm2d: convert before torch\.jit\)"):
+        bn.convert(nn.Sequential(scripted))

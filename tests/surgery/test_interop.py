@@ -136,3 +136,23 @@ def test_wrong_values() -> None:
         from_convention("keras", {**layer_of("keras"), "running_mean": [0.0]})
     with pytest.raises(CountError, match="got batch_count=1; an unbiased variance needs at least 2"):
         from_convention("keras", layer_of("keras"), batch_count=1)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", ["read-only", "variable"])
+def test_arrays_that_cannot_be_written_to_and_variables(kind: str) -> None:
+    class Variable:
+        """As Keras': an array is inside."""
+
+        def __init__(self, value: np.ndarray) -> None:
+            self._value = value
+
+        def numpy(self) -> np.ndarray:
+            return self._value
+
+    arrays = {name: np.arange(1.0, 4.0) + i for i, name in enumerate(("moving_mean", "moving_variance", "gamma"))}
+    for array in arrays.values():
+        array.flags.writeable = False
+    layer = from_convention("keras", arrays if kind == "read-only" else {k: Variable(v) for k, v in arrays.items()})
+    assert layer.running_var.tolist() == [2.0, 3.0, 4.0]
+    assert layer.weight.tolist() == [3.0, 4.0, 5.0]

@@ -29,7 +29,7 @@ def doubled(module: nn.Module) -> None:
     (output,) = [node for node in graph.nodes if node.op == "output"]
     with graph.inserting_before(output):
         output.args = (graph.call_function(torch.mul, (output.args[0], 2)),)
-    rewrite(module, graph, ("linear",))
+    rewrite(module, graph)
 
 
 X = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
@@ -42,7 +42,7 @@ def test_it_is_the_same_object_of_a_subclass() -> None:
     doubled(module)
     assert isinstance(module, Sum)
     assert type(module).__name__ == "FusedSum"
-    assert vars(module) == state
+    assert {name: value for name, value in vars(module).items() if name in state} == state
     assert all(a is b for a, b in zip(module.parameters(), parameters, strict=True))
     assert torch.equal(module(X, X), 2 * y)
     assert torch.equal(module(input=X, other=X), 2 * y)  # names of arguments stay
@@ -52,13 +52,12 @@ def test_it_is_the_same_object_of_a_subclass() -> None:
 def test_it_goes_back() -> None:
     module = Sum()
     y = module(X, X)
+    before = {**vars(module)}
     doubled(module)
-    doubled(module)
-    assert torch.equal(module(X, X), 4 * y)
-    assert restore(module) == ("linear",)
     assert torch.equal(module(X, X), 2 * y)
-    assert restore(module) == ("linear",)
-    assert restore(module) is None
+    assert restore(module)
+    assert not restore(module)
+    assert vars(module) == before
     assert type(module) is Sum
     assert torch.equal(module(X, X), y)
 
@@ -92,10 +91,11 @@ def test_it_compiles_in_one_graph() -> None:
     assert torch.equal(compiled(X, X), module(X, X))
 
 
-def test_it_is_traced_again() -> None:
+def test_a_trace_sees_its_own_forward() -> None:
     module = Sum()
+    y = module(X, X)
     doubled(module)
-    assert torch.equal(fx.symbolic_trace(module)(X, X), module(X, X))
+    assert torch.equal(fx.symbolic_trace(module)(X, X), y)
 
 
 def test_tracebacks_show_the_code() -> None:

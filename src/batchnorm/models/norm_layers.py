@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from batchnorm._torch import BatchNormBase
+from batchnorm._torch import BatchNormBase, children_of
 from batchnorm.modules import BatchNorm
 
 NormLayer = BatchNormBase  # torch's, from which all of them come
@@ -17,6 +17,12 @@ def named_norm_layers(model: nn.Module) -> Iterator[tuple[str, NormLayer]]:
     for path, module in model.named_modules():
         if isinstance(module, NormLayer):
             yield path, module
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """What `torch.compile` was given to make a module; any other module itself."""
+    inner = children_of(module).get("_orig_mod")
+    return module if inner is None or type(module).__name__ != "OptimizedModule" else uncompiled(inner)
 
 
 def display_name(path: str) -> str:

@@ -135,20 +135,10 @@ def recalibrate(
             for layer, final in computed.populations.items():
                 layer.settle(final.mean, final.var)
             used, samples = _total(context)
-<<<<<<< HEAD
-    changed = tuple(
-        RecalibratedLayer(
-            layer.name, new.count, *before[layer], new.mean.cpu(), new.var.cpu(), vars(layer.module)["eps"]
-        )
-        for layer in layers
-        if (new := computed.populations.get(layer)) is not None
-    )
-    skipped += [
-        SkippedLayer(layer.name, "never called with a value") for layer in layers if layer not in computed.populations
-    ]
-=======
         changed = tuple(
-            RecalibratedLayer(layer.name, new.count, *before[layer], new.mean.cpu(), new.var.cpu(), layer.module.eps)
+            RecalibratedLayer(
+                layer.name, new.count, *before[layer], new.mean.cpu(), new.var.cpu(), vars(layer.module)["eps"]
+            )
             for layer in layers
             if (new := computed.populations.get(layer)) is not None
         )
@@ -157,7 +147,6 @@ def recalibrate(
             for layer in layers
             if layer not in computed.populations
         ]
->>>>>>> population
     return Recalibration(method, used, samples, changed, tuple(skipped), computed.memory)
 
 

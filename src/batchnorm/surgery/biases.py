@@ -9,7 +9,7 @@ from torch import nn
 
 from batchnorm._torch import parameters_of
 from batchnorm.models.nested import tensors
-from batchnorm.models.norm_layers import NormLayer, named_norm_layers
+from batchnorm.models.norm_layers import NormLayer, named_norm_layers, uncompiled
 from batchnorm.modules import BatchNorm
 from batchnorm.surgery import linear, scale_shift
 from batchnorm.surgery.chains import Flow
@@ -47,6 +47,10 @@ def remove_dead_biases(model: nn.Module, example_inputs: Any) -> nn.Module:  # n
 
     Source: Ioffe and Szegedy, "Batch Normalization", 2015, section 3.2.
     """
+    if (inside := uncompiled(model)) is not model:
+        remove_dead_biases(inside, example_inputs)
+        vars(model)["report"] = vars(inside)["report"]
+        return model
     check_free(model)
     calls, returned = observe(model, example_inputs)
     found = regions(model, lambda module: seen_call(calls, module), modes=(True, False))

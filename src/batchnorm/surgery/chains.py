@@ -14,7 +14,6 @@ from batchnorm.models.norm_layers import NormLayer
 from batchnorm.surgery import linear, scale_shift
 from batchnorm.surgery.linear import LinearLayer
 from batchnorm.surgery.observing import Calls, Spec
-from batchnorm.surgery.rewriting import residual_for
 from batchnorm.surgery.tracing import Region, Regions, arguments
 
 # What does nothing in scale_shift.
@@ -80,7 +79,7 @@ class Flow:
             module = site.region.called(came)
             if module is None:
                 return None, "no linear layer stands directly before it"
-            readers = sum(argument is came for reader in came.users for argument in _inputs(reader))
+            readers = sum(argument is came for reader in came.users for argument in arguments(reader))
             if readers != 1:
                 return None, f"the output of {site.region.where(came)} has {readers} readers"
             if any(has_hooks(around) for around in {*site.region.around(came)} ^ {*site.region.around(node)}):
@@ -183,10 +182,3 @@ def find_chains(flow: Flow, foldable: list[NormLayer]) -> tuple[list[Chain], dic
 def _ends(flow: Flow, norm: NormLayer) -> bool:
     """Whether what comes out of a layer is more than its scale and shift."""
     return scale_shift.activation(norm) is not None or flow.with_keywords(norm)
-
-
-def _inputs(node: fx.Node) -> list[fx.Node]:
-    """The nodes whose values a node reads, as often as it does."""
-    if node.target is residual_for:  # of its second argument, it reads the shape
-        return [argument for argument in node.args[:1] if isinstance(argument, fx.Node)]
-    return arguments(node)

@@ -81,6 +81,12 @@ def convert(
     ]
     options = {"sync": sync, "process_group": process_group, "virtual_batch_size": virtual_batch_size}
     skipped += become_ours(model, options)
+    names = {cls.__name__ for cls in OUR_CLASSES}
+    skipped += [
+        f"{display_name(path)} (a scripted {module.original_name}: convert before torch.jit)"
+        for path, module in model.named_modules()
+        if isinstance(module, torch.jit.ScriptModule) and module.original_name in names
+    ]
     if skipped:
         warnings.warn(
             f"left as they are: {', '.join(skipped)}. Only layers that are exactly torch.nn.BatchNorm1d, 2d, 3d or "

@@ -12,18 +12,21 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from batchnorm._torch import children_of
+from batchnorm.errors import OptionError
 from batchnorm.models.hooks import forward_hooks, has_hooks
 from batchnorm.models.modes import inference
 from batchnorm.models.nested import tensors
-from batchnorm.models.norm_layers import NormLayer, display_name, named_norm_layers
+from batchnorm.models.norm_layers import NormLayer, display_name, named_norm_layers, uncompiled
 from batchnorm.surgery import linear, scale_shift
 from batchnorm.surgery.chains import Chain, Flow, find_chains
 from batchnorm.surgery.comparing import ALTOGETHER, difference, outputs
 from batchnorm.surgery.exported import as_module
+from batchnorm.surgery.fuse import unfuse
 from batchnorm.surgery.observing import forward, observe
 from batchnorm.surgery.report import Entry, attach, check_free
 from batchnorm.surgery.tracing import regions, seen_call
 
+_APART = "as a scale and shift"
 LARGE_SCALE = 1e4  # with torch's eps, a variance cannot give more than 316
 
 
@@ -50,14 +53,16 @@ def fold(model: nn.Module | ExportedProgram, example_inputs: Any) -> nn.Module: 
         difference of the outputs from the original's.
 
     Raises:
-        OptionError: `example_inputs` is something else, or the model has a `report` of its own.
+        OptionError: `example_inputs` is something else or verifies nothing, or the model has a `report` of its own.
     """
     if isinstance(model, ExportedProgram):
         model = as_module(model)
+    model = uncompiled(model)
     check_free(model)
     folded = _copied(model)
     norms = {norm: path for path, norm in named_norm_layers(folded)}
     calls, returned = observe(folded, example_inputs)
+    _check_examples(example_inputs, returned)
     found = regions(folded, lambda module: seen_call(calls, module), modes=(False,))
     flow = Flow(folded, found, calls)
     why: dict[NormLayer, str] = {}
@@ -84,7 +89,11 @@ def fold(model: nn.Module | ExportedProgram, example_inputs: Any) -> nn.Module: 
     if reason:
         folded, done, why = _copied(model), {}, dict.fromkeys(norms, reason)
     _warn_of_scales({path: norm for norm, path in norms.items() if norm in done})
-    entries = (Entry(path, norm in done, done.get(norm) or why[norm]) for norm, path in norms.items())
+    entries = [
+        Entry(path, norm in done, what, _APART if norm in done and what.startswith("a scale and shift") else "")
+        for norm, path in norms.items()
+        for what in [done.get(norm) or why[norm]]
+    ]
     return attach(folded, "folded", entries, error)
 
 
@@ -114,7 +123,50 @@ def _copied(model: nn.Module) -> nn.Module:
     with warnings.catch_warnings():
         # torch's own, about how the graphs of exported programs are copied.
         warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
-        return copy.deepcopy(model).eval()
+        copied = uncompiled(_deepcopied(uncompiled(model)).eval())
+    for parent in list(copied.modules()):
+        for name, child in children_of(parent).items():
+            if child is not None:
+                children_of(parent)[name] = uncompiled(child)
+    unfuse(copied)  # what is folded has nothing left to fuse, and only the class's own forward tells who reads what
+    return copied
+
+
+def _deepcopied(model: nn.Module) -> nn.Module:
+    """A deep copy, of weights too that a hook computed from others with gradients: pruned or normed ones.
+
+    Raises:
+        OptionError: something in the model cannot be copied, parameters that processes share for example.
+    """
+    attributes = [value for module in model.modules() for value in vars(module).values()]
+    computed = [value for value in attributes if isinstance(value, Tensor) and not value.is_leaf]
+    try:
+        return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in computed})
+    except Exception as error:
+        raise OptionError(
+            f"got a model of {type(model).__qualname__} that cannot be copied: {str(error) or type(error).__name__}. "
+            f"What is folded is a copy; where parameters are sharded or computed, fold the plain model"
+        ) from error
+
+
+def _check_examples(example_inputs: Any, returned: Any) -> None:  # noqa: ANN401 - as `forward`
+    """Example inputs show something: there is a difference to see.
+
+    Raises:
+        OptionError: what comes out is empty, or nothing in it is finite.
+    """
+    given = [tuple(t.shape) for t in tensors(example_inputs)]
+    floating = [t for t in tensors(returned) if t.is_floating_point()]
+    if floating and not any(t.numel() for t in floating):
+        raise OptionError(
+            f"got example_inputs of shapes {given}, of which nothing comes out; what is folded is verified on them. "
+            f"Pass at least one sample"
+        )
+    if any(not bool(t.isfinite().all()) for t in floating):
+        raise OptionError(
+            f"got example_inputs of shapes {given}, for which the model's outputs are not finite, folded or not; "
+            f"nothing can be verified on them. Pass others, or look for what is not finite in the model's state"
+        )
 
 
 def _why_left(flow: Flow, norm: NormLayer) -> str | None:

@@ -9,7 +9,6 @@ from torch import fx, nn
 
 from batchnorm.models.hooks import has_hooks
 from batchnorm.models.norm_layers import NormLayer, display_name, named_norm_layers
-from batchnorm.modules import BatchNorm
 from batchnorm.surgery.convert import become_ours
 from batchnorm.surgery.patterns import Match, match
 from batchnorm.surgery.report import Entry, attach, check_free
@@ -36,16 +35,18 @@ class _Found(NamedTuple):
 def fuse(model: nn.Module) -> nn.Module:
     """Make each batch norm -> addition -> activation of a model one call of ours, in place.
 
-        y = activation(norm(x) + residual)    becomes    y = norm(x, residual=residual), with `activation` inside
+        y = activation(norm(x) + residual)    becomes    y = norm(x, residual=residual, activation=activation)
 
     either part may be missing. Outputs, gradients and statistics are the same within rounding. Parameters, buffers,
     state_dict keys, hooks and modules stay the same objects, so that optimizers stay valid: layers of torch.nn become
     ours as in `convert`, and the innermost module whose forward has the whole pattern gets a subclass of its class with
-    that forward rewritten. `revert` undoes all of it.
+    that forward rewritten. `revert` undoes all of it; fusing again begins with that.
+
+    Only how it is executed changes: the layers stay plain, and whoever calls the parts one by one gets what they gave.
+    A rewritten forward runs while everything is as it was: the children and flags of the modules whose code it is, no
+    hooks at what is fused, and only the arguments that the forward needs. Otherwise the class's own forward runs.
 
     Patterns are found in graphs: of the whole model where torch.fx can trace it, else of the largest parts that it can.
-    A part is taken to be called as a whole: not by someone who calls its children one by one. A rewritten forward reads
-    attributes, such as flags, as they were when it was fused.
 
     A layer is fused if all its calls fit the same pattern: the output has no other reader, the residual is of the
     input's shape or broadcasts to it, and the activation is one of ours with torch's default parameters. Otherwise it
@@ -61,6 +62,7 @@ def fuse(model: nn.Module) -> nn.Module:
         OptionError: the model has a `report` of its own.
     """
     check_free(model)
+    unfuse(model)
     become_ours(model)
     paths = {norm: path for path, norm in named_norm_layers(model)}
     found = regions(model, plain_call, _MODES)
@@ -68,12 +70,9 @@ def fuse(model: nn.Module) -> nn.Module:
     why |= {norm: found.reason(path) for norm, path in paths.items() if norm not in chosen and norm not in why}
     done: dict[nn.Module, str] = {}
     names = {module: path for path, module in model.named_modules()}
-    for root, graph, region in _plans(chosen, why):
+    for root, graph, region in _plans(chosen, why, found.with_options()):
         norms = _rewrite(region, root, graph, chosen)
         done |= {norm: f"with {chosen[norm].match}, in {display_name(names[root])}" for norm in norms}
-    for norm in done:
-        assert isinstance(norm, BatchNorm)
-        norm.activation = chosen[norm].match.activation
     entries = (Entry(path, norm in done, done.get(norm) or why[norm]) for norm, path in paths.items())
     return attach(model, "fused", entries)
 
@@ -81,11 +80,7 @@ def fuse(model: nn.Module) -> nn.Module:
 def unfuse(model: nn.Module) -> None:
     """Undo what `fuse` rewrote."""
     for module in model.modules():
-        while (paths := restore(module)) is not None:
-            for path in paths:
-                norm = module.get_submodule(path)
-                if isinstance(norm, BatchNorm):
-                    norm.activation = None
+        restore(module)
 
 
 def _choose(found: Regions) -> tuple[dict[nn.Module, _Found], dict[nn.Module, str]]:
@@ -147,14 +142,16 @@ def _around(calls: list[tuple[Region, Match]]) -> tuple[tuple[nn.Module, ...], f
     return chains.pop(), frozenset(inner)
 
 
-def _plans(chosen: dict[nn.Module, _Found], why: dict[nn.Module, str]) -> Iterable[tuple[nn.Module, fx.Graph, Region]]:
+def _plans(
+    chosen: dict[nn.Module, _Found], why: dict[nn.Module, str], with_options: set[nn.Module]
+) -> Iterable[tuple[nn.Module, fx.Graph, Region]]:
     """The modules to rewrite and their graphs; layers that turn out not to fit there leave `chosen`."""
     while True:
         inner = frozenset[nn.Module]().union(*(found.inner for found in chosen.values()))
         plans: dict[nn.Module, tuple[fx.Graph, Region]] = {}
         misfits: dict[nn.Module, str] = {}
         for root in dict.fromkeys(found.chain[-1] for found in chosen.values()):
-            graph, reason = _graph(root, inner)
+            graph, reason = _graph(root, inner) if root not in with_options else (None, "it is called in another way")
             region = Region("", root, graph or fx.Graph())
             plans[root] = region.graph, region
             fitting = set() if graph is None else _fitting(region, chosen)
@@ -200,21 +197,25 @@ def _rewrite(region: Region, root: nn.Module, graph: fx.Graph, chosen: dict[nn.M
         The layers.
     """
     matches = [match(region, node) for node in list(graph.nodes) if region.called(node) in chosen]
-    paths = []
+    inlined = {module: None for node in graph.nodes for module in region.around(node)}
+    norms, unseen = [], []
     for found in matches:
         assert isinstance(found, Match)
         x, path = found.node.args[0], str(found.node.target)
+        unseen += [module for node in found.nodes if (module := region.called(node)) is not None]
+        norms.append(found.norm)
         with graph.inserting_before(found.last):
             keywords: dict[str, Any] = {}
             if found.addition is not None:
                 # Not the operand that was found: what it was may have become another node since.
                 (other,) = [argument for argument in found.addition.args if argument not in found.nodes]
-                keywords = {"residual": graph.call_function(residual_for, (other, x))}
+                keywords["residual"] = graph.call_function(residual_for, (other, x))
+            if found.activation is not None:
+                keywords["activation"] = found.activation
             call = graph.call_module(path, (x,), keywords)
         found.last.replace_all_uses_with(call)
         for node in reversed(found.nodes):
             graph.erase_node(node)
-        paths.append(path)
     graph.lint()
-    rewrite(root, graph, tuple(dict.fromkeys(paths)))
-    return [root.get_submodule(path) for path in paths]
+    rewrite(root, graph, unseen, inlined)
+    return list(dict.fromkeys(norms))

@@ -76,7 +76,7 @@ def from_convention(library: str, values: Mapping[str, Any], *, batch_count: int
             f"{names.running_mean} and {names.running_var}, and may be {', '.join(sorted(known))}. Pass only these"
         )
     given = {ours: values.get(getattr(names, ours)) for ours in _TENSORS}
-    tensors = {ours: torch.as_tensor(value) for ours, value in given.items() if value is not None}
+    tensors = {ours: _tensor(value) for ours, value in given.items() if value is not None}
     mean = tensors["running_mean"]
     layer = BatchNorm(
         len(mean),
@@ -130,7 +130,18 @@ def to_convention(layer: BatchNormBase, library: str, *, batch_count: int | None
         found[names.running_var] /= _correction(batch_count)
     if names.axis is not None:
         found[names.axis] = channel_dim
-    return found | {"momentum": 1 - layer.momentum, "epsilon": layer.eps}
+    return found | {"momentum": 1 - layer.momentum, "epsilon": vars(layer)["eps"]}
+
+
+def _tensor(value: Any) -> torch.Tensor:  # noqa: ANN401 - tensors, arrays, lists, variables
+    """A copy: of arrays that cannot be written to as well, and of variables, which have their values in NumPy."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if not isinstance(value, (list, tuple)) and hasattr(value, "numpy"):
+        value = value.numpy()
+    if hasattr(value, "__array__"):
+        value = value.__array__().copy()
+    return torch.as_tensor(value)
 
 
 def _convention(library: str) -> Convention:

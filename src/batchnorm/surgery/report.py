@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -18,11 +19,13 @@ class Entry:
         layer: its path in the model; "" is the model itself.
         done: whether the operation did with it what it is for.
         what: what it did, or why not.
+        short_of_it: where something less than that was done, what: it is counted apart.
     """
 
     layer: str
     done: bool
     what: str
+    short_of_it: str = ""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,9 @@ class Report:
         return {entry.layer: entry.what for entry in self.entries if not entry.done}
 
     def __str__(self) -> str:
-        head = f"{len(self.done)} of {len(self)} {self.operation}"
+        less = Counter(entry.short_of_it for entry in self.entries if entry.done and entry.short_of_it)
+        head = f"{len(self.done) - less.total()} of {len(self)} {self.operation}"
+        head += "".join(f", {count} {what}" for what, count in less.items())
         if self.error is not None:
             head += f", outputs differ by at most {self.error:.1e} of their largest value"
         width = max((len(entry.layer) for entry in self.entries), default=0)

@@ -53,8 +53,15 @@ class ScaleShift(nn.Module):
         self.channel_dim = channel_dim
         self.activation = activation
 
-    def forward(self, input: Tensor, *, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Apply it; a mask has no effect in inference."""
+    def forward(
+        self,
+        input: Tensor,
+        *,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        activation: str | None = None,
+    ) -> Tensor:
+        """Apply it; a mask has no effect in inference, `activation` is for a call of a layer that has none."""
         y = input
         if self.scale is not None:
             y = input.movedim(self.channel_dim, 1)
@@ -63,7 +70,7 @@ class ScaleShift(nn.Module):
             y = y + residual
         if self.activation is not None:
             y = self.activation(y)
-        return y
+        return y if activation is None else activations.ACTIVATIONS[activation].formula(y)
 
 
 def is_timm_norm_act(layer: NormLayer) -> bool:
@@ -94,7 +101,7 @@ def affine(layer: NormLayer) -> Affine:
     mean, var = layer.running_mean.detach().double(), layer.running_var.detach().double()
     weight = torch.ones_like(mean) if layer.weight is None else layer.weight.detach().double()
     bias = torch.zeros_like(mean) if layer.bias is None else layer.bias.detach().double()
-    scale = weight / (var + vars(layer)["eps"]).sqrt()
+    scale = weight / (var + vars(layer)["eps"]).sqrt()  # where it is: tools that read `layer.eps` may be refused
     return Affine(scale, bias - mean * scale)
 
 

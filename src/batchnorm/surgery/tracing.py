@@ -6,6 +6,7 @@ attributes, keeps something in them for the next call, or makes tensors of its o
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
@@ -21,6 +22,8 @@ from batchnorm.models.modes import preserved_modes, set_training
 from batchnorm.models.nested import leaves, map_leaves
 from batchnorm.models.norm_layers import NormLayer
 from batchnorm.surgery.observing import Calls, ModuleCall, Spec
+
+_WITH_OPTIONS = "called_with_optional_arguments"  # of a node: modules of its graph
 
 
 class Region(NamedTuple):
@@ -71,6 +74,12 @@ class Regions(NamedTuple):
                 if (module := region.called(node)) is not None:
                     yield region, node, module
 
+    def with_options(self) -> set[nn.Module]:
+        """The modules that are called with more than they need."""
+        return set[nn.Module]().union(
+            *(node.meta.get(_WITH_OPTIONS, ()) for region in self.traced for node in region.graph.nodes)
+        )
+
     def reason(self, path: str) -> str:
         """Why no graph calls the layer at `path`: the reason of the closest module around it, or that there is none."""
         if not path:
@@ -109,6 +118,7 @@ class _Tracer(fx.Tracer):
     def __init__(self, call: ModuleCall, leaf: Callable[[nn.Module], bool] | None) -> None:
         super().__init__()
         self._call, self._leaf = call, leaf
+        self.with_options: set[nn.Module] = set()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, NormLayer):
@@ -117,6 +127,15 @@ class _Tracer(fx.Tracer):
             return self._leaf(m)
         # A module without others inside, like drop path, may do as it likes: it goes on doing it.
         return not children_of(m) or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:  # noqa: ANN401 - torch's own
+        """torch's, and a note of who is called with more than it needs."""
+        needed = plain_call(m)[0]
+        if needed is None or len(args) + len(kwargs) != len(needed.args):
+            self.with_options.add(m)
+        return super().call_module(m, forward, args, kwargs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Input(node, self)
@@ -147,7 +166,7 @@ def _names(forward: Callable[..., Any], call: ModuleCall) -> list[str]:
     """A name for each leaf of a call's arguments: those of `forward` where each argument is one leaf."""
     count = len(list(leaves((call.args, call.kwargs))))
     code = getattr(forward, "__code__", None)
-    if code is None or call.kwargs or len(call.args) != count or code.co_argcount != count + 1:
+    if code is None or call.kwargs or len(call.args) != count or code.co_argcount <= count:
         return [f"argument_{i}" for i in range(count)]
     return list(code.co_varnames[1 : count + 1])
 
@@ -166,21 +185,26 @@ def trace(
         return None, "it has a forward of its own"
     with without_hooks(module), preserved_attributes(module) as changed, torch.random.fork_rng(devices=()):
         try:
-            graph = _Tracer(call, leaf).trace(module)
+            tracer = _Tracer(call, leaf)
+            graph = tracer.trace(module)
         except Exception as error:
             return None, (str(error) or type(error).__name__).splitlines()[0][:120]
     if changed:
         return None, f"it sets {', '.join(sorted(changed))}"
+    for node in graph.nodes:
+        node.meta[_WITH_OPTIONS] = tracer.with_options
     return graph, ""
 
 
 def plain_call(module: nn.Module) -> tuple[ModuleCall | None, str]:
-    """The only call that a module takes: a tensor for each argument; None and the reason where there are others."""
-    code = getattr(type(module).forward, "__code__", None)
-    defaults = getattr(type(module).forward, "__defaults__", None)
-    if code is None or code.co_flags & (0x04 | 0x08) or code.co_kwonlyargcount or defaults:
-        return None, "its forward has optional arguments"
-    return ModuleCall((Spec((), torch.float32),) * (code.co_argcount - 1), {}), ""
+    """A module's call with a tensor for each argument that it needs, and no other; None and the reason without one."""
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    needed = [p for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    if any(p.kind is p.VAR_POSITIONAL for p in needed):
+        return None, "its forward takes any number of arguments"
+    if any(p.kind is p.KEYWORD_ONLY for p in needed):
+        return None, "its forward needs arguments by keyword"
+    return ModuleCall((Spec((), torch.float32),) * len(needed), {}), ""
 
 
 def seen_call(calls: Calls, module: nn.Module) -> tuple[ModuleCall | None, str]:
