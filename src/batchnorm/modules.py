@@ -133,6 +133,8 @@ class BatchNorm(Rebuilding):
     _skipped: Tensor | None = None
     # fairscale's checkpointing leaves layers alone that have this: ours notice a repeated pass by themselves.
     disable_patch_batchnorm: ClassVar[bool] = True
+    # pfn-extras' checkpointing takes the root of 1 - momentum, for two passes, of layers that do not have this.
+    _bn_momentum_patched: ClassVar[bool] = True
     # Where proposals go instead of being committed: `deferred` sets it for a while.
     _receiver: Callable[[Moments], None] | None = None
 

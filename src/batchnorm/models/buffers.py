@@ -89,7 +89,7 @@ class _Place(NamedTuple):
         """None for a tensor that keeps its values in another way."""
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_nested:
             return None
-        return cls(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+        return cls(tensor.untyped_storage(), int(tensor.storage_offset()), tensor.shape, tensor.stride())
 
     def is_of(self, tensor: Tensor) -> bool:
         """Whether a tensor's values lie here."""
@@ -113,7 +113,7 @@ class _Saved(NamedTuple):
                 buffer.data = self.value  # the object stays, whatever its shape and layout were and are
                 return
             if not self.place.is_of(buffer):
-                buffer.set_(*self.place)  # type: ignore[call-overload]  # torch's stub lacks this one
+                buffer.set_(*self.place)
             # Only what differs: a write would tell a graph that saved the buffer that it is no longer what it was.
             if not torch.equal(buffer, self.value):
                 buffer.copy_(self.value)

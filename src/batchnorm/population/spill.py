@@ -154,6 +154,7 @@ class _System:
         anonymous = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         fresh = self._mmap(None, region.size, mmap.PROT_READ | mmap.PROT_WRITE, anonymous, -1, 0)
         _check(fresh)
+        assert fresh is not None  # the first page is never mapped
         ctypes.memmove(fresh, region.address, region.size)
         _check(self._mremap(fresh, region.size, region.size, _MREMAP_MAYMOVE | _MREMAP_FIXED, region.address))
 
@@ -170,7 +171,7 @@ def _check(address: int | None) -> None:
         raise OSError(number, "cannot map memory")
 
 
-def _address(function: Any) -> int | None:
+def _address(function: Any) -> int | None:  # noqa: ANN401 - ctypes has no types
     return ctypes.cast(function, ctypes.c_void_p).value
 
 
