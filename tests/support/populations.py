@@ -117,7 +117,7 @@ def inputs(model: nn.Module, batches: Iterable[Any], forward: Callable[..., obje
 def assert_statistics(layer: Any, rows: Any) -> None:
     """A layer's running statistics are those of these inputs."""
     n, mean, m2 = oracle.moments(rows)
-    var, eps = m2 / n, layer.eps
+    var, eps = m2 / n, vars(layer)["eps"]
     off = abs(layer.running_mean.double().numpy() - mean) / np.sqrt(var + eps)
     ratio = abs(np.log((layer.running_var.double().numpy() + eps) / (var + eps)))
     assert off.max() <= tolerances.POPULATION, f"mean off by {off.max()} standard deviations"
