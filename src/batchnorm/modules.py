@@ -180,6 +180,13 @@ class BatchNorm(Rebuilding):
         self.eps = vars(self)["eps"]
         self.momentum = vars(self)["momentum"]
         self._widen_statistics()
+        self._reset_skipped()  # not at the first call: a compiler would compile twice
+
+    def _reset_skipped(self) -> None:
+        """Nothing was skipped; no counter yet where the statistics have no values."""
+        mean = self._buffers.get("running_mean")
+        real = type(mean) in _PLAIN and mean is not None and not mean.is_meta
+        self._skipped = torch.zeros_like(mean, dtype=torch.int64) if real and mean is not None else None
 
     def _widen_statistics(self) -> None:
         """Give running statistics the dtype that a running average needs."""
@@ -319,7 +326,7 @@ class BatchNorm(Rebuilding):
         if "frozen" in vars(self) and self.frozen.statistics:  # torch's constructor comes here before ours is done
             return
         super().reset_running_stats()
-        self._skipped = None
+        self._reset_skipped()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Torch's `.to()`, `.half()` and the like, but running statistics keep the precision that they had."""
@@ -337,7 +344,7 @@ class BatchNorm(Rebuilding):
         """torch's; what a checkpoint assigns in half precision becomes float32, and nothing was skipped since."""
         super()._load_from_state_dict(state_dict, *args)
         self._widen_statistics()
-        self._skipped = None
+        self._reset_skipped()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy that refers to the same processes: their group is a handle, which cannot be copied."""
