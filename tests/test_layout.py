@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from batchnorm import layout
 from batchnorm.errors import ShapeError
+from batchnorm.functional import batch_norm
 
 
 @pytest.mark.parametrize(("ndim", "channel_dim", "axis"), [(2, 1, 1), (4, 1, 1), (3, -1, 2), (5, -5, 0)])
@@ -54,3 +57,16 @@ def test_a_result_is_laid_out_as_the_input_suggests() -> None:
         assert laid_out.stride() == expected.stride()
         assert torch.equal(laid_out, result)
     assert layout.laid_out(result, result.transpose(2, 3).contiguous().transpose(2, 3)).is_contiguous()
+
+
+@pytest.mark.parametrize("rank", [4, 5])
+def test_results_lie_as_torchs_for_every_small_shape_order_and_step(rank: int) -> None:
+    """Sizes of 1 have strides that say nothing: there the rule is easily another."""
+    for shape in itertools.product((1, 2, 3), (1, 2), (1, 2), *[(1, 2)] * (rank - 3)):
+        for order, step in itertools.product(itertools.permutations(range(rank)), (1, 2)):
+            wide = torch.zeros([shape[dim] * step for dim in order])[(slice(None, None, step),) * rank]
+            x = wide.permute([order.index(dim) for dim in range(rank)])
+            statistics = torch.zeros(shape[1]), torch.ones(shape[1])
+            expected = torch.nn.functional.batch_norm(x, *statistics).stride()
+            assert layout.laid_out(torch.zeros(shape), x).stride() == expected, (shape, x.stride())
+            assert batch_norm(x, *statistics).stride() == expected, (shape, x.stride())

@@ -14,7 +14,7 @@ import torch
 from batchnorm.errors import OptionError, ShapeError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch import Tensor
 
@@ -145,9 +145,16 @@ def check_same_shape(other: Tensor, name: str, x: Tensor) -> None:
 
 
 def _looks_channels_last(x: Tensor) -> bool:
-    """Torch's own rule, its `suggest_memory_format`: whether the strides grow from the channels over *S to N."""
+    """Torch's own rule: what is packed in one of the two orders has it, contiguous first, where sizes of 1 fit both.
+
+    Of others its `suggest_memory_format` decides: whether the strides grow from the channels over *S to N.
+    """
     rank, sizes, strides = x.dim(), x.shape, x.stride()
-    if rank not in (4, 5) or strides[1] == 0:
+    if rank not in (4, 5) or _is_packed(x, range(rank - 1, -1, -1)):
+        return False
+    if _is_packed(x, (1, *range(rank - 1, 1, -1), 0)):
+        return True
+    if strides[1] == 0:
         return False
     least = 0
     for dim in (1, *range(rank - 1, 1, -1), 0):
@@ -158,8 +165,24 @@ def _looks_channels_last(x: Tensor) -> bool:
     return True
 
 
+def _is_packed(x: Tensor, dims: Iterable[int]) -> bool:
+    """Whether the values lie without gaps in this order of dimensions, the one that changes fastest first."""
+    stride = 1
+    for dim in dims:
+        if x.shape[dim] != 1:
+            if x.stride(dim) != stride:
+                return False
+            stride *= x.shape[dim]
+    return True
+
+
 def laid_out(result: Tensor, x: Tensor) -> Tensor:
     """`result`, of x's shape, with the strides that torch gives the result of an operation on x."""
     if _looks_channels_last(x):  # written with permutations, which transforms of torch.func know
-        return result.movedim(1, -1).contiguous().movedim(-1, 1)
-    return result.contiguous()
+        return _packed(result.movedim(1, -1)).movedim(-1, 1)
+    return _packed(result)
+
+
+def _packed(tensor: Tensor) -> Tensor:
+    """Contiguous, with the strides of a new tensor: a dimension of size 1 may have any in one that is contiguous."""
+    return tensor.contiguous().flatten().view(tensor.shape)

@@ -168,16 +168,31 @@ void with_element(const Tensor& t, const char* name, const F& f) {
   }
 }
 
-// The strides of what torch returns for an input: channels_last where the input's strides look so, by torch's own rule
+// The strides of what torch returns for an input, by its own rule: what is packed in one of the two orders has it,
+// contiguous first, where sizes of 1 fit both. Others are channels_last where their strides look so
 // (`suggest_memory_format`), contiguous otherwise.
 std::vector<int64_t> output_strides(const Tensor& x) {
   const auto sizes = x.sizes(), strides = x.strides();
   const int64_t rank = x.dim();
+  // Of channels_last, the i-th dimension from the one that changes fastest: 1, the spatial ones from the last on, 0.
+  const auto nth = [&](int64_t i) { return i == 0 ? 1 : (i == rank - 1 ? 0 : rank - i); };
+  const auto packed = [&](const auto& order) {
+    int64_t stride = 1;
+    for (int64_t i = 0; i < rank; ++i) {
+      const int64_t d = order(i);
+      if (sizes[d] == 1) continue;
+      if (strides[d] != stride) return false;
+      stride *= sizes[d];
+    }
+    return true;
+  };
   const auto channels_last = [&] {
-    if ((rank != 4 && rank != 5) || strides[1] == 0) return false;
+    if ((rank != 4 && rank != 5) || packed([&](int64_t i) { return rank - 1 - i; })) return false;
+    if (packed(nth)) return true;
+    if (strides[1] == 0) return false;
     int64_t least = 0;
     for (int64_t i = 0; i < rank; ++i) {
-      const int64_t d = i == 0 ? 1 : (i == rank - 1 ? 0 : rank - i);  // 1, the spatial ones from the last on, 0
+      const int64_t d = nth(i);
       if (sizes[d] == 0 || strides[d] < least || (d == 0 && least == strides[1])) return false;
       least = strides[d] * std::max<int64_t>(sizes[d], 1);
     }
