@@ -135,18 +135,18 @@ def recalibrate(
             for layer, final in computed.populations.items():
                 layer.settle(final.mean, final.var)
             used, samples = _total(context)
-        changed = tuple(
-            RecalibratedLayer(
-                layer.name, new.count, *before[layer], new.mean.cpu(), new.var.cpu(), vars(layer.module)["eps"]
+            changed = tuple(
+                RecalibratedLayer(
+                    layer.name, new.count, *before[layer], new.mean.cpu(), new.var.cpu(), vars(layer.module)["eps"]
+                )
+                for layer in layers
+                if (new := computed.populations.get(layer)) is not None
             )
-            for layer in layers
-            if (new := computed.populations.get(layer)) is not None
-        )
-        skipped += [
-            SkippedLayer(layer.name, "never called with a value")
-            for layer in layers
-            if layer not in computed.populations
-        ]
+            skipped += [
+                SkippedLayer(layer.name, "never called with a value")
+                for layer in layers
+                if layer not in computed.populations
+            ]
     return Recalibration(method, used, samples, changed, tuple(skipped), computed.memory)
 
 
