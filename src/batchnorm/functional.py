@@ -13,6 +13,7 @@ from batchnorm.call import Call, check_sync, check_virtual_batch_size, empty_out
 from batchnorm.distributed import Group
 from batchnorm.errors import CountError, OptionError, ShapeError, TransformError
 from batchnorm.kernels import aten
+from batchnorm.kernels.running_statistics import check_running
 from batchnorm.moments import Moments, pool
 from batchnorm.statistics import BatchStatistics, RunningStatistics, SyncStatistics
 
@@ -71,7 +72,8 @@ def batch_norm(
             records, and in training, it has no effect: gradients are computed from the input.
 
     Returns:
-        A tensor of input's shape, dtype and memory format.
+        A tensor of input's shape and dtype, which lies in memory as torch's: channels_last where input does, else
+        contiguous.
 
     Raises:
         ShapeError: a rank, a number of channels, the residual's or the mask's shape does not fit, or inference has no
@@ -100,7 +102,7 @@ def batch_norm(
         )
     if running_mean is not None and running_var is not None and call.num_channels:
         running = RunningStatistics(running_mean, running_var, None, None, momentum)
-        running.check(call.num_channels, input.device)
+        check_running(running_mean, running_var, None, momentum, call.num_channels, input.device)
     if running is not None and process_group is None and virtual_batch_size is None:
         return normalize_and_commit(call, running)
     statistics: BatchStatistics | SyncStatistics = BatchStatistics(virtual_batch_size)
@@ -157,11 +159,7 @@ def normalize_and_commit(call: Call, running: RunningStatistics) -> Tensor:
     operations = ops.select(x, call.mask, call.activation)
     if operations is ops.ATEN:
         return operations.forward_commit(x, *call.arguments, call.mask, *running)[0]
-    batches = running.num_batches_tracked
-    # `counts_in_int64`, without its call.
-    if operations.eager and (
-        batches is None or (batches.dtype == torch.int64 and batches.device == x.device and batches.dim() == 0)
-    ):
+    if operations.eager:
         # A pass that is repeated commits nothing, by the same operator: selective checkpointing wants to see it again.
         target = running if _torch.current_backward() == -1 else None
         options = (call.eps, channel_dim, call.activation)
@@ -232,14 +230,12 @@ def commit(moments: Moments, running: RunningStatistics) -> None:
     """Blend moments into running statistics, in place: `kernels.reference.commit`. Empty ones change nothing."""
     operations = ops.select(running.mean)
     mean, var, num_batches_tracked, num_batches_skipped, momentum = running
-    running.check(moments.mean.shape[0], moments.mean.device)
+    check_running(mean, var, num_batches_tracked, momentum, moments.mean.shape[0], moments.mean.device)
     count = moments.count
     if torch.compiler.is_dynamo_compiling():
         count = ops.unless_repeated(count, mean)
     values = count, moments.mean, moments.m2
     if operations is not ops.DIFFERENTIABLE:
-        if not running.counts_in_int64:
-            operations = ops.REFERENCE
         operations.commit(mean, var, num_batches_tracked, num_batches_skipped, *values, momentum)
         return
     if any(torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in (mean, var)):

@@ -8,10 +8,8 @@ import torch
 from torch import nn
 
 from batchnorm import layout
-from batchnorm.activations import check_activation
-from batchnorm.call import check_sync, check_virtual_batch_size
 from batchnorm.modules import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
-from batchnorm.renorm import Renorm, check_renorm
+from batchnorm.renorm import Renorm
 
 
 class _Lazy(BatchNorm):
@@ -35,21 +33,11 @@ class _Lazy(BatchNorm):
         channel_dim: int = 1,
         inplace: bool = False,
     ) -> None:
-        check_activation(activation)
-        check_virtual_batch_size(virtual_batch_size)
-        check_sync(sync, process_group, virtual_batch_size)
-        check_renorm(renorm, virtual_batch_size, track_running_stats)
         # torch's, which goes on to `BatchNorm.__init__` without our options.
         super().__init__(eps, momentum, affine, track_running_stats, device, dtype)  # type: ignore[arg-type]
         if not bias:
             self.register_parameter("bias", None)
-        self.activation = activation
-        self.sync = sync
-        self.process_group = process_group
-        self.virtual_batch_size = virtual_batch_size
-        self.renorm = renorm
-        self.channel_dim = channel_dim
-        self.inplace = inplace
+        self._set_options(activation, channel_dim, sync, process_group, virtual_batch_size, renorm, inplace)
 
     # Without the question of `Rebuilding`: torch's own initialization reads it, and there is nothing to rebuild yet.
     num_features = property(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -21,10 +21,11 @@ from batchnorm.activations import check_activation
 from batchnorm.call import Call, check_sync, check_virtual_batch_size
 from batchnorm.distributed import Group
 from batchnorm.errors import BatchNormError, DTypeError, OptionError, ShapeError
+from batchnorm.kernels.running_statistics import check_running
 from batchnorm.moments import Moments
 from batchnorm.rebuilding import Rebuilding
 from batchnorm.renorm import Renorm, check_renorm, corrections
-from batchnorm.statistics import BatchStatistics, RunningStatistics, SyncStatistics
+from batchnorm.statistics import BatchStatistics, Frozen, RunningStatistics, SyncStatistics
 
 _STATISTICS = ("running_mean", "running_var")
 _NUMBERS = itertools.count(1)
@@ -34,20 +35,6 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 def _at_least_float32(buffer: Tensor) -> Tensor:
     return buffer.float() if buffer.dtype in _HALVES else buffer
-
-
-class Frozen(NamedTuple):
-    """Which of a layer's parts stand still, in training mode too.
-
-    Attributes:
-        normalization: normalise by the running statistics, as in inference.
-        statistics: the running statistics do not move.
-        affine: gamma and beta do not learn.
-    """
-
-    normalization: bool = False
-    statistics: bool = False
-    affine: bool = False
 
 
 _BATCH = BatchStatistics()
@@ -128,8 +115,8 @@ class BatchNorm(Rebuilding):
     inplace: bool
     frozen: Frozen
     label: str
-    # What `num_batches_skipped` shows: made when it is needed, where the running statistics are. No buffer, because
-    # tools that copy, prune, broadcast or load buffers expect torch's and no others.
+    # What `num_batches_skipped` shows, where the running statistics are, and made again where they are others. No
+    # buffer, because tools that copy, prune, broadcast or load buffers expect torch's and no others.
     _skipped: Tensor | None = None
     # fairscale's checkpointing leaves layers alone that have this: ours notice a repeated pass by themselves.
     disable_patch_batchnorm: ClassVar[bool] = True
@@ -157,13 +144,29 @@ class BatchNorm(Rebuilding):
         channel_dim: int = 1,
         inplace: bool = False,
     ) -> None:
-        check_activation(activation)
-        check_virtual_batch_size(virtual_batch_size)
-        check_sync(sync, process_group, virtual_batch_size)
-        check_renorm(renorm, virtual_batch_size, track_running_stats)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if not bias:
             self.register_parameter("bias", None)
+        self._set_options(activation, channel_dim, sync, process_group, virtual_batch_size, renorm, inplace)
+        self.frozen = Frozen()
+        self.label = f"number {next(_NUMBERS)}"
+        self._complete()
+
+    def _set_options(
+        self,
+        activation: str | None,
+        channel_dim: int,
+        sync: bool,
+        process_group: dist.ProcessGroup | None,
+        virtual_batch_size: int | None,
+        renorm: Renorm | None,
+        inplace: bool,
+    ) -> None:
+        """Check what a constructor was given, and keep it."""
+        check_activation(activation)
+        check_virtual_batch_size(virtual_batch_size)
+        check_sync(sync, process_group, virtual_batch_size)
+        check_renorm(renorm, virtual_batch_size, self.track_running_stats)
         self.activation = activation
         self.channel_dim = channel_dim
         self.sync = sync
@@ -171,22 +174,19 @@ class BatchNorm(Rebuilding):
         self.virtual_batch_size = virtual_batch_size
         self.renorm = renorm
         self.inplace = inplace
-        self.frozen = Frozen()
-        self.label = f"number {next(_NUMBERS)}"
-        self._complete()
 
     def _complete(self) -> None:
         """What torch's constructor leaves open: Python's numbers, which compilers know, and `_widen_statistics`."""
         self.eps = vars(self)["eps"]
         self.momentum = vars(self)["momentum"]
         self._widen_statistics()
-        self._reset_skipped()  # not at the first call: a compiler would compile twice
+        self._reset_skipped(self._buffers.get("running_mean"))  # not at the first call: that would compile twice
 
-    def _reset_skipped(self) -> None:
-        """Nothing was skipped; no counter yet where the statistics have no values."""
-        mean = self._buffers.get("running_mean")
-        real = type(mean) in _PLAIN and mean is not None and not mean.is_meta
-        self._skipped = torch.zeros_like(mean, dtype=torch.int64) if real and mean is not None else None
+    def _reset_skipped(self, mean: Tensor | None) -> None:
+        """Nothing was skipped of these. Those that only stand for others get no counter: it would outlive them."""
+        self._skipped = None
+        if mean is not None and type(mean) in _PLAIN and not mean.is_meta:
+            self._skipped = torch.zeros_like(mean, dtype=torch.int64)
 
     def _widen_statistics(self) -> None:
         """Give running statistics the dtype that a running average needs."""
@@ -204,10 +204,8 @@ class BatchNorm(Rebuilding):
         """The running statistics and how they move."""
         skipped = self._skipped
         if skipped is None or skipped.shape != mean.shape or skipped.device != mean.device:
-            skipped = None
-            # Not of tensors that only stand for others while something is traced: the counter would outlive them.
-            if type(mean) in _PLAIN:
-                self._skipped = skipped = torch.zeros(mean.shape, dtype=torch.int64, device=mean.device)
+            self._reset_skipped(mean)
+            skipped = self._skipped
         return RunningStatistics(mean, var, self._buffers["num_batches_tracked"], skipped, vars(self)["momentum"])
 
     def forward(
@@ -236,8 +234,8 @@ class BatchNorm(Rebuilding):
         bias: Tensor | None = own["bias"] if "bias" in own else self.bias  # noqa: SIM401 - not `get`: see above
         buffers = self._buffers
         # Statistics that are parameters, or computed, are attributes.
-        mean: Tensor | None = buffers["running_mean"] if "running_mean" in buffers else self.running_mean  # noqa: SIM401
-        var: Tensor | None = buffers["running_var"] if "running_var" in buffers else self.running_var  # noqa: SIM401
+        mean: Tensor | None = buffers["running_mean"] if "running_mean" in buffers else self.running_mean  # noqa: SIM401 - likewise
+        var: Tensor | None = buffers["running_var"] if "running_var" in buffers else self.running_var  # noqa: SIM401 - likewise
         training, frozen = self.training, self.frozen
         # Of an empty batch nothing is proposed, unless other processes have parts of it.
         moves = self.track_running_stats and not frozen.statistics and (input.numel() > 0 or self.sync)
@@ -262,11 +260,11 @@ class BatchNorm(Rebuilding):
                 running = self._running(mean, var)
                 if mean.dtype in _HALVES or var.dtype in _HALVES:
                     raise DTypeError(
-                        f"got running statistics of dtype {mean.dtype} and {var.dtype} in training; this layer keeps "
-                        f"them in float32 at least, because an average whose steps are smaller than its rounding "
-                        f"stands still. Leave buffers out of mixed precision (buffer_dtype=None), or use .float()"
+                        f"got running statistics of dtype {mean.dtype} and {var.dtype} in training, where such "
+                        f"averages stand still. Leave buffers out of mixed precision (buffer_dtype=None), or use float()"
                     )
-                running.check(vars(self)["num_features"], input.device)
+                counter, momentum = running.num_batches_tracked, running.momentum
+                check_running(mean, var, counter, momentum, vars(self)["num_features"], input.device)
                 plain = self.renorm is None and self.virtual_batch_size is None and not self.sync
                 if plain and self._receiver is None:
                     return functional.normalize_and_commit(call, running)
@@ -326,7 +324,7 @@ class BatchNorm(Rebuilding):
         if "frozen" in vars(self) and self.frozen.statistics:  # torch's constructor comes here before ours is done
             return
         super().reset_running_stats()
-        self._reset_skipped()
+        self._reset_skipped(self._buffers.get("running_mean"))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Torch's `.to()`, `.half()` and the like, but running statistics keep the precision that they had."""
@@ -344,7 +342,7 @@ class BatchNorm(Rebuilding):
         """torch's; what a checkpoint assigns in half precision becomes float32, and nothing was skipped since."""
         super()._load_from_state_dict(state_dict, *args)
         self._widen_statistics()
-        self._reset_skipped()
+        self._reset_skipped(self._buffers.get("running_mean"))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy that refers to the same processes: their group is a handle, which cannot be copied."""

@@ -99,11 +99,10 @@ class _Choice:
 
 # Autograd sees through it: for transforms of torch.func.
 DIFFERENTIABLE = Operations(lambda name: getattr(reference, name), eager=False)
-# Torch's own operators: for graphs that others read.
+# Torch's own operators: for graphs that others read. Autograd sees through them: there are no gradients among them.
 ATEN = Operations(lambda name: getattr(aten, name, None), eager=False)
-REFERENCE = Operations(lambda name: getattr(reference, name), eager=True)
 _REFERENCE = _Choice(
-    REFERENCE,
+    Operations(lambda name: getattr(reference, name), eager=True),
     # Plain torch, which Inductor fuses.
     Operations(lambda name: getattr(reference, name), eager=False),
 )

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize, prune
 
 import batchnorm as bn
-from batchnorm.modules import Frozen
+from batchnorm.statistics import Frozen
 from support.comparison import close
 
 EVERY = [Frozen(*switches) for switches in itertools.product((False, True), repeat=3)]

@@ -231,7 +231,7 @@ def commit(
     counting: the equal-weight average of all batches. Statistics that are not the initial 0 and 1 while that counter is
     0 were loaded without it, and weigh as one batch.
     """
-    check_commit(running_mean, running_var, num_batches_tracked, num_batches_skipped, count, mean, m2)
+    check_commit(running_mean, running_var, num_batches_tracked, num_batches_skipped, count, mean, m2, momentum)
     any_counted = count > 0
     factor: float | Tensor | None = momentum
     batches = None

@@ -2,11 +2,50 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from batchnorm import layout
 from batchnorm.errors import DTypeError, OptionError, ShapeError
+
+
+def check_running(
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    num_channels: int,
+    device: torch.device,
+) -> None:
+    """Running statistics and their counter fit what is to be committed.
+
+    Raises:
+        ShapeError: statistics that are not (num_channels,), or a counter of more than one number.
+        DTypeError: statistics that are not floating, or a counter that is no real number.
+        OptionError: one lies on another device or requires a gradient, or the momentum is not finite.
+    """
+    # Small inputs feel every call: what is wrong is looked at again, and told, elsewhere.
+    for name, statistic in (("running_mean", running_mean), ("running_var", running_var)):
+        if statistic.dim() != 1 or statistic.shape[0] != num_channels:
+            layout.check_vector(statistic, name, num_channels)
+        if statistic.device != device:
+            layout.check_device(statistic, name, device)
+        if not statistic.dtype.is_floating_point:
+            _check_floating(statistic, name)
+        if statistic.requires_grad:
+            raise OptionError(
+                f"got {name} with requires_grad=True in training, where it is changed in place and no gradient goes "
+                f"through the change. Detach it, or normalise by it in inference"
+            )
+    if momentum is not None and not -math.inf < momentum < math.inf:
+        raise OptionError(f"got momentum={momentum}; it must be finite, or None for the average of all batches")
+    if num_batches_tracked is not None:
+        if num_batches_tracked.device != device:
+            layout.check_device(num_batches_tracked, "num_batches_tracked", device)
+        if num_batches_tracked.dtype != torch.int64 or num_batches_tracked.dim() != 0:
+            _check_number(num_batches_tracked, "num_batches_tracked")
 
 
 def check_commit(
@@ -17,6 +56,7 @@ def check_commit(
     count: Tensor,
     mean: Tensor,
     m2: Tensor,
+    momentum: float | None,
 ) -> None:
     """What `commit` changes fits the moments.
 
@@ -26,17 +66,16 @@ def check_commit(
         OptionError: one lies on another device than the moments, or in memory that cannot be written.
     """
     channels = mean.numel()
-    vectors = {"running_mean": running_mean, "running_var": running_var, "mean": mean, "m2": m2}
-    for name, vector in vectors.items():
+    for name, vector in (("mean", mean), ("m2", m2)):
         layout.check_vector(vector, name, channels)
-        if not vector.is_floating_point():
-            raise DTypeError(f"got {name} of dtype {vector.dtype}; it must be floating. Convert it with .float()")
+        _check_floating(vector, name)
+    check_running(running_mean, running_var, num_batches_tracked, momentum, channels, mean.device)
     layout.check_vector(num_batches_skipped, "num_batches_skipped", channels)
     if num_batches_skipped is not None and num_batches_skipped.dtype != torch.int64:
         raise DTypeError(f"got num_batches_skipped of dtype {num_batches_skipped.dtype}; it must be torch.int64")
+    if num_batches_skipped is not None:
+        layout.check_device(num_batches_skipped, "num_batches_skipped", mean.device)
     _check_number(count, "count")
-    if num_batches_tracked is not None:
-        _check_number(num_batches_tracked, "num_batches_tracked")
     written = {
         "running_mean": running_mean,
         "running_var": running_var,
@@ -44,16 +83,16 @@ def check_commit(
         "num_batches_skipped": num_batches_skipped,
     }
     for name, tensor in ((name, tensor) for name, tensor in written.items() if tensor is not None):
-        if tensor.device != mean.device:
-            raise OptionError(
-                f"got {name} on {tensor.device} and moments on {mean.device}; all must be on one device. Move the "
-                f"layer with .to(...)"
-            )
         if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
             raise OptionError(
                 f"got {name} in which several elements share one place in memory, as in what expand() returns; it is "
                 f"written in place. Use .clone() first"
             )
+
+
+def _check_floating(tensor: Tensor, name: str) -> None:
+    if not tensor.dtype.is_floating_point:
+        raise DTypeError(f"got {name} of dtype {tensor.dtype}; it must be of a floating dtype. Use .float()")
 
 
 def _check_number(number: Tensor, name: str) -> None:

@@ -8,7 +8,8 @@ from torch import nn
 
 from batchnorm._torch import parameters_of
 from batchnorm.models.norm_layers import split_by_origin
-from batchnorm.modules import BatchNorm, Frozen
+from batchnorm.modules import BatchNorm
+from batchnorm.statistics import Frozen
 
 _STOPPED = "_stopped_learning"  # a layer's attribute: which parameters' requires_grad `freeze` has set to False
 
