@@ -261,7 +261,7 @@ class BatchNorm(Rebuilding):
                 if mean.dtype in _HALVES or var.dtype in _HALVES:
                     raise DTypeError(
                         f"got running statistics of dtype {mean.dtype} and {var.dtype} in training, where such "
-                        f"averages stand still. Leave buffers out of mixed precision (buffer_dtype=None), or use float()"
+                        f"averages stand still. Leave buffers out of mixed precision, or convert with .float()"
                     )
                 counter, momentum = running.num_batches_tracked, running.momentum
                 check_running(mean, var, counter, momentum, vars(self)["num_features"], input.device)
