@@ -209,3 +209,13 @@ def test_what_is_written_steadily(tmp_path: Path) -> None:
     assert torch.load(io.BytesIO(content[26:]), weights_only=True).tolist() == [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match="mine"), steady(tmp_path / "file"):
         raise ValueError("mine")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    """Nobody writes to it: to open it would never end."""
+    pipe, link = tmp_path / "pipe.pt", tmp_path / "link.pt"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    for path in (pipe, link):
+        with pytest.raises(UsageError, match="no regular file"), reading(path):
+            raise AssertionError("it would be opened now")

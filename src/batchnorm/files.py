@@ -31,13 +31,22 @@ class _Boundary:
         error: the kind to raise.
         system: what cannot be done, where the system says so.
         otherwise: the same where anything else does.
+        regular: whether it has to be a regular file: opening a pipe would wait for a writer.
     """
 
-    def __init__(self, path: Path, error: type[BatchNormError], system: str, otherwise: str) -> None:
+    def __init__(
+        self, path: Path, error: type[BatchNormError], system: str, otherwise: str, *, regular: bool = False
+    ) -> None:
         self._path, self._error, self._system, self._otherwise = path, error, system, otherwise
+        self._regular = regular
         self._warnings = warnings.catch_warnings()
 
     def __enter__(self) -> None:
+        if self._regular:
+            # What cannot be looked at, or is not there, cannot be opened either, which says why.
+            with contextlib.suppress(OSError, ValueError):
+                if what := _no_file(self._path.stat().st_mode):
+                    raise self._error(f"cannot {self._system} {self._path}: it is {what}")
         self._warnings.__enter__()
         warnings.simplefilter("ignore")
 
@@ -67,7 +76,7 @@ def reading(
     Raises:
         BatchNormError: of the kind `error`, naming the file, for any exception but this package's own and Ctrl-C.
     """
-    return _Boundary(path, error, "read", verb)
+    return _Boundary(path, error, "read", verb, regular=True)
 
 
 def writing(path: Path, error: type[BatchNormError] = UsageError) -> AbstractContextManager[None]:
@@ -182,11 +191,16 @@ def _target(path: Path) -> Path:
     """
     target = Path(os.path.realpath(path))
     with contextlib.suppress(FileNotFoundError):
-        mode = target.lstat().st_mode  # a link is left where links go round in a circle
-        if not stat.S_ISREG(mode):
-            kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
-            raise OSError(f"it is {kind}")
+        if what := _no_file(target.lstat().st_mode):  # a link is left where links go round in a circle
+            raise OSError(f"it is {what}")
     return target
+
+
+def _no_file(mode: int) -> str:
+    """What something is that is no regular file; "" for one that is."""
+    if stat.S_ISREG(mode):
+        return ""
+    return "a folder" if stat.S_ISDIR(mode) else "no regular file"
 
 
 @contextmanager
