@@ -103,7 +103,7 @@ def test_other_threads_and_handlers_that_return() -> None:
         signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.long)])
 @pytest.mark.parametrize("method", ["exact", "pooled"])
 def test_an_interrupt_at_any_line_leaves_nothing(method: str, times: int) -> None:
     """At lines of this package and of what it uses, all over a run."""

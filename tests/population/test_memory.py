@@ -22,9 +22,11 @@ from support.populations import everything, images, layers, made
 
 BATCHES = [batch.repeat(1, 1, 8, 8) for batch in images(*[4] * 10)]
 WAYS = {"spill": lambda *_: True, "replay": lambda *_: False, "in turn": None}
+# "in turn" is a mixture of the two, and half as long again as both.
+EACH_WAY = ["spill", "replay", pytest.param("in turn", marks=pytest.mark.long)]
 
 
-@pytest.fixture(params=WAYS)
+@pytest.fixture(params=EACH_WAY)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each of the two ways, and both mixed."""
     turns = iter(range(10**9))
