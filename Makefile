@@ -51,8 +51,10 @@ clean: ## everything that the targets made
 	rm -rf $(VENV) build study-report
 
 # Torch comes first and the build uses it, so the extension is compiled against the torch it is tested with.
-$(VENV)/installed: pyproject.toml constraints.txt CMakeLists.txt $(NATIVE)
+TOOLS := tests/compatibility/requirements.txt
+$(VENV)/installed: pyproject.toml constraints.txt CMakeLists.txt $(TOOLS) $(NATIVE)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch scikit-build-core cmake ninja
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps --target $(VENV)/tools -r $(TOOLS)
 	touch $@
