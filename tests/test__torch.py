@@ -169,14 +169,14 @@ def test_callers_are_known() -> None:
 
     class Asked:
         def __torch_function__(self, *_: Any) -> None:
-            seen.append(_torch.called_by_torch(1))
+            seen.append(_torch.called_by("torch", 1))
 
     def here() -> bool:
-        return _torch.called_by_torch(1)
+        return _torch.called_by("torch", 1)
 
     assert not here()
     hook = nn.Identity()
-    hook.register_forward_hook(lambda *_: seen.append(_torch.called_by_torch(1)))
+    hook.register_forward_hook(lambda *_: seen.append(_torch.called_by("torch", 1)))
     hook(torch.ones(1))
     assert seen == [True]
 

@@ -148,6 +148,6 @@ def any_global_hook() -> bool:
     return bool(nn.modules.module._has_any_global_hook())
 
 
-def called_by_torch(depth: int) -> bool:
-    """Whether the function `depth` calls up is torch's own. Without frames, a tracer could not tell users' code."""
-    return str(sys._getframe(depth + 1).f_globals.get("__name__", "")).startswith("torch.")
+def called_by(package: str, depth: int) -> bool:
+    """Whether the function `depth` calls up is a package's own: without frames, nothing tells it from users' code."""
+    return str(sys._getframe(depth + 1).f_globals.get("__name__", "")).startswith(f"{package}.")

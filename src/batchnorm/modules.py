@@ -229,6 +229,10 @@ class BatchNorm(Rebuilding):
                 f"got activation={activation!r} for a layer with activation={self.activation!r}; one call has one. "
                 f"Leave one of them out"
             )
+        return self._normalize(input, residual, mask, activation)
+
+    def _normalize(self, input: Tensor, residual: Tensor | None, mask: Tensor | None, activation: str | None) -> Tensor:
+        """`forward` with what it leaves to others: the choice of the activation."""
         own = self._parameters  # attributes take several times as long, and `get` would look at them all the same
         weight: Tensor | None = own["weight"] if "weight" in own else self.weight  # noqa: SIM401 - not `get`: see above
         bias: Tensor | None = own["bias"] if "bias" in own else self.bias  # noqa: SIM401 - not `get`: see above
@@ -274,14 +278,6 @@ class BatchNorm(Rebuilding):
         except BatchNormError as error:
             raise error.within(self._title()) from None
         return output
-
-    def _leaf(self, input: fx.Proxy, residual: object, mask: object, activation: str | None) -> Any:  # noqa: ANN401 - a proxy
-        """A node that calls this layer: to torch.fx it is a leaf, as torch's own layers are."""
-        options = {"residual": residual, "mask": mask, "activation": activation}
-        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-        tracer = input.tracer
-        assert isinstance(tracer, fx.Tracer)
-        return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), given)
 
     def _title(self) -> str:
         return f"{type(self).__name__}({vars(self)['num_features']})"

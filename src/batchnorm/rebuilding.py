@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+from torch import fx
+
 from batchnorm._torch import BatchNormBase
 from batchnorm.errors import OptionError, TransformError
 
@@ -77,6 +79,14 @@ class Rebuilding(BatchNormBase):
                 f"batchnorm.fold(model, inputs) first, or batchnorm.convert(model, sync=True) to share statistics; to "
                 f"read the number all the same: vars(layer)[{name!r}]"
             )
+
+    def _leaf(self, input: fx.Proxy, residual: object, mask: object, activation: str | None) -> Any:  # noqa: ANN401 - a proxy
+        """A node that calls this layer: to torch.fx it is a leaf, as torch's own layers are."""
+        options = {"residual": residual, "mask": mask, "activation": activation}
+        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+        tracer = input.tracer
+        assert isinstance(tracer, fx.Tracer)
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), given)
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise TransformError(

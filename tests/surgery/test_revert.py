@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import copy
-import sys
-import types
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import batchnorm as bn
@@ -35,22 +32,6 @@ def used(layer: Any) -> Any:
             if (tensor := getattr(layer, name)) is not None:
                 tensor.uniform_(0.5, 2)
     return layer
-
-
-def timm_norm_act() -> type[nn.Module]:
-    """What timm's BatchNormAct2d does, under its name: a class of its own, and timm not installed."""
-    module = types.ModuleType("timm.layers.norm_act")
-
-    class BatchNormAct2d(nn.BatchNorm2d):
-        def __init__(self, num_features: int, act: nn.Module, drop: nn.Module | None = None) -> None:
-            super().__init__(num_features)
-            self.drop, self.act = drop or nn.Identity(), act
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.act(self.drop(super().forward(x)))
-
-    BatchNormAct2d.__module__, BatchNormAct2d.__qualname__ = module.__name__, "BatchNormAct2d"
-    return BatchNormAct2d
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -174,74 +155,6 @@ def test_what_torch_cannot_express_is_named_in_one_warning() -> None:
     assert {path for path, module in model.items() if type(module) is not classes[path]} == {"plain"}
     bn.unfreeze(model["frozen"])
     assert type(revert(model["frozen"])) is nn.BatchNorm2d
-
-
-# --- timm's layer ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("act", "name"),
-    [
-        (nn.ReLU(inplace=True), "relu"),
-        (nn.Identity(), None),
-        (nn.SiLU(), "silu"),
-        (nn.LeakyReLU(), "leaky_relu"),
-        (nn.GELU(), "gelu"),
-        (nn.Hardswish(), "hardswish"),
-        (nn.ELU(), "elu"),
-    ],
-    ids=str,
-)
-def test_timms_layer_gets_its_activation_inside(act: nn.Module, name: str | None) -> None:
-    timm_class = timm_norm_act()
-    layer, x = used(timm_class(4, act)), torch.randn(6, 4, 5, 3) * 2 + 1
-    expected, state, attributes = copy.deepcopy(layer), bits(layer.state_dict()), {**vars(layer)}
-    assert type(convert(layer)) is bn.BatchNorm2d
-    assert layer.activation == name
-    copied = copy.deepcopy(layer)
-    relative, absolute = tolerances.AGAINST_TORCH[torch.float32]
-    for training in (True, False):
-        expected.train(training), copied.train(training)
-        torch.testing.assert_close(copied(x), expected(x), rtol=relative, atol=absolute)
-    assert type(revert(layer)) is timm_class
-    assert bits(layer.state_dict()) == state
-    assert vars(layer) == attributes
-
-
-def test_timms_layer_is_left_where_ours_would_do_something_else() -> None:
-    timm_class, hooked = timm_norm_act(), nn.ReLU()
-    hooked.register_forward_hook(lambda *_: None)
-    model = nn.Sequential(
-        timm_class(4, nn.Softplus()),
-        timm_class(4, nn.ReLU(), nn.Dropout(0.5)),
-        timm_class(4, hooked),
-        timm_class(4, nn.ELU(alpha=0.5)),
-    )
-    with pytest.warns(UserWarning, match="left as they are") as caught:
-        convert(model)
-    message = str(caught[0].message)
-    assert "0 (BatchNormAct2d: Softplus is none of our activations)" in message
-    assert "1 (BatchNormAct2d: Dropout comes before its activation)" in message
-    assert "2 (BatchNormAct2d: its act or drop has hooks, which would not be called)" in message
-    assert "3 (BatchNormAct2d: ELU has alpha=0.5, ours 1.0)" in message
-    assert all(type(layer) is timm_class for layer in model)
-
-
-def test_an_activation_taken_out_again_is_not_put_back_silently() -> None:
-    layer = convert(timm_norm_act()(4, nn.ReLU()))
-    layer.activation = None
-    with pytest.warns(UserWarning, match="BatchNorm2d without the activation that BatchNormAct2d has"):
-        assert type(revert(layer)) is bn.BatchNorm2d
-
-
-def test_timm_is_not_imported() -> None:
-    assert "timm" not in sys.modules
-
-
-def test_the_made_up_layer_is_as_timms() -> None:
-    x = torch.randn(2, 3, 4, 4)
-    layer = timm_norm_act()(3, nn.ReLU())
-    torch.testing.assert_close(layer(x), F.relu(F.batch_norm(x, None, None, training=True)))
 
 
 @pytest.mark.parametrize("made", [nn.SyncBatchNorm, nn.BatchNorm2d])

@@ -9,13 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from batchnorm import activations
 from batchnorm._torch import buffers_of, children_of, parameters_of
 from batchnorm.call import check_sync, check_virtual_batch_size
-from batchnorm.models.hooks import has_hooks
 from batchnorm.models.norm_layers import NormLayer, display_name, named_norm_layers
 from batchnorm.modules import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
-from batchnorm.surgery.scale_shift import is_timm_norm_act
+from batchnorm.norm_act import NormAct, is_timm_norm_act, norm_act_class
 
 OUR_CLASSES: dict[type[nn.Module], type[BatchNorm]] = {
     nn.BatchNorm1d: BatchNorm1d,
@@ -53,8 +51,8 @@ def convert(
     attributes stay, and whoever refers to it still does: a second parent, an optimizer, another model. Only running
     statistics of half precision become new tensors, of float32 and equal values. Layers that are ours already are left.
     A `SyncBatchNorm` becomes a `BatchNorm`, which takes any rank as it does, with `sync=True` and its own group.
-    timm's `BatchNormAct2d` becomes a `BatchNorm2d` with its activation inside, if that is one of ours and it drops
-    nothing. `revert` undoes all of this.
+    timm's `BatchNormAct2d` becomes a `BatchNorm2d` that is an instance of timm's class too, with its activation inside
+    where that is one of ours and it drops nothing. `revert` undoes all of this.
 
     A layer is left that may mean something else than torch's: of another subclass, or with an attribute of its own
     where ours have one, such as a replaced `forward`; one UserWarning names all of these. With `sync=True` it names
@@ -113,11 +111,7 @@ def _become_ours(layer: NormLayer, path: str, options: dict[str, Any]) -> str | 
     """Change the layer's class, or say what keeps it from changing."""
     before = type(layer)
     if is_timm_norm_act(layer):
-        activation, obstacle = _activation_inside(layer)
-        if obstacle:
-            return f"{before.__qualname__}: {obstacle}"
-        after: type[BatchNorm] = BatchNorm2d
-        options = options | {"activation": activation}
+        after: type[BatchNorm] = norm_act_class(before)  # type: ignore[arg-type]  # mypy doubts its hash
     elif before in OUR_CLASSES:
         after = OUR_CLASSES[before]
         if isinstance(layer, nn.SyncBatchNorm):
@@ -142,21 +136,12 @@ def _become_ours(layer: NormLayer, path: str, options: dict[str, Any]) -> str | 
     return None
 
 
-def _activation_inside(layer: nn.Module) -> tuple[str | None, str]:
-    """The activation that timm's layer ends with, or why it cannot be ours."""
-    act, drop = layer.act, layer.drop
-    assert isinstance(act, nn.Module)
-    assert isinstance(drop, nn.Module)
-    if type(drop) is not nn.Identity:
-        return None, f"{type(drop).__qualname__} comes before its activation"
-    if has_hooks(act) or has_hooks(drop):
-        return None, "its act or drop has hooks, which would not be called"
-    return (None, "") if type(act) is nn.Identity else activations.of_module(act)
-
-
 def additions(our_class: type[BatchNorm], torch_class: type[nn.Module]) -> tuple[dict[str, object], set[str]]:
     """What our constructor sets and torch's does not: attributes at their defaults, and the names of buffers."""
     like = torch_class if torch_class in OUR_CLASSES else nn.BatchNorm2d
-    ours, torchs = (cls(1, device="meta") for cls in (our_class, like))
+    named = BatchNorm2d if issubclass(our_class, NormAct) else our_class  # timm's constructor is not torch's
+    ours, torchs = (cls(1, device="meta") for cls in (named, like))
     attributes = {name: value for name, value in vars(ours).items() if name not in vars(torchs)}
+    if issubclass(our_class, NormAct):
+        del attributes["activation"]  # computed
     return attributes, buffers_of(ours).keys() - buffers_of(torchs).keys()

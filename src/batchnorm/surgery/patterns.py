@@ -14,6 +14,7 @@ from torch import fx, nn
 from batchnorm import activations
 from batchnorm.models.hooks import has_hooks
 from batchnorm.modules import BatchNorm
+from batchnorm.norm_act import has_our_forward
 from batchnorm.surgery import linear
 from batchnorm.surgery.tracing import Region, arguments
 
@@ -61,7 +62,7 @@ class Match:
 def match(region: Region, node: fx.Node) -> Match | str:
     """What a call of a layer can take in; or why nothing."""
     norm = region.called(node)
-    if not isinstance(norm, BatchNorm) or type(norm).forward is not BatchNorm.forward:
+    if not isinstance(norm, BatchNorm) or not has_our_forward(norm):
         return f"{type(norm).__qualname__} is none of ours"
     if len(node.args) != 1 or node.kwargs:
         return "it is called with more than its input"

@@ -17,6 +17,7 @@ from batchnorm._torch import any_global_hook, children_of
 from batchnorm.models.attributes import attribute_at
 from batchnorm.models.hooks import has_hooks
 from batchnorm.modules import BatchNorm
+from batchnorm.norm_act import has_our_forward
 
 _CODE = "_rewritten"  # a class's attribute: what it was made of
 _BEFORE = "_as_rewritten"  # an instance's attribute: what the code was made for
@@ -120,7 +121,7 @@ def _holds(before: _Before) -> bool:
         if "forward" in vars(module) or has_hooks(module):
             return False
     for norm in before.norms:
-        if norm.activation is not None or type(norm).forward is not BatchNorm.forward:
+        if norm.activation is not None or not has_our_forward(norm):
             return False
     for module, name, value in before.flags:
         if name not in vars(module):

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from batchnorm import activations
 from batchnorm.models.norm_layers import NormLayer
 from batchnorm.modules import BatchNorm
+from batchnorm.norm_act import NormAct, has_our_forward, is_timm_norm_act
 from batchnorm.surgery.linear import Affine
 
-# Besides torch's own: subclasses that normalise in inference as torch's layers do, recognised without their library.
-_TIMM_NORM_ACT = "timm.layers.norm_act.BatchNormAct2d"
 _TORCH_LAYERS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -73,16 +72,10 @@ class ScaleShift(nn.Module):
         return y if activation is None else activations.ACTIVATIONS[activation].formula(y)
 
 
-def is_timm_norm_act(layer: NormLayer) -> bool:
-    """Whether a layer is timm's `BatchNormAct2d`, which has dropout and an activation inside."""
-    return activations.qualified_name(type(layer)) == _TIMM_NORM_ACT
-
-
 def known(layer: NormLayer) -> bool:
     """Whether a layer does what torch's or ours do, and not something of a subclass."""
-    ours = isinstance(layer, BatchNorm) and type(layer).forward is BatchNorm.forward
-    others = type(layer) in _TORCH_LAYERS or is_timm_norm_act(layer)
-    return (ours or others) and "forward" not in vars(layer)
+    others = (type(layer) in _TORCH_LAYERS or is_timm_norm_act(layer)) and "forward" not in vars(layer)
+    return others or has_our_forward(layer)
 
 
 def why_not(layer: NormLayer) -> str | None:
@@ -107,9 +100,9 @@ def affine(layer: NormLayer) -> Affine:
 
 def activation(layer: NormLayer) -> nn.Module | None:
     """What comes after the scale and shift inside a layer; None for nothing."""
-    if isinstance(layer, BatchNorm):
+    if isinstance(layer, BatchNorm) and not isinstance(layer, NormAct):
         return None if layer.activation is None else activations.ACTIVATIONS[layer.activation].module()
-    if not is_timm_norm_act(layer):
+    if not isinstance(layer, NormAct) and not is_timm_norm_act(layer):
         return None
     inside = [module for name in ("drop", "act") if type(module := layer.get_submodule(name)) is not nn.Identity]
     return nn.Sequential(*inside) if inside else None

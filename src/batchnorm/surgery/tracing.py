@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 from torch.fx.proxy import TraceError
 
-from batchnorm._torch import called_by_torch, children_of
+from batchnorm._torch import called_by, children_of
 from batchnorm.models.attributes import preserved_attributes
 from batchnorm.models.hooks import without_hooks
 from batchnorm.models.modes import preserved_modes, set_training
@@ -96,7 +96,7 @@ class _Input(fx.Proxy):
 
     @property  # type: ignore[misc]  # what isinstance asks for
     def __class__(self) -> type:
-        if not called_by_torch(1):
+        if not called_by("torch", 1):
             raise TraceError("it asks for the type of a tensor")
         return _Input
 
