@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
+import types
 import warnings
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import batchnorm as bn
 from batchnorm.errors import OptionError, TransformError
 from support.comparison import close
+from support.networks import used
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # these use torch.jit when they are imported
+    from torch.fx.experimental import optimization
+    from torch.utils import mkldnn
 
 OPTIONS = [
     {"activation": "relu"},
@@ -82,9 +90,6 @@ def test_a_plain_layer_is_rebuilt_as_torchs_would_be(sync: bool) -> None:
 def test_mkldnns_layers_are_made_from_plain_ones_only() -> None:
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no MKLDNN")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # its module uses torch.jit when it is imported
-        from torch.utils import mkldnn
     x = torch.randn(2, 4, 5, 5)
     plain = bn.BatchNorm2d(4)
     plain(x * 2)
@@ -92,6 +97,37 @@ def test_mkldnns_layers_are_made_from_plain_ones_only() -> None:
     close(y, plain(x).detach())
     with pytest.raises(OptionError, match="activation"):
         mkldnn.to_mkldnn(nn.Sequential(bn.BatchNorm2d(4, activation="silu")).eval())
+
+
+def test_torch_fxs_rewriters_drop_nothing_that_a_call_was_given() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(4, 4, 1), bn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(self.conv(x), residual=x, activation="relu")
+            return self.norm(self.conv(y))
+
+    net, x = used(Block()), torch.randn(2, 4, 5, 5)
+    expected = net(x).detach()
+    close(fx.symbolic_trace(net)(x).detach(), expected)
+    close(optimization.fuse(copy.deepcopy(net))(x).detach(), expected)
+    close(copy.deepcopy(fx.symbolic_trace(net))(x).detach(), expected)
+
+
+def test_what_looks_up_the_exact_class_finds_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = types.ModuleType("opacus.validators.module_validator")
+    module.ModuleValidator = types.SimpleNamespace(
+        VALIDATORS={nn.BatchNorm1d: "refused", nn.BatchNorm2d: "refused too"},
+        FIXERS={nn.BatchNorm1d: "replaced", nn.BatchNorm2d: "replaced too"},
+    )
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    bn.BatchNorm(4)
+    bn.convert(nn.Sequential(nn.BatchNorm2d(4)))
+    assert module.ModuleValidator.VALIDATORS[bn.BatchNorm] == "refused"
+    assert module.ModuleValidator.VALIDATORS[bn.BatchNorm2d] == "refused too"
+    assert module.ModuleValidator.FIXERS[bn.BatchNorm2d] == "replaced too"
 
 
 @pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5), np.array(0.5)[()]], ids=lambda n: str(type(n)))

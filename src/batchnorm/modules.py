@@ -180,6 +180,7 @@ class BatchNorm(Rebuilding):
         self.eps = vars(self)["eps"]
         self.momentum = vars(self)["momentum"]
         self._widen_statistics()
+        self._tell_opacus()
         self._reset_skipped(self._buffers.get("running_mean"))  # not at the first call: that would compile twice
 
     def _reset_skipped(self, mean: Tensor | None) -> None:

@@ -9,9 +9,10 @@ dropped with its parent.
 
 from __future__ import annotations
 
+import sys
 from typing import Any, NoReturn
 
-from torch import fx
+from torch import Tensor, fx, nn
 
 from batchnorm._torch import BatchNormBase
 from batchnorm.errors import OptionError, TransformError
@@ -20,6 +21,11 @@ from batchnorm.errors import OptionError, TransformError
 _REPLACEABLE = ("sync", "process_group", "inplace")
 # Options of which inference by scale and shift knows nothing, or which say only where the channels are.
 _ONLY_TRAINING = ("virtual_batch_size", "renorm", "frozen", "channel_dim")
+
+
+def call_layer(layer: nn.Module, input: Tensor, **options: Any) -> Any:  # noqa: ANN401 - handed on
+    """A layer's output for an input and what else is given: what graphs of torch.fx call."""
+    return layer(input, **options)
 
 
 class Rebuilding(BatchNormBase):
@@ -81,12 +87,31 @@ class Rebuilding(BatchNormBase):
             )
 
     def _leaf(self, input: fx.Proxy, residual: object, mask: object, activation: str | None) -> Any:  # noqa: ANN401 - a proxy
-        """A node that calls this layer: to torch.fx it is a leaf, as torch's own layers are."""
+        """A node that calls this layer: to torch.fx it is a leaf, as torch's own layers are.
+
+        With more than its input it is a call of a function: torch's and others' rewriters take nodes that call a module
+        of torch's class for one of torch's calls, and drop what else is given.
+        """
         options = {"residual": residual, "mask": mask, "activation": activation}
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         tracer = input.tracer
         assert isinstance(tracer, fx.Tracer)
-        return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), given)
+        path = tracer.path_of_module(self)
+        if not given:
+            return tracer.create_proxy("call_module", path, (input,), {})
+        layer = tracer.create_proxy("get_attr", path, (), {})
+        return tracer.create_proxy("call_function", call_layer, (layer, input), given)
+
+    def _tell_opacus(self) -> None:
+        """Have opacus refuse and replace this class as torch's, where opacus is loaded: it looks up the exact class."""
+        if (loaded := sys.modules.get("opacus.validators.module_validator")) is None:
+            return
+        cls = type(self)
+        torchs = [*(base for base in cls.__mro__ if base.__module__.startswith("torch.")), nn.BatchNorm1d]
+        for registry in (loaded.ModuleValidator.VALIDATORS, loaded.ModuleValidator.FIXERS):
+            of_torch = next((registry[base] for base in torchs if base in registry), None)
+            if of_torch is not None:
+                registry.setdefault(cls, of_torch)
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise TransformError(
