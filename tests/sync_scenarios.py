@@ -236,6 +236,19 @@ def other_order(rank: int, size: int, *, forward: bool) -> dict[str, Any]:
     return refused(run)
 
 
+def other_channels(rank: int, size: int, *, backward: bool) -> dict[str, Any]:
+    """Layers of different numbers of channels meet, forward, or forward with one and backward with another."""
+    torch.manual_seed(0)
+    layers = [bn.BatchNorm1d(channels, sync=True) for channels in (3, 4)]
+    inputs = [torch.randn(4, channels, requires_grad=True) for channels in (3, 4)]
+    if not backward:
+        found = refused(lambda: layers[rank](inputs[rank]))
+    else:
+        outputs = [made(x) for made, x in zip(layers, inputs, strict=True)]
+        found = refused(lambda: outputs[rank].sum().backward())
+    return found | {"batches": [int(made.num_batches_tracked) for made in layers], "mean": layers[rank].running_mean}
+
+
 def killed(rank: int, size: int) -> dict[str, Any]:
     made, x = layer(), part((4, 3), rank)["x"]
     if rank == 1:
@@ -266,6 +279,8 @@ SCENARIOS: dict[str, Callable[[int, int], dict[str, Any]]] = {
     "transformed": transformed,
     "ghosts": ghosts,
     "compiled": compiled,
+    "other channels": partial(other_channels, backward=False),
+    "other channels backward": partial(other_channels, backward=True),
 }
 OF_THREE: dict[str, Callable[[int, int], dict[str, Any]]] = {"three": partial(by_shape, "three"), "some": of_some}
 WATCHED: dict[str, Callable[[int, int], dict[str, Any]]] = {

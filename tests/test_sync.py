@@ -245,6 +245,20 @@ def test_what_processes_cannot_do_together(found: Found, scenario: str, kind: st
         assert message in f[scenario]["error"][1]
 
 
+def test_other_numbers_of_channels_are_the_same_error_in_all(found: Found) -> None:
+    for f in found:
+        kind, message = f["other channels"]["error"]
+        assert kind == "OrderError"
+        assert "rank 0 at BatchNorm1d(3), number" in message
+        assert "rank 1 at BatchNorm1d(4), number" in message
+        assert f["other channels"]["batches"] == [0, 0]
+        assert not f["other channels"]["mean"].any()
+        kind, message = f["other channels backward"]["error"]
+        assert kind == "OrderError"
+        assert "rank 1 at the backward pass of BatchNorm1d(4)" in message
+        assert f["other channels backward"]["batches"] == [1, 1]
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("scenario", "size", "places"),

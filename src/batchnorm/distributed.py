@@ -103,7 +103,8 @@ class Group:
 
         Raises:
             ProcessError: another process is gone.
-            OrderError: under `TORCH_DISTRIBUTED_DEBUG=DETAIL`, the processes are at different places.
+            OrderError: on the CPU, the processes have different numbers of channels; under
+                `TORCH_DISTRIBUTED_DEBUG=DETAIL`, they are at different places.
         """
         head = torch.stack([moments.count.to(moments.mean.dtype), torch.full_like(moments.count, positions)])
         all_of_them = self._gather(torch.cat([head.to(moments.mean.dtype), moments.mean, moments.m2]), label)
@@ -125,10 +126,25 @@ class Group:
         """What each process has, (size, *shape), in the order of ranks."""
         if dist.get_debug_level().name == "DETAIL":  # type: ignore[attr-defined]  # not in torch's list of names
             self.all_gather(label)
+        elif tensor.device.type == "cpu":
+            self._agree_on_size(tensor, label)
         gathered = tensor.new_empty(self.size, *tensor.shape)
         with _partners():
             dist.all_gather(list(gathered.unbind()), tensor.contiguous(), group=self._group)
         return gathered
+
+    def _agree_on_size(self, tensor: Tensor, label: str) -> None:
+        """The same error in all processes where they bring different sizes.
+
+        Of messages of different sizes gloo ends one process and lets another go on, with what is in its memory. A GPU
+        would have to be waited for, so there it takes `TORCH_DISTRIBUTED_DEBUG=DETAIL`.
+        """
+        own = torch.tensor([tensor.numel(), tensor.element_size()])
+        sizes = own.new_empty(self.size, len(own))
+        with _partners():
+            dist.all_gather(list(sizes.unbind()), own, group=self._group)
+        if not torch.equal(sizes, own.expand_as(sizes)):
+            self.all_gather(f"{label}, with {tensor.numel()} numbers of {tensor.dtype} to exchange")
 
     def _exchange(self, message: _Message) -> list[_Message]:
         messages: list[_Message | None] = [None] * self.size
