@@ -22,12 +22,12 @@ def test_some_cases(name: str, project: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", FUZZERS)
-def test_many_cases_by_the_script(name: str) -> None:
+@pytest.mark.parametrize(("name", "cases"), [("files", 400), ("command_line", 400), ("kills", 100)])
+def test_many_cases_by_the_script(name: str, cases: int) -> None:
     script = Path(__file__).with_name(f"{name}.py")
-    command = [sys.executable, str(script), "--cases", "400", "--seed", "5000"]
+    command = [sys.executable, str(script), "--cases", str(cases), "--seed", "5000"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
-    assert (run.returncode, run.stdout) == (0, "400 cases, 0 faults\n"), run.stderr
+    assert (run.returncode, run.stdout.splitlines()[-1]) == (0, f"{cases} cases, 0 faults"), run.stdout + run.stderr
 
 
 @pytest.mark.parametrize(
