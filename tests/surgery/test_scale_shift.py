@@ -13,6 +13,7 @@ from torch import nn
 import batchnorm as bn
 from batchnorm.surgery import scale_shift
 from support import oracle, tolerances
+from support.comparison import close
 from support.networks import draw, used
 
 SHAPES: list[tuple[Any, tuple[int, ...], dict[str, Any]]] = [
@@ -65,6 +66,18 @@ def test_residual_activation_and_mask() -> None:
     relative, absolute = tolerances.AGAINST_TORCH[torch.float64]
     torch.testing.assert_close(y, layer(x, residual=r), rtol=relative, atol=absolute)
     torch.testing.assert_close(scale_shift.ScaleShift(None, None, activation=nn.ReLU())(x, residual=r), F.relu(x + r))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_it_can_be_scripted() -> None:
+    x = draw(6, 4, 5, 3)
+    whole = scale_shift.standing_in(used(bn.BatchNorm2d(4, activation="silu")).double())
+    for module in (whole, scale_shift.ScaleShift(None, None, activation=nn.ReLU())):
+        scripted = torch.jit.script(module)
+        for arguments in ({}, {"residual": x.flip(0)}):
+            close(scripted(x, **arguments), module(x, **arguments))
+        with pytest.raises(torch.jit.Error, match="give the layer one before scripting"):
+            scripted(x, activation="relu")
 
 
 def test_the_state_is_the_scale_and_the_shift() -> None:

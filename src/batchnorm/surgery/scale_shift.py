@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.jit import is_scripting  # type: ignore[attr-defined]  # public by its documentation
 
 from batchnorm import activations
 from batchnorm.models.norm_layers import NormLayer
@@ -29,11 +32,12 @@ class ScaleShift(nn.Module):
         at least; the output has the input's dtype.
     """
 
-    scale: Tensor | None
-    shift: Tensor | None
-    zero: Tensor | None
-    one: Tensor | None
-    activation: nn.Module | None
+    if TYPE_CHECKING:  # torch.jit.script reads annotations of attributes, and knows no such types
+        scale: Tensor | None
+        shift: Tensor | None
+        zero: Tensor | None
+        one: Tensor | None
+        activation: nn.Module | None
 
     def __init__(
         self,
@@ -54,13 +58,15 @@ class ScaleShift(nn.Module):
 
     def forward(
         self,
-        input: Tensor,
-        *,
+        input: Tensor,  # torch.jit.script takes no arguments with defaults that are for keywords only
         residual: Tensor | None = None,
         mask: Tensor | None = None,
         activation: str | None = None,
     ) -> Tensor:
-        """Apply it; a mask has no effect in inference, `activation` is for a call of a layer that has none."""
+        """Apply it; a mask has no effect in inference, `activation` is for a call of a layer that has none.
+
+        In a script of torch.jit a call with an `activation` is an error.
+        """
         y = input
         if self.scale is not None:
             y = input.movedim(self.channel_dim, 1)
@@ -69,7 +75,11 @@ class ScaleShift(nn.Module):
             y = y + residual
         if self.activation is not None:
             y = self.activation(y)
-        return y if activation is None else activations.ACTIVATIONS[activation].formula(y)
+        if activation is not None:
+            if is_scripting():
+                raise ValueError("got an activation for one call in a script; give the layer one before scripting")
+            y = activations.ACTIVATIONS[activation].formula(y)
+        return y
 
 
 def known(layer: NormLayer) -> bool:
