@@ -25,9 +25,9 @@ def told(module: nn.Module, *inputs: Any) -> LinearLayer | str | None:
 class Convolution(nn.Conv2d):
     """A convolution of 2 channels to 4 with a forward of its own."""
 
-    def __init__(self, forward: Any, **options: Any) -> None:
+    def __init__(self, forward: Any, inside: nn.Module | None = None, **options: Any) -> None:
         super().__init__(2, 4, 3, **options)
-        self.code = forward
+        self.code, self.inside = forward, inside
 
     def forward(self, *inputs: Any) -> Any:
         return self.code(self, *inputs)
@@ -173,6 +173,11 @@ def test_transposed_convolutions(transposed: Any) -> None:
         (nn.ConvTranspose2d(2, 3, 3), IMAGES, "transposed convolution"),
         (Convolution(ACCEPTED["padded first"]), IMAGES, "does something with its input before"),
         (Convolution(lambda m, x: convolve(m, x.mul_(2))), IMAGES, "does something with its input before"),
+        (
+            Convolution(lambda m, x: convolve(m, m.inside(x)), nn.ReLU(inplace=True)),
+            IMAGES,
+            "does something with its input before",
+        ),
         (Convolution(lambda m, x: convolve(m, torch.ones_like(x))), IMAGES, "does something with its input before"),
         (Convolution(lambda m, x: F.conv2d(x, m.weight, m.bias, padding=1)), IMAGES, "pads with zeros"),
     ],
