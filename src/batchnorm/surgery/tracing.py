@@ -6,7 +6,6 @@ attributes, keeps something in them for the next call, or makes tensors of its o
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from batchnorm.models.modes import preserved_modes, set_training
 from batchnorm.models.nested import leaves, map_leaves
 from batchnorm.models.norm_layers import NormLayer
 from batchnorm.surgery.observing import Calls, ModuleCall, Spec
+from batchnorm.surgery.signatures import signature
 
 _WITH_OPTIONS = "called_with_optional_arguments"  # of a node: modules of its graph
 
@@ -127,8 +127,8 @@ class _Tracer(fx.Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:  # noqa: ANN401 - torch's own
         """torch's, and a note of who is called with more than it needs."""
-        needed = plain_call(m)[0]
-        if needed is None or len(args) + len(kwargs) != len(needed.args):
+        found = signature(type(m).forward)[0]
+        if found is None or found.needed_of(args, kwargs) is None:
             self.with_options.add(m)
         return super().call_module(m, forward, args, kwargs)
 
@@ -201,13 +201,10 @@ def trace(
 
 def plain_call(module: nn.Module) -> tuple[ModuleCall | None, str]:
     """A module's call with a tensor for each argument that it needs, and no other; None and the reason without one."""
-    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
-    needed = [p for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
-    if any(p.kind is p.VAR_POSITIONAL for p in needed):
-        return None, "its forward takes any number of arguments"
-    if any(p.kind is p.KEYWORD_ONLY for p in needed):
-        return None, "its forward needs arguments by keyword"
-    return ModuleCall((Spec((), torch.float32),) * len(needed), {}), ""
+    found, reason = signature(type(module).forward)
+    if found is None:
+        return None, reason
+    return ModuleCall((Spec((), torch.float32),) * len(found.needed), {}), ""
 
 
 def seen_call(calls: Calls, module: nn.Module) -> tuple[ModuleCall | None, str]:
