@@ -139,13 +139,12 @@ def _copied(model: nn.Module) -> nn.Module:
 
 
 def _deepcopied(model: nn.Module) -> nn.Module:
-    """A deep copy, of weights too that a hook computed from others with gradients: pruned or normed ones.
+    """A deep copy, of tensors too that were computed with gradients: weights by a hook, pruned or normed; caches.
 
     Raises:
         OptionError: something in the model cannot be copied, parameters that processes share for example.
     """
-    attributes = [value for module in model.modules() for value in vars(module).values()]
-    computed = [value for value in attributes if isinstance(value, Tensor) and not value.is_leaf]
+    computed = [tensor for module in model.modules() for tensor in tensors(vars(module)) if not tensor.is_leaf]
     try:
         return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in computed})
     except Exception as error:
