@@ -69,7 +69,7 @@ def step(model: nn.Module, inputs: dict[str, Any]) -> list[list[Tensor]]:
     model.train().zero_grad()
     outputs = tensors(model(**inputs))
     sum((y.square().mean() for y in outputs), torch.zeros(())).backward()
-    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]  # the step below leaves them
     torch.optim.SGD(model.parameters(), lr=0.01).step()
     return [[y.detach() for y in outputs], gradients, list(model.state_dict().values())]
 
@@ -129,13 +129,16 @@ def examine(model: nn.Module, inputs: dict[str, Any]) -> Row:
         converted = bn.convert(copy.deepcopy(double))
         ours = sum(isinstance(m, bn.BatchNorm) for m in converted.modules())
         unchanged = same_bits(bn.revert(copy.deepcopy(converted)), state)
-        stepped = step(converted, doubled)
+        off = max(map(apart, step(converted, doubled), expected))
         bn.revert(converted)
         reverted = [type(m) for m in converted.modules()] == classes
-        fused: Any = bn.fuse(copy.deepcopy(double))
-        fused_step = step(copy.deepcopy(fused), doubled)
+        del converted  # models in float64 are large: no more of them at a time than needed
+        fused: Any = bn.fuse(double)
+        fused_report = fused.report
+        fused_off = max(map(apart, step(copy.deepcopy(fused), doubled), expected))
         bn.revert(fused)
         reverted &= [type(m) for m in fused.modules()] == classes and same_bits(fused, state)
+        del double, fused, expected, state
         freed: Any = bn.remove_dead_biases(copy.deepcopy(model).eval(), inputs)
         model.eval()
         folded: Any = bn.fold(model, inputs)
@@ -144,9 +147,9 @@ def examine(model: nn.Module, inputs: dict[str, Any]) -> Row:
         "layers": sum(isinstance(m, Norm) for m in model.modules()),
         "converted": ours,
         "bits": unchanged and reverted,
-        "step": max(map(apart, stepped, expected)),
-        "fused": counts(fused.report),
-        "fused step": max(map(apart, fused_step, expected)),
+        "step": off,
+        "fused": counts(fused_report),
+        "fused step": fused_off,
         "folded": counts(folded.report),
         "left": sum(isinstance(m, Norm) for m in folded.modules()),
         "fold": folded.report.error,

@@ -8,6 +8,7 @@ from torch import nn
 import batchnorm as bn
 from batchnorm.surgery.chains import Flow, find_chains
 from batchnorm.surgery.observing import observe
+from batchnorm.surgery.recognising import linear_layers
 from batchnorm.surgery.tracing import regions, seen_call
 from support.networks import Calls
 
@@ -15,8 +16,9 @@ Norm = nn.modules.batchnorm._BatchNorm
 
 
 def flow_of(model: nn.Module, *shape: int) -> Flow:
-    calls, _ = observe(model.eval(), torch.ones(shape))
-    return Flow(model, regions(model, lambda module: seen_call(calls, module), (False,)), calls)
+    with linear_layers(model) as known:
+        calls, _ = observe(model.eval(), torch.ones(shape))
+    return Flow(model, regions(model, lambda module: seen_call(calls, module), (False,)), calls, known)
 
 
 def chains_of(model: nn.Module, *shape: int) -> tuple[dict[str, tuple[list[str], list[str]]], dict[str, str]]:
@@ -80,10 +82,13 @@ def test_a_loop_that_no_graph_shows_all_of() -> None:
 def test_alignment_says_both_dimensions() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     flow = flow_of(model, 2, 4, 4)
-    assert flow.why_not_aligned(model[0], model[1]) == (
+    (layer,) = flow.linear_layers()
+    assert flow.why_not_aligned(layer, model[1]) == (
         "its channels are dimension 1 of (2, 4, 4), those of 0 dimension 2"
     )
-    assert flow_of(model, 2, 4).why_not_aligned(model[0], model[1]) is None
+    flow = flow_of(model, 2, 4)
+    (layer,) = flow.linear_layers()
+    assert flow.why_not_aligned(layer, model[1]) is None
 
 
 def test_hooks_of_a_module_around_one_of_them_separate() -> None:

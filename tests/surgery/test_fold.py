@@ -311,14 +311,14 @@ def test_a_fold_that_changes_the_output_is_undone(monkeypatch: pytest.MonkeyPatc
 
     def wrong(layer: Any, weights: Any, affine: Any) -> Any:
         result = right(layer, weights, affine)
-        return result._replace(bias=result.bias + 1e-3) if layer.out_channels == 5 else result
+        return result._replace(bias=result.bias + 1e-3) if layer.module.out_channels == 5 else result
 
     monkeypatch.setattr(linear, "after", wrong)
     model = nn.Sequential(nn.Conv2d(3, 5, 1), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 4, 1), nn.BatchNorm2d(4))
     folded = check(model, draw(2, 3, 4, 4))
-    assert folded.report.done == {"4": "part of 3"}
-    assert folded.report.left["1"].startswith("as part of 0 it is off by ")
-    assert type(folded[1]) is nn.BatchNorm2d
+    assert folded.report.done["4"] == "part of 3"
+    assert folded.report.done["1"].startswith("a scale and shift, because as part of 0 it is off by ")
+    assert type(folded[1]) is ScaleShift
 
 
 def test_a_layer_that_is_called_behind_the_models_back_undoes_all() -> None:
@@ -336,7 +336,7 @@ def test_a_layer_whose_attributes_are_read_undoes_all() -> None:
     assert type(folded.norm) is nn.BatchNorm2d
 
 
-def test_overflow_in_half_precision_is_undone() -> None:
+def test_overflow_in_half_precision_becomes_a_scale_and_shift() -> None:
     model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, eps=0.0)).half().eval()
     with torch.no_grad():
         model[0].weight.fill_(0.5), model[0].bias.zero_(), model[1].running_var.fill_(6e-8)
@@ -344,7 +344,7 @@ def test_overflow_in_half_precision_is_undone() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         folded = fold(model, draw(2, 3, 4, 4, dtype=torch.float16) * 1e-3)
-    assert "as part of 0 it is off by inf" in folded.report.left["1"]
+    assert folded.report.done["1"].startswith("a scale and shift, because as part of 0 it is off by inf")
 
 
 # --- what it says ----------------------------------------------------------------------------------------------------

@@ -169,6 +169,8 @@ def test_optional_arguments() -> None:
 def test_a_part_called_with_optional_arguments_becomes_part_of_the_one_around_it() -> None:
     model = nn.Sequential(Calls(lambda m, x: m.part(x, 2.0), part=WithOption()))
     assert check(model, 2, 3, 4, 4).report.done == {"0.part.norm": "with relu, in 0"}
+    model = nn.Sequential(Calls(lambda m, x: m.part(x, factor=1.0), part=WithOption()))  # what it is without
+    assert check(model, 2, 3, 4, 4).report.done == {"0.part.norm": "with relu, in 0.part"}
 
 
 def test_dropout_and_its_mode_stay() -> None:

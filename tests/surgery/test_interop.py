@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime
@@ -138,21 +139,65 @@ def test_wrong_values() -> None:
         from_convention("keras", layer_of("keras"), batch_count=1)
 
 
+class Variable:
+    """As Keras': an array is inside."""
+
+    def __init__(self, value: np.ndarray) -> None:
+        self._value = value
+
+    def numpy(self) -> np.ndarray:
+        return self._value
+
+
+class ArrayLike:
+    """As arrays of JAX and CuPy: NumPy may ask for one of its own."""
+
+    def __init__(self, value: np.ndarray) -> None:
+        self._value = value
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self._value
+
+
+KINDS: dict[str, Any] = {
+    "read-only": lambda array: array,
+    "variable": Variable,
+    "like an array": ArrayLike,
+    "backwards": lambda array: array[::-1].copy()[::-1],
+    "other byte order": lambda array: array.astype(array.dtype.newbyteorder("S")),
+    "bfloat16": lambda array: array.astype(ml_dtypes.bfloat16),
+    "half": lambda array: array.astype(np.float16),
+    "integers": lambda array: array.astype(np.int64),
+    "list": lambda array: [int(value) for value in array],
+    "parameter": lambda array: nn.Parameter(torch.tensor(array)),
+}
+
+
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("kind", ["read-only", "variable"])
-def test_arrays_that_cannot_be_written_to_and_variables(kind: str) -> None:
-    class Variable:
-        """As Keras': an array is inside."""
-
-        def __init__(self, value: np.ndarray) -> None:
-            self._value = value
-
-        def numpy(self) -> np.ndarray:
-            return self._value
-
+@pytest.mark.parametrize("kind", KINDS)
+def test_everything_that_has_values(kind: str) -> None:
     arrays = {name: np.arange(1.0, 4.0) + i for i, name in enumerate(("moving_mean", "moving_variance", "gamma"))}
     for array in arrays.values():
         array.flags.writeable = False
-    layer = from_convention("keras", arrays if kind == "read-only" else {k: Variable(v) for k, v in arrays.items()})
+    layer = from_convention("keras", {name: KINDS[kind](array) for name, array in arrays.items()})
     assert layer.running_var.tolist() == [2.0, 3.0, 4.0]
     assert layer.weight.tolist() == [3.0, 4.0, 5.0]
+    assert layer.running_var.is_floating_point()
+    with torch.no_grad():
+        layer.running_mean.zero_()
+    assert arrays["moving_mean"].tolist() == [1.0, 2.0, 3.0]  # what is given is not changed
+
+
+@pytest.mark.parametrize(
+    ("gamma", "message"),
+    [
+        (object(), "got gamma of object, of which no tensor can be made: .* Pass a tensor, an array or a list"),
+        (np.array(["a", "b", "c"], dtype=object), "got gamma of ndarray, of which no tensor can be made"),
+        (2.0, r"got gamma of shape \(\); it must be \(C,\), one value a channel"),
+        (np.ones((1, 3)), r"got gamma of shape \(1, 3\)"),
+        ([1.0], "got gamma of 1 values beside moving_mean of 3; each has one value a channel"),
+    ],
+)
+def test_what_has_no_values_of_channels(gamma: object, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        from_convention("keras", layer_of("keras", gamma=gamma))

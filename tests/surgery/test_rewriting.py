@@ -49,6 +49,25 @@ def test_it_is_the_same_object_of_a_subclass() -> None:
     assert len(calls) == 3
 
 
+class Scaled(nn.Module):
+    def forward(self, input: Tensor, other: Tensor, rate: float | None = None) -> Tensor:
+        return input + other if rate is None else rate * other
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_optional_arguments_at_their_defaults_are_as_good_as_none(compiled: bool) -> None:
+    module, graph = Scaled(), fx.Graph()
+    graph.output(graph.call_function(torch.sub, (graph.placeholder("input"), graph.placeholder("other"))))
+    rewrite(module, graph)
+    call = torch.compile(module, backend="eager", fullgraph=True) if compiled else module
+    for y in (call(X, X), call(X, X, None), call(X, X, rate=None), call(rate=None, other=X, input=X)):
+        assert torch.equal(y, torch.zeros(2, 3))
+    for y in (call(X, X, 3.0), call(X, X, rate=3.0), call(input=X, other=X, rate=3.0)):
+        assert torch.equal(y, 3 * X)
+    with pytest.raises(TypeError, match="missing 1 required positional argument"):
+        module(X)
+
+
 def test_it_goes_back() -> None:
     module = Sum()
     y = module(X, X)

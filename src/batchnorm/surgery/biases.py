@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import nn
 
-from batchnorm._torch import parameters_of
 from batchnorm.models.nested import tensors
 from batchnorm.models.norm_layers import NormLayer, named_norm_layers, uncompiled
 from batchnorm.modules import BatchNorm
@@ -16,6 +15,7 @@ from batchnorm.surgery.chains import Flow
 from batchnorm.surgery.comparing import ALTOGETHER, difference, outputs
 from batchnorm.surgery.linear import LinearLayer
 from batchnorm.surgery.observing import observe
+from batchnorm.surgery.recognising import linear_layers
 from batchnorm.surgery.report import Entry, attach, check_free
 from batchnorm.surgery.tracing import regions, seen_call
 
@@ -52,9 +52,10 @@ def remove_dead_biases(model: nn.Module, example_inputs: Any) -> nn.Module:  # n
         vars(model)["report"] = vars(inside)["report"]
         return model
     check_free(model)
-    calls, returned = observe(model, example_inputs)
+    with linear_layers(model) as known:
+        calls, returned = observe(model, example_inputs)
     found = regions(model, lambda module: seen_call(calls, module), modes=(True, False))
-    flow = Flow(model, found, calls, training=True)
+    flow = Flow(model, found, calls, known, training=True)
     why: dict[str, str] = {}
     dead: dict[str, tuple[LinearLayer, NormLayer]] = {}
     paths = [path for path, _ in named_norm_layers(model)]
@@ -65,7 +66,9 @@ def remove_dead_biases(model: nn.Module, example_inputs: Any) -> nn.Module:  # n
             why[path] = answer
         else:
             dead[path] = answer, norm
-    done = {path: f"the bias of {flow.where(layer)} is part of the running mean" for path, (layer, _) in dead.items()}
+    done = {
+        path: f"the bias of {flow.where(layer.module)} is part of the running mean" for path, (layer, _) in dead.items()
+    }
     undo = [_remove(layer, norm) for layer, norm in dead.values()]
     error, tolerance = difference(outputs(model, example_inputs), list(tensors(returned)))
     if not error <= ALTOGETHER * tolerance:
@@ -84,13 +87,16 @@ def _dead_before(flow: Flow, norm: NormLayer) -> LinearLayer | str:
         return f"{type(norm).__qualname__} may do anything"
     if isinstance(norm, BatchNorm) and norm.frozen.normalization:
         return "it is frozen and normalises by its running statistics, so that a bias counts"
-    layer, reason = flow.only_source(norm)
-    if layer is None:
+    source, reason = flow.only_source(norm)
+    if source is None:
         return reason
-    if not linear.is_linear(layer):
-        return "no linear layer stands directly before it"
-    if layer.bias is None:
-        return f"{flow.where(layer)} has no bias"
+    layer = flow.linear(source)
+    if isinstance(layer, str):
+        return layer
+    if not linear.is_of_torch(source):
+        return f"{flow.where(source)} is a {type(source).__qualname__}, which may do something else in training"
+    if layer.parameters()[1] is None:
+        return f"{flow.where(source)} has no bias"
     return flow.why_not_changed(layer) or flow.why_not_aligned(layer, norm) or layer
 
 
@@ -100,15 +106,15 @@ def _remove(layer: LinearLayer, norm: NormLayer) -> Callable[[], None]:
     Returns:
         What undoes it.
     """
-    bias, mean = parameters_of(layer)["bias"], norm.running_mean
+    bias, mean = layer.parameters()[1], norm.running_mean
     before = None if mean is None else mean.clone()
     assert bias is not None
-    layer.register_parameter("bias", None)
+    layer.module.register_parameter(layer.bias, None)
     if mean is not None:
         mean.copy_(mean.double() - bias.detach().double())
 
     def undo() -> None:
-        layer.register_parameter("bias", bias)
+        layer.module.register_parameter(layer.bias, bias)
         if mean is not None and before is not None:
             mean.copy_(before)
 

@@ -14,9 +14,11 @@ from batchnorm.models.norm_layers import NormLayer
 from batchnorm.surgery import linear, scale_shift
 from batchnorm.surgery.linear import LinearLayer
 from batchnorm.surgery.observing import Calls, Spec
+from batchnorm.surgery.recognising import LinearLayers
 from batchnorm.surgery.tracing import Region, Regions, arguments
 
 # What does nothing in scale_shift.
+_NONE_BEFORE = "no linear layer stands directly before it"
 _NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
@@ -44,11 +46,21 @@ class Flow:
         model: the whole.
         regions: its graphs.
         calls: what was seen.
+        linear_layers: which of its modules are linear.
         training: whether it is to hold in training, too, where dropout does something.
     """
 
-    def __init__(self, model: nn.Module, regions: Regions, calls: Calls, *, training: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        regions: Regions,
+        calls: Calls,
+        linear_layers: LinearLayers,
+        *,
+        training: bool = False,
+    ) -> None:
         self.calls = calls
+        self._linear_layers = linear_layers
         self._nothing = (nn.Identity,) if training else _NOTHING
         self.sites: dict[nn.Module, list[Site]] = {}
         for region, node, module in regions.nodes():
@@ -78,7 +90,7 @@ class Flow:
         while True:
             module = site.region.called(came)
             if module is None:
-                return None, "no linear layer stands directly before it"
+                return None, _NONE_BEFORE
             readers = sum(argument is came for reader in came.users for argument in arguments(reader))
             if readers != 1:
                 return None, f"the output of {site.region.where(came)} has {readers} readers"
@@ -87,7 +99,7 @@ class Flow:
             if type(module) not in self._nothing or has_hooks(module):
                 return module, ""
             if len(came.args) != 1 or not isinstance(came.args[0], fx.Node):
-                return None, "no linear layer stands directly before it"
+                return None, _NONE_BEFORE
             came = came.args[0]
 
     def only_source(self, module: nn.Module) -> tuple[nn.Module | None, str]:
@@ -106,14 +118,24 @@ class Flow:
             return None, f"{self.where(source)} is called {max(seen[0], seen[2])} times, not always before it"
         return source, ""
 
+    def linear(self, module: nn.Module) -> LinearLayer | str:
+        """The linear layer that a module is, or why none stands here."""
+        found = self._linear_layers.get(module)
+        if isinstance(found, str):
+            return f"no linear layer stands directly before it: {self.where(module)} {found}"
+        return found or _NONE_BEFORE
+
+    def linear_layers(self) -> list[LinearLayer]:
+        """Those that the graphs call, in the order of their first calls."""
+        found = (self._linear_layers.get(module) for module in self.sites)
+        return [layer for layer in found if isinstance(layer, LinearLayer)]
+
     def why_not_changed(self, layer: LinearLayer) -> str | None:
         """Why a linear layer's weights cannot change without others noticing; None where they can."""
-        where = self.where(layer)
-        if has_hooks(layer):
+        where = self.where(layer.module)
+        if has_hooks(layer.module):
             return f"{where} has hooks, which would see other values"
-        if any(
-            parameter is not None and self._owners[id(parameter)] > 1 for parameter in parameters_of(layer).values()
-        ):
+        if any(parameter is not None and self._owners[id(parameter)] > 1 for parameter in layer.parameters()):
             return f"others use the parameters of {where} too"
         return None
 
@@ -126,14 +148,14 @@ class Flow:
             norm_axis, linear_axis = scale_shift.channel_dim(norm) % rank, linear.channel_axis(layer, rank)
             if norm_axis != linear_axis:
                 return (
-                    f"its channels are dimension {norm_axis} of {spec.shape}, those of {self.where(layer)} "
+                    f"its channels are dimension {norm_axis} of {spec.shape}, those of {self.where(layer.module)} "
                     f"{'none' if linear_axis is None else f'dimension {linear_axis}'}"
                 )
         return None
 
-    def with_keywords(self, norm: NormLayer) -> bool:
+    def with_keywords(self, module: nn.Module) -> bool:
         """Whether a call passes more than the input: a residual, a mask."""
-        return any(site.node.kwargs for site in self.sites[norm]) or any(call.kwargs for call in self.calls[norm])
+        return any(site.node.kwargs for site in self.sites[module]) or any(call.kwargs for call in self.calls[module])
 
 
 def find_chains(flow: Flow, foldable: list[NormLayer]) -> tuple[list[Chain], dict[NormLayer, str]]:
@@ -145,12 +167,13 @@ def find_chains(flow: Flow, foldable: list[NormLayer]) -> tuple[list[Chain], dic
         if source is None:
             why[norm] = reason
             continue
-        if linear.is_linear(source):
-            chain = chains.get(source) or Chain(source, flow.where(source))
+        layer = flow.linear(source)
+        if isinstance(layer, LinearLayer):
+            chain = chains.get(source) or Chain(layer, flow.where(source))
         elif source in chains and isinstance(source, NormLayer) and not _ends(flow, source):
             chain = chains[source]
         else:
-            why[norm] = "no linear layer stands directly before it"
+            why[norm] = layer
             continue
         if obstacle := flow.why_not_changed(chain.layer) or flow.why_not_aligned(chain.layer, norm):
             why[norm] = obstacle
@@ -158,22 +181,25 @@ def find_chains(flow: Flow, foldable: list[NormLayer]) -> tuple[list[Chain], dic
         chain.after.append(norm)
         chains[norm] = chain
     complete = list({id(chain): chain for chain in chains.values()}.values())
-    by_layer = {chain.layer: chain for chain in complete}
-    for layer in [module for module in flow.sites if linear.is_linear(module)]:
-        head: nn.Module = layer
+    by_layer = {chain.layer.module: chain for chain in complete}
+    for layer in flow.linear_layers():
+        head = layer.module
         while True:
             source = flow.only_source(head)[0]
             if not isinstance(source, NormLayer) or source not in why or _ends(flow, source):
                 break
             if obstacle := (
-                flow.why_not_changed(layer) or flow.why_not_aligned(layer, source) or linear.why_not_before(layer)
+                flow.why_not_changed(layer)
+                or flow.why_not_aligned(layer, source)
+                or layer.why_not_before
+                or ("it is called with more than its input" if flow.with_keywords(layer.module) else None)
             ):
-                why[source] += f"; not into {flow.where(layer)} either: {obstacle}"
+                why[source] += f"; not into {flow.where(layer.module)} either: {obstacle}"
                 break
-            if layer not in by_layer:
-                by_layer[layer] = Chain(layer, flow.where(layer))
-                complete.append(by_layer[layer])
-            by_layer[layer].before.insert(0, source)
+            if layer.module not in by_layer:
+                by_layer[layer.module] = Chain(layer, flow.where(layer.module))
+                complete.append(by_layer[layer.module])
+            by_layer[layer.module].before.insert(0, source)
             del why[source]
             head = source
     return complete, why

@@ -22,11 +22,14 @@ from batchnorm.surgery.chains import Chain, Flow, find_chains
 from batchnorm.surgery.comparing import ALTOGETHER, difference, outputs
 from batchnorm.surgery.exported import as_module
 from batchnorm.surgery.fuse import unfuse
+from batchnorm.surgery.linear import LinearLayer
 from batchnorm.surgery.observing import forward, observe
+from batchnorm.surgery.recognising import linear_layers
 from batchnorm.surgery.report import Entry, attach, check_free
-from batchnorm.surgery.tracing import regions, seen_call
+from batchnorm.surgery.tracing import is_leaf, regions, seen_call
 
-_APART = "as a scale and shift"
+_ALONE = "a scale and shift"
+_APART = f"as {_ALONE}"
 LARGE_SCALE = 1e4  # with torch's eps, a variance cannot give more than 316
 
 
@@ -36,13 +39,16 @@ def fold(model: nn.Module | ExportedProgram, example_inputs: Any) -> nn.Module: 
         (W x + b) scale + shift = (scale W) x + (b scale + shift),    scale = weight / sqrt(var + eps)
 
     after a convolution, a transposed one or Linear, and likewise before one where that is exact: before Linear, and
-    before a convolution that does not pad with zeros. A layer that stands elsewhere becomes a `ScaleShift`. Weights are
-    computed in float64 and rounded once. Modules that compute a layer's activation stay where it was.
+    before a convolution that does not pad with zeros. Such a module is known by what it calls, of whatever class it is:
+    it returns what one of torch's functions makes of its own weight and bias. A layer that stands elsewhere becomes a
+    `ScaleShift`. Weights are computed in float64 and rounded once. Modules that compute a layer's activation stay where
+    it was.
 
     Who feeds whom is read from graphs: of the whole model where torch.fx can trace it, else of the largest parts that
     it can. The code of `forward` is not replaced. Every fold is run on the example inputs beside the original layers;
-    one that changes its output by more than rounding is undone. What is not folded stays, and the report says why: a
-    layer whose input has other readers, shared parameters, hooks, (N, L, C) after Linear, no running statistics.
+    of one that changes its output by more than rounding, the layers become a `ScaleShift`, or stay where that is not
+    right either. What is not folded says why in the report: a layer whose input has other readers, shared parameters,
+    hooks, (N, L, C) after Linear, no running statistics.
 
     Args:
         model: any module, or a program of torch.export, made in inference mode; it is not changed.
@@ -61,10 +67,16 @@ def fold(model: nn.Module | ExportedProgram, example_inputs: Any) -> nn.Module: 
     check_free(model)
     folded = _copied(model)
     norms = {norm: path for path, norm in named_norm_layers(folded)}
-    calls, returned = observe(folded, example_inputs)
+    with linear_layers(folded) as known:
+        calls, returned = observe(folded, example_inputs)
     _check_examples(example_inputs, returned)
-    found = regions(folded, lambda module: seen_call(calls, module), modes=(False,))
-    flow = Flow(folded, found, calls)
+    found = regions(
+        folded,
+        lambda module: seen_call(calls, module),
+        modes=(False,),
+        leaf=lambda module: isinstance(known.get(module), LinearLayer) or is_leaf(module),
+    )
+    flow = Flow(folded, found, calls, known)
     why: dict[NormLayer, str] = {}
     for norm, path in norms.items():
         if reason := _why_left(flow, norm):
@@ -73,24 +85,17 @@ def fold(model: nn.Module | ExportedProgram, example_inputs: Any) -> nn.Module: 
             why[norm] = found.reason(path)
     chains, alone = find_chains(flow, [norm for norm in flow.sites if norm in norms and norm not in why])
     alone |= {norm: why.pop(norm) for norm in norms if norm in why and not _why_left(flow, norm)}
-    folds = [_of_chain(flow, chain) for chain in chains]
-    folds += [_of_layer(norm, f"a scale and shift, because {reason}") for norm, reason in alone.items()]
-    errors = _errors(folded, folds, example_inputs)
-    done = {}
-    for change, (error, tolerance) in zip(folds, errors, strict=True):
-        for norm in change.norms:
-            if error <= tolerance:
-                done[norm] = change.what
-            else:
-                why[norm] = f"as {change.what} it is off by {error:.1e} on the example inputs"
-        if error <= tolerance:
-            folded = change.put_into(folded)
+    done: dict[NormLayer, str] = {}
+    folded, off = _verified(folded, [_of_chain(flow, chain) for chain in chains], example_inputs, done)
+    lone = [_of_layer(norm, f"{_ALONE}, because {reason}") for norm, reason in (alone | off).items()]
+    folded, off = _verified(folded, lone, example_inputs, done)
+    why |= off
     reason, error = _why_undo(folded, example_inputs, list(tensors(returned)))
     if reason:
         folded, done, why = _copied(model), {}, dict.fromkeys(norms, reason)
     _warn_of_scales({path: norm for norm, path in norms.items() if norm in done})
     entries = [
-        Entry(path, norm in done, what, _APART if norm in done and what.startswith("a scale and shift") else "")
+        Entry(path, norm in done, what, _APART if norm in done and what.startswith(_ALONE) else "")
         for norm, path in norms.items()
         for what in [done.get(norm) or why[norm]]
     ]
@@ -106,7 +111,8 @@ class _Fold:
         last: the module whose output it has to give.
         norms: the layers that go.
         what: what becomes of them.
-        stand_in: computes the last one's output from the first one's arguments.
+        stand_in: computes the last one's output from the first one's arguments, args and kwargs, and the last one's
+            kwargs.
         put_into: makes the change in a model, and returns the model.
     """
 
@@ -114,7 +120,7 @@ class _Fold:
     last: nn.Module
     norms: list[NormLayer]
     what: str
-    stand_in: Callable[..., Tensor]
+    stand_in: Callable[[tuple[Any, ...], dict[str, Any], dict[str, Any]], Tensor]
     put_into: Callable[[nn.Module], nn.Module]
 
 
@@ -133,13 +139,12 @@ def _copied(model: nn.Module) -> nn.Module:
 
 
 def _deepcopied(model: nn.Module) -> nn.Module:
-    """A deep copy, of weights too that a hook computed from others with gradients: pruned or normed ones.
+    """A deep copy, of tensors too that were computed with gradients: weights by a hook, pruned or normed; caches.
 
     Raises:
         OptionError: something in the model cannot be copied, parameters that processes share for example.
     """
-    attributes = [value for module in model.modules() for value in vars(module).values()]
-    computed = [value for value in attributes if isinstance(value, Tensor) and not value.is_leaf]
+    computed = [tensor for module in model.modules() for tensor in tensors(vars(module)) if not tensor.is_leaf]
     try:
         return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in computed})
     except Exception as error:
@@ -177,8 +182,13 @@ def _why_left(flow: Flow, norm: NormLayer) -> str | None:
 
 
 def _of_layer(norm: NormLayer, what: str) -> _Fold:
-    stand_in = scale_shift.standing_in(norm)
-    return _Fold(norm, norm, [norm], what, stand_in, lambda model: _replaced(model, norm, stand_in))
+    instead = scale_shift.standing_in(norm)
+
+    def stand_in(args: Any, kwargs: Any, _: Any) -> Tensor:  # noqa: ANN401 - as the layer is called
+        y: Tensor = instead(*args, **kwargs)
+        return y
+
+    return _Fold(norm, norm, [norm], what, stand_in, lambda model: _replaced(model, norm, instead))
 
 
 def _of_chain(flow: Flow, chain: Chain) -> _Fold:
@@ -188,24 +198,23 @@ def _of_chain(flow: Flow, chain: Chain) -> _Fold:
         weights = linear.before(layer, weights, scale_shift.affine(norm))
     for norm in chain.after:
         weights = linear.after(layer, weights, scale_shift.affine(norm))
-    changed = copy.deepcopy(layer)
-    changed.weight, changed.bias = (
-        nn.Parameter(t.to(layer.weight.dtype), requires_grad=layer.weight.requires_grad) for t in weights
-    )
+    changed = copy.deepcopy(layer.module)
+    layer.changed(changed, weights)
     behind = {norm: _behind(flow, norm) for norm in norms}
 
-    def stand_in(*args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401 - as the modules are called
-        y: Tensor = changed(*args)
-        return y if not chain.after else behind[chain.after[-1]](y, **kwargs)
+    def stand_in(args: Any, kwargs: Any, last: Any) -> Tensor:  # noqa: ANN401 - as the modules are called
+        y: Tensor = changed(*args, **kwargs)
+        return y if not chain.after else behind[chain.after[-1]](y, **last)
 
     def put_into(model: nn.Module) -> nn.Module:
-        layer.weight, layer.bias = changed.weight, changed.bias
+        layer.changed(layer.module, weights)
         for norm in norms:
             model = _replaced(model, norm, behind[norm])
         return model
 
-    last = chain.after[-1] if chain.after else layer
-    return _Fold(norms[0] if chain.before else layer, last, norms, f"part of {chain.path}", stand_in, put_into)
+    first = chain.before[0] if chain.before else layer.module
+    last = chain.after[-1] if chain.after else layer.module
+    return _Fold(first, last, norms, f"part of {chain.path}", stand_in, put_into)
 
 
 def _behind(flow: Flow, norm: NormLayer) -> nn.Module:
@@ -225,19 +234,37 @@ def _replaced(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
     return new if model is old else model
 
 
+def _verified(
+    model: nn.Module,
+    folds: list[_Fold],
+    example_inputs: Any,  # noqa: ANN401 - as `forward`
+    done: dict[NormLayer, str],
+) -> tuple[nn.Module, dict[NormLayer, str]]:
+    """A model with those of the changes that are right, which are noted in `done`; and what is wrong with others."""
+    off: dict[NormLayer, str] = {}
+    errors = _errors(model, folds, example_inputs) if folds else []
+    for change, (error, tolerance) in zip(folds, errors, strict=True):
+        if error <= tolerance:
+            model = change.put_into(model)
+            done |= dict.fromkeys(change.norms, change.what)
+        else:
+            off |= dict.fromkeys(change.norms, f"as {change.what} it is off by {error:.1e} on the example inputs")
+    return model, off
+
+
 def _errors(model: nn.Module, folds: list[_Fold], example_inputs: Any) -> list[tuple[float, float]]:  # noqa: ANN401
     """For each fold, the largest difference on the example inputs from what the model does now, and what it may be."""
     worst = [(0.0, 0.0)] * len(folds)
-    inputs: dict[int, tuple[Any, ...]] = {}
+    inputs: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     firsts = {change.first: i for i, change in enumerate(folds)}
     lasts = {change.last: i for i, change in enumerate(folds)}
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs[firsts[module]] = args
+        inputs[firsts[module]] = args, kwargs
 
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
         i = lasts[module]
-        error, tolerance = difference([folds[i].stand_in(*inputs.pop(i), **kwargs)], [y])
+        error, tolerance = difference([folds[i].stand_in(*inputs.pop(i), kwargs)], [y])
         worst[i] = max(worst[i][0], error), tolerance
 
     with inference(model), forward_hooks(firsts, before=before), forward_hooks(lasts, after=after):

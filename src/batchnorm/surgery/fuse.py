@@ -44,7 +44,7 @@ def fuse(model: nn.Module) -> nn.Module:
 
     Only how it is executed changes: the layers stay plain, and whoever calls the parts one by one gets what they gave.
     A rewritten forward runs while everything is as it was: the children and flags of the modules whose code it is, no
-    hooks at what is fused, and only the arguments that the forward needs. Otherwise the class's own forward runs.
+    hooks at what is fused, and optional arguments at their defaults. Otherwise the class's own forward runs.
 
     Patterns are found in graphs: of the whole model where torch.fx can trace it, else of the largest parts that it can.
 

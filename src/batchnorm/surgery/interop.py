@@ -55,7 +55,8 @@ def from_convention(library: str, values: Mapping[str, Any], *, batch_count: int
     Args:
         library: "keras", "flax" or "onnx".
         values: by the library's own names: the running mean and variance; gamma and beta where there are any, (C,)
-            tensors, arrays or lists each; `momentum`, `epsilon` and `axis` where they are not the library's defaults.
+            tensors, arrays, variables or lists each; `momentum`, `epsilon` and `axis` where they are not the library's
+            defaults.
         batch_count: how many values of each channel the variances in the running one were of, N times the positions.
             With it the running variance is multiplied by n / (n - 1), which is what training in torch would have come
             to. Without it stays as it is, and inference is what it was there.
@@ -64,7 +65,8 @@ def from_convention(library: str, values: Mapping[str, Any], *, batch_count: int
         A `BatchNorm` in training mode, with the channels where the library has them.
 
     Raises:
-        OptionError: an unknown library or name, or a running statistic is missing.
+        OptionError: an unknown library or name, a running statistic that is missing, or values that are not (C,)
+            numbers.
         CountError: a batch_count below 2.
     """
     names = _convention(library)
@@ -75,9 +77,15 @@ def from_convention(library: str, values: Mapping[str, Any], *, batch_count: int
             f"got values {', '.join(sorted(values)) or '(none)'} of a {library} layer; there must be "
             f"{names.running_mean} and {names.running_var}, and may be {', '.join(sorted(known))}. Pass only these"
         )
-    given = {ours: values.get(getattr(names, ours)) for ours in _TENSORS}
-    tensors = {ours: _tensor(value) for ours, value in given.items() if value is not None}
+    given = {ours: getattr(names, ours) for ours in _TENSORS}
+    tensors = {ours: _tensor(name, values[name]) for ours, name in given.items() if values.get(name) is not None}
     mean = tensors["running_mean"]
+    for ours, tensor in tensors.items():
+        if tensor.shape != mean.shape:
+            raise OptionError(
+                f"got {given[ours]} of {len(tensor)} values beside {names.running_mean} of {len(mean)}; each has one "
+                f"value a channel. Pass values of one layer"
+            )
     layer = BatchNorm(
         len(mean),
         eps=float(values.get("epsilon", names.epsilon)),
@@ -133,15 +141,29 @@ def to_convention(layer: BatchNormBase, library: str, *, batch_count: int | None
     return found | {"momentum": 1 - layer.momentum, "epsilon": vars(layer)["eps"]}
 
 
-def _tensor(value: Any) -> torch.Tensor:  # noqa: ANN401 - tensors, arrays, lists, variables
-    """A copy: of arrays that cannot be written to as well, and of variables, which have their values in NumPy."""
+def _tensor(name: str, value: Any) -> torch.Tensor:  # noqa: ANN401 - tensors, arrays, lists, variables
+    """A copy (C,): of arrays that cannot be written to as well, and of variables, which have their values in NumPy."""
+    kind = type(value).__name__
     if isinstance(value, torch.Tensor):
-        return value.detach().clone()
-    if not isinstance(value, (list, tuple)) and hasattr(value, "numpy"):
-        value = value.numpy()
-    if hasattr(value, "__array__"):
-        value = value.__array__().copy()
-    return torch.as_tensor(value)
+        tensor = value.detach().clone()
+    else:
+        if hasattr(value, "numpy"):
+            value = value.numpy()
+        if hasattr(value, "__array__"):
+            array = value.__array__()
+            # What torch does not read: JAX' bfloat16, which NumPy does not know itself, and bytes in the other order.
+            value = array.astype("float32" if array.dtype.name == "bfloat16" else array.dtype.newbyteorder("="))
+        try:
+            tensor = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise OptionError(
+                f"got {name} of {kind}, of which no tensor can be made: {error}. Pass a tensor, an array or a list"
+            ) from error
+    if tensor.dim() != 1:
+        raise OptionError(
+            f"got {name} of shape {tuple(tensor.shape)}; it must be (C,), one value a channel. Reshape it"
+        )
+    return tensor if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())
 
 
 def _convention(library: str) -> Convention:

@@ -8,16 +8,22 @@ With y = W x + b, in float64:
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
-from typing_extensions import TypeIs
 
-LinearLayer = nn.Linear | _ConvNd
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_LINEAR = (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)
+from batchnorm._torch import parameters_of
+
+_TORCH_LAYERS = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
 
 
 class Affine(NamedTuple):
@@ -34,24 +40,59 @@ class Weights(NamedTuple):
     bias: Tensor
 
 
-def is_linear(module: nn.Module) -> TypeIs[LinearLayer]:
-    """Whether a module is exactly a convolution, its transpose or Linear: a subclass may do anything."""
-    return type(module) in _LINEAR
+@dataclass(frozen=True)
+class LinearLayer:
+    """A module whose output is a convolution, a transposed one or a product with a matrix: W g(x) + b, whatever g is.
+
+    Attributes:
+        module: which one.
+        weight: the name of its parameter W, which has two dimensions if it is a product.
+        bias: the name of its parameter b, which may be None.
+        transposed: whether it is a transposed convolution.
+        groups: of the convolution.
+        why_not_before: why a shift of x is no constant in the output; None where it is.
+    """
+
+    module: nn.Module
+    weight: str
+    bias: str
+    transposed: bool
+    groups: int
+    why_not_before: str | None
+
+    def parameters(self) -> tuple[nn.Parameter, nn.Parameter | None]:
+        """Weight and bias."""
+        own = parameters_of(self.module)
+        weight = own[self.weight]
+        assert weight is not None
+        return weight, own[self.bias]
+
+    def changed(self, module: nn.Module, weights: Weights) -> None:
+        """Give a module of the same kind these, rounded to the dtype that the weight has."""
+        weight = self.parameters()[0]
+        for name, tensor in zip((self.weight, self.bias), weights, strict=True):
+            parameters_of(module)[name] = nn.Parameter(tensor.to(weight.dtype), requires_grad=weight.requires_grad)
+
+
+def is_of_torch(module: nn.Module) -> bool:
+    """Whether a module is exactly a convolution, its transpose or Linear: a subclass may do more."""
+    return type(module) in _TORCH_LAYERS
 
 
 def weights(layer: LinearLayer) -> Weights:
     """What a layer has, in float64."""
-    weight = layer.weight.detach().double()
-    outputs = weight.shape[1] * _groups(layer) if type(layer) in _TRANSPOSED else weight.shape[0]
-    bias = weight.new_zeros(outputs) if layer.bias is None else layer.bias.detach().double()
-    return Weights(weight, bias)
+    parameter, added = layer.parameters()
+    weight = parameter.detach().double()
+    outputs = weight.shape[1] * layer.groups if layer.transposed else weight.shape[0]
+    return Weights(weight, weight.new_zeros(outputs) if added is None else added.detach().double())
 
 
 def channel_axis(layer: LinearLayer, rank: int) -> int | None:
     """The channel dimension of the layer's input and output of a rank; None where it has no samples."""
-    if type(layer) is nn.Linear:
+    dims = layer.parameters()[0].dim()
+    if dims == 2:
         return rank - 1
-    return 1 if rank == layer.weight.dim() else None
+    return 1 if rank == dims else None
 
 
 def after(layer: LinearLayer, w: Weights, affine: Affine) -> Weights:
@@ -64,7 +105,7 @@ def after(layer: LinearLayer, w: Weights, affine: Affine) -> Weights:
 
 
 def before(layer: LinearLayer, w: Weights, affine: Affine) -> Weights:
-    """The weights that include a scale and shift of the inputs; see `why_not_before`."""
+    """The weights that include a scale and shift of the inputs, if nothing says `why_not_before`."""
     grouped, _, into = _grouped(layer, w.weight)
     shape = [grouped.shape[0], 1, 1, 1]
     shape[into] = -1
@@ -73,29 +114,9 @@ def before(layer: LinearLayer, w: Weights, affine: Affine) -> Weights:
     return Weights((grouped * scale).reshape(w.weight.shape), w.bias + shifted)
 
 
-def why_not_before(layer: LinearLayer) -> str | None:
-    """Why a shift of the inputs is no constant in the outputs; None where it is."""
-    if type(layer) in _TRANSPOSED:
-        return "the outputs of a transposed convolution see different parts of its weight"
-    if isinstance(layer, _ConvNd) and layer.padding_mode == "zeros" and any(_padding(layer)):
-        return "the convolution pads with zeros, which are not shifted"
-    return None
-
-
-def _padding(layer: _ConvNd) -> tuple[int, ...]:
-    if isinstance(layer.padding, str):  # "same" or "valid"
-        widths = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-        return tuple(widths) if layer.padding == "same" else ()
-    return tuple(layer.padding)
-
-
-def _groups(layer: LinearLayer) -> int:
-    return layer.groups if isinstance(layer, _ConvNd) else 1
-
-
 def _grouped(layer: LinearLayer, weight: Tensor) -> tuple[Tensor, int, int]:
     """The weight as (groups, channels, channels, positions), and which of the two are a group's outputs and inputs."""
     positions = weight.shape[2:].numel()
-    if type(layer) in _TRANSPOSED:  # (in, out / groups, *kernel)
-        return weight.reshape(_groups(layer), -1, weight.shape[1], positions), 2, 1
-    return weight.reshape(_groups(layer), -1, weight.shape[1], positions), 1, 2  # (out, in / groups, *kernel)
+    grouped = weight.reshape(layer.groups, -1, weight.shape[1], positions)
+    # (in, out / groups, *kernel) or (out, in / groups, *kernel)
+    return (grouped, 2, 1) if layer.transposed else (grouped, 1, 2)

@@ -147,7 +147,7 @@ def _checked(region: Region, found: Match) -> Match | str:
     source = found.node.args[0]
     assert isinstance(source, fx.Node)
     came = region.called(source)
-    fresh = came is not None and linear.is_linear(came) and _readers(source) == 1
+    fresh = came is not None and linear.is_of_torch(came) and _readers(source) == 1
     between = found.node.next
     while between is not found.last:
         if region.called(between) is found.norm:

@@ -18,10 +18,10 @@ from batchnorm.models.attributes import attribute_at
 from batchnorm.models.hooks import has_hooks
 from batchnorm.modules import BatchNorm
 from batchnorm.norm_act import has_our_forward
+from batchnorm.surgery.signatures import SIMPLE, signature
 
 _CODE = "_rewritten"  # a class's attribute: what it was made of
 _BEFORE = "_as_rewritten"  # an instance's attribute: what the code was made for
-_SIMPLE = (bool, int, float, complex, str, bytes)
 _UNHEEDED = {"training", "inplace", "report"}  # they change nothing that is computed
 _NO_FLAGS = frozenset(vars(nn.Module())) | _UNHEEDED
 
@@ -49,7 +49,7 @@ def rewrite(
 
     Everything else of it stays: hooks, children, state_dict, `isinstance`. Copies and pickles keep the code. At each
     call it is checked that the module and `inlined` have the children and flags that they have now, and that `unseen`
-    have no hooks; the class's own forward runs otherwise, and for other arguments than the code's.
+    have no hooks; the class's own forward runs otherwise, and where an optional argument is not at its default.
 
     Args:
         module: the graph's targets are relative to it.
@@ -127,7 +127,7 @@ def _holds(before: _Before) -> bool:
         if name not in vars(module):
             return False
         now_value = vars(module)[name]
-        if now_value is not value and not (isinstance(value, _SIMPLE) and now_value == value):
+        if now_value is not value and not (isinstance(value, SIMPLE) and now_value == value):
             return False
     return True
 
@@ -170,20 +170,21 @@ def _subclass(base: type[nn.Module], source: str, names: Any) -> type[nn.Module]
 
 def _either(own: Callable[..., Any], code: Callable[..., Any]) -> Callable[..., Any]:
     """A forward that is a graph's code where that holds, and a class's own elsewhere."""
+    takes, _ = signature(own)
     parameters = tuple(inspect.signature(code).parameters)[1:]
 
     @functools.wraps(own)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever models take and return
         before = vars(self).get(_BEFORE)
-        if before is None or len(args) + len(kwargs) != len(parameters):  # a slice, or another number of arguments
+        if before is None or takes is None:  # a slice
             return own(self, *args, **kwargs)
-        for name in kwargs:
-            if name not in parameters:
-                return own(self, *args, **kwargs)
-        for argument in (*args, *kwargs.values()):
+        needed = args if not kwargs and len(args) == len(parameters) else takes.needed_of(args, kwargs)
+        if needed is None or not _holds(before):
+            return own(self, *args, **kwargs)
+        for argument in needed:
             if isinstance(argument, fx.Proxy):  # whoever traces wants to see what there is
                 return own(self, *args, **kwargs)
-        return (code if _holds(before) else own)(self, *args, **kwargs)
+        return code(self, *needed)
 
     return forward
 

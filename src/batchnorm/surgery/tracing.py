@@ -6,7 +6,6 @@ attributes, keeps something in them for the next call, or makes tensors of its o
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from batchnorm.models.modes import preserved_modes, set_training
 from batchnorm.models.nested import leaves, map_leaves
 from batchnorm.models.norm_layers import NormLayer
 from batchnorm.surgery.observing import Calls, ModuleCall, Spec
+from batchnorm.surgery.signatures import signature
 
 _WITH_OPTIONS = "called_with_optional_arguments"  # of a node: modules of its graph
 
@@ -115,25 +115,20 @@ class _Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True  # so that what changes buffers is part of the graph and does not happen
 
-    def __init__(self, call: ModuleCall, leaf: Callable[[nn.Module], bool] | None) -> None:
+    def __init__(self, call: ModuleCall, leaf: Callable[[nn.Module], bool]) -> None:
         super().__init__()
         self._call, self._leaf = call, leaf
         self.with_options: set[nn.Module] = set()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, NormLayer):
-            return True
-        if self._leaf is not None:
-            return self._leaf(m)
-        # A module without others inside, like drop path, may do as it likes: it goes on doing it.
-        return not children_of(m) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, NormLayer) or self._leaf(m)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:  # noqa: ANN401 - torch's own
         """torch's, and a note of who is called with more than it needs."""
-        needed = plain_call(m)[0]
-        if needed is None or len(args) + len(kwargs) != len(needed.args):
+        found = signature(type(m).forward)[0]
+        if found is None or found.needed_of(args, kwargs) is None:
             self.with_options.add(m)
         return super().call_module(m, forward, args, kwargs)
 
@@ -162,6 +157,14 @@ class _Tracer(fx.Tracer):
         return lambda *_: root_fn(root, *args, **kwargs), []
 
 
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module is one node by default: torch.nn's, and one without others inside.
+
+    Such a one, like drop path, may do as it likes: it goes on doing it.
+    """
+    return not children_of(module) or fx.Tracer().is_leaf_module(module, "")
+
+
 def _names(forward: Callable[..., Any], call: ModuleCall) -> list[str]:
     """A name for each leaf of a call's arguments: those of `forward` where each argument is one leaf."""
     count = len(list(leaves((call.args, call.kwargs))))
@@ -172,14 +175,14 @@ def _names(forward: Callable[..., Any], call: ModuleCall) -> list[str]:
 
 
 def trace(
-    module: nn.Module, call: ModuleCall, *, leaf: Callable[[nn.Module], bool] | None = None
+    module: nn.Module, call: ModuleCall, *, leaf: Callable[[nn.Module], bool] = is_leaf
 ) -> tuple[fx.Graph | None, str]:
     """The graph of one call of a module; None and the reason where it cannot be traced.
 
     Args:
         module: hooks are not part of the graph and are not called.
         call: what it is called with.
-        leaf: which modules inside are one node, besides batch-norm layers; None for torch.nn's.
+        leaf: which modules inside are one node, besides batch-norm layers.
     """
     if "forward" in vars(module):
         return None, "it has a forward of its own"
@@ -198,13 +201,10 @@ def trace(
 
 def plain_call(module: nn.Module) -> tuple[ModuleCall | None, str]:
     """A module's call with a tensor for each argument that it needs, and no other; None and the reason without one."""
-    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
-    needed = [p for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
-    if any(p.kind is p.VAR_POSITIONAL for p in needed):
-        return None, "its forward takes any number of arguments"
-    if any(p.kind is p.KEYWORD_ONLY for p in needed):
-        return None, "its forward needs arguments by keyword"
-    return ModuleCall((Spec((), torch.float32),) * len(needed), {}), ""
+    found, reason = signature(type(module).forward)
+    if found is None:
+        return None, reason
+    return ModuleCall((Spec((), torch.float32),) * len(found.needed), {}), ""
 
 
 def seen_call(calls: Calls, module: nn.Module) -> tuple[ModuleCall | None, str]:
@@ -218,7 +218,11 @@ def seen_call(calls: Calls, module: nn.Module) -> tuple[ModuleCall | None, str]:
 
 
 def regions(
-    model: nn.Module, call_of: Callable[[nn.Module], tuple[ModuleCall | None, str]], modes: Collection[bool]
+    model: nn.Module,
+    call_of: Callable[[nn.Module], tuple[ModuleCall | None, str]],
+    modes: Collection[bool],
+    *,
+    leaf: Callable[[nn.Module], bool] = is_leaf,
 ) -> Regions:
     """The largest parts of a model that can be traced, of those that contain batch-norm layers.
 
@@ -226,6 +230,7 @@ def regions(
         model: it is as before afterwards.
         call_of: what a module is called with, or why that cannot be said.
         modes: the values of `training` in which a part has to have the same graph.
+        leaf: as in `trace`.
     """
     found = Regions([], {})
     seen: set[nn.Module] = set()
@@ -238,7 +243,7 @@ def regions(
         ):
             return
         seen.add(module)
-        graph, reason = in_modes(module, call_of, modes)
+        graph, reason = in_modes(module, call_of, modes, leaf=leaf)
         if graph is not None:
             found.traced.append(Region(path, module, graph))
             seen.update(module.modules())
@@ -257,7 +262,7 @@ def in_modes(
     call_of: Callable[[nn.Module], tuple[ModuleCall | None, str]],
     modes: Collection[bool],
     *,
-    leaf: Callable[[nn.Module], bool] | None = None,
+    leaf: Callable[[nn.Module], bool] = is_leaf,
 ) -> tuple[fx.Graph | None, str]:
     """`trace` in each mode; None and the reason too where the graphs differ."""
     if type(module).forward is nn.Module.forward:
