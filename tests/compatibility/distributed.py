@@ -22,6 +22,7 @@ from compatibility.training import (
     inside,
     network,
     same,
+    same_in_bfloat16,
     same_state,
     state,
     train,
@@ -216,7 +217,7 @@ def fully_sharded_in_mixed_precision(rank: int) -> None:
         for form in FORMS:
             model = sharded(form(network()), each=each, mp_policy=policy)
             found = train(model, batches(rank))
-            same(found, expected, tolerances.SEVERAL_ROUNDINGS[torch.bfloat16])
+            same_in_bfloat16(found, expected)
             for place in NORMS:
                 layer = model.get_submodule(place)
                 assert layer.running_mean.dtype == layer.running_var.dtype == torch.float32

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import batchnorm as bn
+from support import tolerances
 from support.comparison import close
 from support.networks import used
 
@@ -100,14 +100,24 @@ def state(model: nn.Module) -> dict[str, Tensor]:
     return {name: whole(value) for name, value in model.state_dict().items()}
 
 
-def same(actual: Trained, expected: Trained, tolerance: float | None = None) -> None:
-    """Assert that two trainings went the same way, within what float32 rounds or the tolerance given."""
+def same(actual: Trained, expected: Trained) -> None:
+    """Assert that two trainings went the same way."""
     assert len(actual.gradients) == len(expected.gradients) > 0
     for step, (got, wanted) in enumerate(zip(actual.losses, expected.losses, strict=True)):
-        close(got, wanted, tolerance, name=f"loss {step}")
+        close(got, wanted, name=f"loss {step}")
     for place, (got, wanted) in enumerate(zip(actual.gradients, expected.gradients, strict=True)):
-        close(got, wanted, tolerance, name=f"gradient {place}")
+        close(got, wanted, name=f"gradient {place}")
+    same_state(actual.state, expected.state)
+
+
+def same_in_bfloat16(actual: Trained, expected: Trained) -> None:
+    """Assert that a training with bfloat16 inside went the way of one in float32."""
+    tolerance = tolerances.SEVERAL_ROUNDINGS[torch.bfloat16]
+    close(torch.stack(actual.losses).float(), torch.stack(expected.losses), tolerance, name="losses")
     same_state(actual.state, expected.state, tolerance)
+    for place, (got, wanted) in enumerate(zip(actual.gradients, expected.gradients, strict=True)):
+        off, size = float((got - wanted).norm()), float(wanted.norm())
+        assert off <= tolerances.TRAINED_IN_BFLOAT16 * size + tolerance, f"gradient {place}: off by {off} of {size}"
 
 
 def same_state(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float | None = None) -> None:
@@ -115,8 +125,3 @@ def same_state(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance
     assert actual.keys() == expected.keys()
     for name, wanted in expected.items():
         close(actual[name], wanted, tolerance, name=name)
-
-
-def statistics(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of the running statistics, by name."""
-    return {name: copy.deepcopy(buffer) for name, buffer in model.named_buffers()}
