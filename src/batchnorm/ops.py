@@ -125,9 +125,9 @@ def select(x: Tensor, mask: Tensor | None = None, activation: str | None = None)
     """The implementation for a call: the only place that decides.
 
     Under transforms of torch.func, and for a `DTensor`, of which processes have parts and with which torch's own
-    operators compute as with the whole, it is `DIFFERENTIABLE`; in graphs that are exported or traced it is `ATEN`. A device,
-    dtype or activation without kernels of ours, an empty input, more than 16 dimensions, and a mask with a value for
-    every value of x go to the reference.
+    operators compute as with the whole, it is `DIFFERENTIABLE`; in graphs that are exported or traced it is `ATEN`. A
+    device, dtype or activation without kernels of ours, an empty input, more than 16 dimensions, and a mask with a
+    value for every value of x go to the reference.
     """
     if in_functorch() or (type(x) is not Tensor and _is_distributed(x)):
         return DIFFERENTIABLE

@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 import batchnorm as bn
 from batchnorm.errors import DTypeError, OptionError
 from compatibility.rows import row
-from compatibility.together import in_two_processes
+from compatibility.together import agreed, in_two_processes
 from compatibility.training import (
     FORMS,
     NORMS,
@@ -30,13 +29,6 @@ from compatibility.training import (
 )
 from support import tolerances
 from support.comparison import close
-
-
-def agreed(value: object) -> list[Any]:
-    """What each process has."""
-    values: list[Any] = [None, None]
-    dist.all_gather_object(values, value)
-    return values
 
 
 @row(
@@ -113,6 +105,8 @@ def torchs_shared_statistics(rank: int) -> None:
     for form in (converted, fused):
         model = convert(form(network()))
         assert type(model[1]) is type(model[4]) is nn.SyncBatchNorm
+        with pytest.raises(ValueError, match="expected input tensor to be on"):
+            convert(form(network()))(x)
         close(model.eval()(x).detach(), network().eval()(x).detach())
         # Torch's own layer needs a GPU to train; ours takes its place and shares the statistics.
         again = bn.convert(model).train()
@@ -213,6 +207,8 @@ def fully_sharded_in_mixed_precision(rank: int) -> None:
 
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     expected = train(sharded(network(), each=False), batches(rank))
+    with pytest.raises(RuntimeError, match="expected scalar type BFloat16 but found Float"):
+        train(sharded(network(), each=False, mp_policy=policy), batches(rank))
     for each in (False, True):
         for form in FORMS:
             model = sharded(form(network()), each=each, mp_policy=policy)

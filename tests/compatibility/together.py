@@ -8,10 +8,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch.distributed as dist
+
 from support import processes
 
 TIME_LIMIT = 150  # seconds, for both: most of them go by while two processes import torch
 CHECKS: dict[str, processes.Scenario] = {}
+
+
+def agreed(value: object) -> list[Any]:
+    """What each process has."""
+    values: list[Any] = [None, None]
+    dist.all_gather_object(values, value)
+    return values
 
 
 def in_two_processes(check: Callable[[int], None]) -> Callable[[], None]:
