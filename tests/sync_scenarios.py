@@ -128,6 +128,24 @@ def of_some(rank: int, size: int) -> dict[str, Any]:
     )
 
 
+def of_one_tensor(rank: int, size: int, **options: Any) -> dict[str, Any]:
+    """The parts are those of one DTensor, and nobody asks for sync; what is found is whole."""
+    from torch.distributed.tensor import DTensor, Shard, distribute_module, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (size,))
+    made = layer(sync=False, **options)
+    made.num_batches_skipped.fill_(7)  # of the time before
+    distribute_module(made, mesh)
+    own = {name: DTensor.from_local(t, mesh, [Shard(0)]) for name, t in part(SHAPES["equal"][rank], rank).items()}
+    x = own["x"].requires_grad_()
+    y = made(x, residual=own["residual"])
+    (y * own["dy"]).sum().backward()
+    found = {"y": y.detach(), "dx": x.grad, "dweight": made.weight.grad, "dbias": made.bias.grad}
+    inference = made.eval()(x.detach())
+    found |= {"inference": inference, **made.state_dict()}
+    return {name: t.full_tensor().detach() for name, t in found.items()} | {"skipped": made.num_batches_skipped}
+
+
 def in_inference(rank: int, size: int) -> dict[str, Any]:
     """One process alone calls it, and waits for nobody."""
     made = layer().eval()
@@ -268,6 +286,8 @@ SCENARIOS: dict[str, Callable[[int, int], dict[str, Any]]] = {
     "functional": functional,
     "one value": partial(one_value, nothing=False),
     "no value": partial(one_value, nothing=True),
+    "one tensor": of_one_tensor,
+    "one tensor activated": partial(of_one_tensor, activation="relu"),
     "inference": in_inference,
     "normalised by running": normalized_by_running,
     "micro-batches": micro_batches,

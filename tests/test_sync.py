@@ -100,6 +100,22 @@ def test_a_residual_and_an_activation(found: Found) -> None:
     agree([f["residual"] for f in found], expected(parts_of("other sizes"), activation="silu"))
 
 
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_a_dtensors_batch_is_that_of_all_parts(found: Found, activation: str | None) -> None:
+    wanted = expected(parts_of("equal"), activation=activation)  # type: ignore[arg-type]
+    x = np.concatenate([flat(own["x"]) for own in parts_of("equal")])
+    z = (x - wanted["running_mean"]) / np.sqrt(wanted["running_var"] + 1e-5) * WEIGHT + BIAS
+    for f in (f["one tensor" + " activated" * (activation is not None)] for f in found):
+        close(flat(f["y"]), wanted["y"], tolerances.OUTPUT)
+        close(flat(f["dx"]), wanted["dx"], tolerances.GRADIENT)
+        for name in ("dweight", "dbias"):
+            close(f[name], wanted[name], absolute=tolerances.SUM_PER_ROOT * len(x) ** 0.5 * 3, name=name)
+        for name in ("running_mean", "running_var"):
+            close(f[name], wanted[name], relative=tolerances.STATISTIC, name=name)
+        close(flat(f["inference"]), z if activation is None else z.clip(0), relative=10 * tolerances.OUTPUT)
+        assert (f["num_batches_tracked"], f["skipped"]) == (1, None)
+
+
 def test_channels_last(found: Found) -> None:
     agree([f["channels last"] for f in found], expected(parts_of("other sizes")), last=True)
 

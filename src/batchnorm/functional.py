@@ -235,7 +235,7 @@ def commit(moments: Moments, running: RunningStatistics) -> None:
     if torch.compiler.is_dynamo_compiling():
         count = ops.unless_repeated(count, mean)
     values = count, moments.mean, moments.m2
-    if operations is not ops.DIFFERENTIABLE:
+    if not _torch.in_functorch():
         operations.commit(mean, var, num_batches_tracked, num_batches_skipped, *values, momentum)
         return
     if any(torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in (mean, var)):

@@ -185,4 +185,6 @@ def laid_out(result: Tensor, x: Tensor) -> Tensor:
 
 def _packed(tensor: Tensor) -> Tensor:
     """Contiguous, with the strides of a new tensor: a dimension of size 1 may have any in one that is contiguous."""
-    return tensor.contiguous().flatten().view(tensor.shape)
+    packed = tensor.contiguous()
+    # Not always: a DTensor in uneven parts cannot be flattened.
+    return packed.flatten().view(tensor.shape) if 1 in tensor.shape else packed

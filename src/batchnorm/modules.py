@@ -88,7 +88,8 @@ class BatchNorm(Rebuilding):
     Attributes:
         num_batches_skipped: (C,) int64: of how many batches since the layer was made or loaded a channel's statistics
             were not finite, so that its running statistics skipped them; the other channels' moved. Neither a buffer
-            nor in the state_dict, and not counted inside transforms of torch.func; None without running statistics.
+            nor in the state_dict, not counted inside transforms of torch.func; None where running statistics are none
+            or DTensors.
         frozen: what `freeze` set.
         label: what distinguishes this layer from others in errors of processes: "number 4" for the fourth layer that
             this process made, and its path where `convert` made it.
@@ -204,7 +205,9 @@ class BatchNorm(Rebuilding):
     def _running(self, mean: Tensor, var: Tensor) -> RunningStatistics:
         """The running statistics and how they move."""
         skipped = self._skipped
-        if skipped is None or skipped.shape != mean.shape or skipped.device != mean.device:
+        if type(mean) not in _PLAIN:  # the counter cannot be changed with it
+            skipped = None
+        elif skipped is None or skipped.shape != mean.shape or skipped.device != mean.device:
             self._reset_skipped(mean)
             skipped = self._skipped
         return RunningStatistics(mean, var, self._buffers["num_batches_tracked"], skipped, vars(self)["momentum"])

@@ -7,6 +7,7 @@ loads, replaces it on the CPU. This is the only file that speaks to `torch.ops.b
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -97,7 +98,7 @@ class _Choice:
     traced: Operations
 
 
-# Autograd sees through it: for transforms of torch.func.
+# Autograd sees through it: for transforms of torch.func, and for tensors that only torch can compute with.
 DIFFERENTIABLE = Operations(lambda name: getattr(reference, name), eager=False)
 # Torch's own operators: for graphs that others read. Autograd sees through them: there are no gradients among them.
 ATEN = Operations(lambda name: getattr(aten, name, None), eager=False)
@@ -114,14 +115,21 @@ for _backend in BACKENDS:
             _TABLE |= {(_device, _dtype, activation): _choice for activation in _backend.activations}
 
 
+def _is_distributed(x: Tensor) -> bool:
+    """Whether it is a `DTensor`. The import takes a second, and where nobody else has done it there are none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
 def select(x: Tensor, mask: Tensor | None = None, activation: str | None = None) -> Operations:
     """The implementation for a call: the only place that decides.
 
-    Under transforms of torch.func it is `DIFFERENTIABLE`, in graphs that are exported or traced it is `ATEN`. A device,
-    dtype or activation without kernels of ours, an empty input, more than 16 dimensions, and a mask with a value for
-    every value of x go to the reference.
+    Under transforms of torch.func, and for a `DTensor`, of which processes have parts and with which torch's own
+    operators compute as with the whole, it is `DIFFERENTIABLE`; in graphs that are exported or traced it is `ATEN`. A
+    device, dtype or activation without kernels of ours, an empty input, more than 16 dimensions, and a mask with a
+    value for every value of x go to the reference.
     """
-    if in_functorch():
+    if in_functorch() or (type(x) is not Tensor and _is_distributed(x)):
         return DIFFERENTIABLE
     choice = _TABLE.get((x.device.type, x.dtype, activation), _REFERENCE)
     rank = x.dim()

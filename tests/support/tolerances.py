@@ -39,6 +39,10 @@ LONG_SUMS = 1e-2
 # Results of a half-precision layer, over 1 + |value|: torch rounds between its steps, eight times at most.
 SEVERAL_ROUNDINGS = {torch.float16: 4e-3, torch.bfloat16: 3.2e-2}
 
+# A gradient behind layers and ReLUs in bfloat16 against float32, in norms: of the inputs to a ReLU, one in a hundred is
+# so near 0 that rounding opens or closes it. A wrong gradient is off by 1 and more.
+TRAINED_IN_BFLOAT16 = 0.2
+
 # What a gradient that is 0 up to rounding may be, absolute, beside the other bounds: float32's 6e-8.
 GRADIENT_ZERO = 1e-7
 
