@@ -110,3 +110,11 @@ STUDY_DOUBLE = 1e-9
 # Random calls against the reference in float64, in units of NATIVE, over 1 + the largest |value|: sums of hundreds of
 # terms, each rounded once, and eps = 1e-2, which multiplies by ten at most. A wrong value is off by 1e-2 and more.
 FUZZ = 100
+
+# Outputs of two quantized models, in parts of the range of outputs: a value near the middle of two levels may become
+# either, in each layer. Three levels of 7 bits, which is what x86 takes of 8 so that sums do not overflow.
+QUANTIZED_TWICE = 3 / 127
+
+# A quantized network's mean error relative to its largest output: the input, two or three activations and the weights
+# are rounded to 8 bits, 7 for x86, and what is outside of the ranges seen so far is cut off; 0.8 % each.
+QUANTIZED = 2e-2
