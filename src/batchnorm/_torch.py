@@ -41,6 +41,15 @@ is_traced: Callable[[], bool] = torch._C._is_tracing
 warnings.filterwarnings("ignore", category=torch.jit._trace.TracerWarning, module=r"batchnorm\.")
 
 
+def is_exported() -> bool:
+    """Whether torch.export records: `torch.compiler.is_exporting`.
+
+    In a graph of torch.compile, that is True in torch 2.10 even where nothing is exported. This flag, which it returns
+    elsewhere, is right in every version.
+    """
+    return torch.compiler._is_exporting_flag
+
+
 def in_functorch() -> bool:
     """Whether a transform of `torch.func` or forward-mode differentiation is at work: they need plain torch."""
     # forward_ad's level: dual tensors could be found by looking at every operand instead.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor
 from typing_extensions import Self
@@ -15,6 +13,8 @@ from batchnorm.errors import DTypeError, OptionError
 from batchnorm.kernels.reference import statistics_dtype
 
 _KNOWN = {None, *ACTIVATIONS}
+
+_ATTRIBUTES = ("x", "weight", "bias", "residual", "mask", "eps", "channel_dim", "activation", "num_channels")
 
 # eps, channel_dim, activation: what the operators take between the tensors.
 Options = tuple[float, int, str | None]
@@ -122,9 +122,10 @@ class Call:
 
     def replace(self, **changes: Tensor | int | None) -> Self:
         """The same with other attributes, which are not validated."""
-        changed = copy.copy(self)
-        for name, value in changes.items():
-            setattr(changed, name, value)
+        # Not copy.copy, where the graph breaks in torch.compile of torch 2.10.
+        changed = object.__new__(type(self))
+        for name in _ATTRIBUTES:
+            setattr(changed, name, changes[name] if name in changes else getattr(self, name))
         return changed
 
     def corrected(self, r: Tensor, d: Tensor) -> Self:

@@ -41,7 +41,8 @@ class _Lazy(BatchNorm):
 
     # Without the question of `Rebuilding`: torch's own initialization reads it, and there is nothing to rebuild yet.
     num_features = property(
-        lambda self: vars(self)["num_features"], lambda self, value: vars(self).update(num_features=value)
+        lambda self: self._num_features,
+        lambda self, value: vars(self).update(num_features=value, _num_features=value),
     )
 
     def initialize_parameters(self, input: torch.Tensor) -> None:

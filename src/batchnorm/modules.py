@@ -178,8 +178,8 @@ class BatchNorm(Rebuilding):
 
     def _complete(self) -> None:
         """What torch's constructor leaves open: Python's numbers, which compilers know, and `_widen_statistics`."""
-        self.eps = vars(self)["eps"]
-        self.momentum = vars(self)["momentum"]
+        for name in ("num_features", "eps", "momentum"):
+            setattr(self, name, vars(self)[name])
         self._widen_statistics()
         self._tell_opacus()
         self._reset_skipped(self._buffers.get("running_mean"))  # not at the first call: that would compile twice
@@ -210,7 +210,7 @@ class BatchNorm(Rebuilding):
         elif skipped is None or skipped.shape != mean.shape or skipped.device != mean.device:
             self._reset_skipped(mean)
             skipped = self._skipped
-        return RunningStatistics(mean, var, self._buffers["num_batches_tracked"], skipped, vars(self)["momentum"])
+        return RunningStatistics(mean, var, self._buffers["num_batches_tracked"], skipped, self._momentum)
 
     def forward(
         self,
@@ -254,7 +254,7 @@ class BatchNorm(Rebuilding):
             mask = None  # no effect
         try:
             self._check_input_dim(input)
-            call = Call(input, weight, bias, residual, mask, vars(self)["eps"], self.channel_dim, activation)
+            call = Call(input, weight, bias, residual, mask, self._eps, self.channel_dim, activation)
             if mean is not None and var is not None and by_running:
                 if not training:
                     return functional.normalize_by_running(call, mean, var, inplace=self.inplace)
@@ -272,7 +272,7 @@ class BatchNorm(Rebuilding):
                         f"averages stand still. Leave buffers out of mixed precision, or convert with .float()"
                     )
                 counter, momentum = running.num_batches_tracked, running.momentum
-                check_running(mean, var, counter, momentum, vars(self)["num_features"], input.device)
+                check_running(mean, var, counter, momentum, self._num_features, input.device)
                 plain = self.renorm is None and self.virtual_batch_size is None and not self.sync
                 if plain and self._receiver is None:
                     return functional.normalize_and_commit(call, running)
@@ -284,7 +284,7 @@ class BatchNorm(Rebuilding):
         return output
 
     def _title(self) -> str:
-        return f"{type(self).__name__}({vars(self)['num_features']})"
+        return f"{type(self).__name__}({self._num_features})"
 
     def _statistics(self) -> BatchStatistics | SyncStatistics:
         """What a training pass normalises by."""
@@ -306,7 +306,7 @@ class BatchNorm(Rebuilding):
                 "one, so batch renormalization would correct differently. Keep this layer out of activation "
                 "checkpointing, or train inside batchnorm.deferred"
             )
-        return corrections(moments, mean, var, vars(self)["eps"], *renorm.limits(self.num_batches_tracked))
+        return corrections(moments, mean, var, self._eps, *renorm.limits(self.num_batches_tracked))
 
     def _propose(self, proposal: Moments) -> None:
         """Commit, or hand the proposal to whoever collects them; a pass that a backward pass repeats does neither."""
@@ -362,10 +362,10 @@ class BatchNorm(Rebuilding):
         rank, channel_dim = input.dim(), self.channel_dim
         if rank < 2 or not -rank <= channel_dim < rank:
             layout.channel_axis(rank, channel_dim)  # says what is wrong
-        if input.shape[channel_dim] != vars(self)["num_features"]:
+        if input.shape[channel_dim] != self._num_features:
             raise ShapeError(
                 f"got {input.shape[channel_dim]} channels in dimension {channel_dim % rank} of an input of shape "
-                f"{tuple(input.shape)}; this layer was made for {vars(self)['num_features']}. Check num_features and "
+                f"{tuple(input.shape)}; this layer was made for {self._num_features}. Check num_features and "
                 f"channel_dim={channel_dim}"
             )
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from batchnorm._torch import current_backward, in_functorch, is_traced
+from batchnorm._torch import current_backward, in_functorch, is_exported, is_traced
 from batchnorm.kernels import aten, cpu, reference
 from batchnorm.kernels.backend import Backend, Operations
 
@@ -136,8 +136,8 @@ def select(x: Tensor, mask: Tensor | None = None, activation: str | None = None)
     if x.numel() == 0 or rank > _MAX_RANK or (mask is not None and mask.dim() == rank):
         choice = _REFERENCE
     if torch.compiler.is_dynamo_compiling():
-        return ATEN if torch.compiler.is_exporting() else choice.traced
-    return ATEN if torch.compiler.is_exporting() or is_traced() else choice.eager
+        return ATEN if is_exported() else choice.traced
+    return ATEN if is_exported() or is_traced() else choice.eager
 
 
 @dataclass(frozen=True)

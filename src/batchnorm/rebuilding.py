@@ -29,7 +29,15 @@ def call_layer(layer: nn.Module, input: Tensor, **options: Any) -> Any:  # noqa:
 
 
 class Rebuilding(BatchNormBase):
-    """num_features, eps and momentum as true as they can be to whoever reads them."""
+    """num_features, eps and momentum as true as they can be to whoever reads them.
+
+    They are in the layer's dict, as torch's; and under names of their own, which the layer itself reads: torch.compile
+    of torch 2.10 takes `vars(layer)["eps"]` for `layer.eps`, and would ask the question that is refused.
+    """
+
+    _num_features: int
+    _eps: float
+    _momentum: float | None
 
     def options(self) -> dict[str, Any]:
         """What the layer has that torch's cannot express."""
@@ -39,31 +47,32 @@ class Rebuilding(BatchNormBase):
     def num_features(self) -> int:
         """C; raises where a layer of torch.nn made with it would lack options of this one."""
         self._refuse("num_features")
-        return int(vars(self)["num_features"])
+        return self._num_features
 
     @num_features.setter
     def num_features(self, value: int) -> None:
-        vars(self)["num_features"] = value
+        vars(self).update(num_features=value, _num_features=value)
 
     @property
     def eps(self) -> float:
         """Added to the variance; raises where y = (x - mean) / sqrt(var + eps) * weight + bias is not all of it."""
         self._refuse("eps")
-        return float(vars(self)["eps"])
+        return self._eps
 
     @eps.setter
     def eps(self, value: float) -> None:
-        vars(self)["eps"] = float(value)  # NumPy's numbers are none to compilers
+        value = float(value)  # NumPy's numbers are none to compilers
+        vars(self).update(eps=value, _eps=value)
 
     @property
     def momentum(self) -> float | None:
         """The weight of a batch in the running statistics; None for the equal-weight average."""
-        momentum: float | None = vars(self)["momentum"]
-        return momentum
+        return self._momentum
 
     @momentum.setter
     def momentum(self, value: float | None) -> None:
-        vars(self)["momentum"] = None if value is None else float(value)
+        value = None if value is None else float(value)
+        vars(self).update(momentum=value, _momentum=value)
 
     def __dir__(self) -> list[str]:
         """Without what would raise: whoever looks at all there is, torch.jit.trace for one, is not about to rebuild."""

@@ -101,8 +101,10 @@ def forward_commit(
         num_batches_tracked.add_(1)
         if momentum is None:
             momentum = 1.0 / float(num_batches_tracked)
+    # No `momentum or 0.0`: a tracer that knows momentum only by name cannot say whether it is 0.
+    momentum = 0.0 if momentum is None else momentum
     statistics = None if running_mean is None or running_var is None else (running_mean, running_var)
-    y = _finished(_batch_norm(x, statistics, weight, bias, eps, channel_dim, momentum or 0.0), residual, activation)
+    y = _finished(_batch_norm(x, statistics, weight, bias, eps, channel_dim, momentum), residual, activation)
     return y, y, y, y
 
 
@@ -145,7 +147,8 @@ def _batch_norm(
     weight, bias = _as(weight, dtype), _as(bias, dtype)
     if not training:
         mean, var = _as(mean, dtype), _as(var, dtype)
-    y = F.batch_norm(x if axis == 1 else x.movedim(axis, 1), mean, var, weight, bias, training, momentum or 0.0, eps)
+    rate = 0.0 if momentum is None else momentum
+    y = F.batch_norm(x if axis == 1 else x.movedim(axis, 1), mean, var, weight, bias, training, rate, eps)
     return y if axis == 1 else y.movedim(1, axis)
 
 
