@@ -41,18 +41,6 @@ def rebuilt_alike(tool: Any) -> None:
 
 
 @row(
-    "`SyncBatchNorm.convert_sync_batchnorm`",
-    "torch",
-    "plain layers and fused models; a layer with an activation or another option raises `OptionError`",
-    "`convert(sync=True)` instead, which keeps options",
-)
-def convert_sync_batchnorm() -> None:
-    rebuilt_alike(nn.SyncBatchNorm.convert_sync_batchnorm)
-    shared = bn.convert(with_options(), sync=True)
-    torch.testing.assert_close(shared(X), with_options()(X))
-
-
-@row(
     "`torch.nn.utils.fuse_conv_bn_eval`",
     "torch",
     "plain layers and fused models; a layer with an activation raises `OptionError`",
