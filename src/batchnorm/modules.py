@@ -88,7 +88,7 @@ class BatchNorm(Rebuilding):
     Attributes:
         num_batches_skipped: (C,) int64: of how many batches since the layer was made or loaded a channel's statistics
             were not finite, so that its running statistics skipped them; the other channels' moved. Neither a buffer
-            nor in the state_dict, and not counted inside transforms of torch.func; None without running statistics.
+            nor in the state_dict, and not counted for a `DTensor` or in torch.func; None without running statistics.
         frozen: what `freeze` set.
         label: what distinguishes this layer from others in errors of processes: "number 4" for the fourth layer that
             this process made, and its path where `convert` made it.

@@ -97,7 +97,7 @@ class _Choice:
     traced: Operations
 
 
-# Autograd sees through it: for transforms of torch.func.
+# Autograd sees through it: for transforms of torch.func, and for tensors that are distributed.
 DIFFERENTIABLE = Operations(lambda name: getattr(reference, name), eager=False)
 # Torch's own operators: for graphs that others read. Autograd sees through them: there are no gradients among them.
 ATEN = Operations(lambda name: getattr(aten, name, None), eager=False)
@@ -114,14 +114,19 @@ for _backend in BACKENDS:
             _TABLE |= {(_device, _dtype, activation): _choice for activation in _backend.activations}
 
 
+def _is_distributed(x: Tensor) -> bool:
+    """Whether it is a `DTensor`, which knows torch's operators only; by name, because its import takes long."""
+    return type(x).__name__ == "DTensor"
+
+
 def select(x: Tensor, mask: Tensor | None = None, activation: str | None = None) -> Operations:
     """The implementation for a call: the only place that decides.
 
-    Under transforms of torch.func it is `DIFFERENTIABLE`, in graphs that are exported or traced it is `ATEN`. A device,
-    dtype or activation without kernels of ours, an empty input, more than 16 dimensions, and a mask with a value for
-    every value of x go to the reference.
+    Under transforms of torch.func and for a `DTensor` it is `DIFFERENTIABLE`, in graphs that are exported or traced it
+    is `ATEN`. A device, dtype or activation without kernels of ours, an empty input, more than 16 dimensions, and a
+    mask with a value for every value of x go to the reference.
     """
-    if in_functorch():
+    if in_functorch() or (type(x) is not Tensor and _is_distributed(x)):
         return DIFFERENTIABLE
     choice = _TABLE.get((x.device.type, x.dtype, activation), _REFERENCE)
     rank = x.dim()

@@ -18,7 +18,7 @@ from support.tools import make_importable
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "compatibility.md"
 # In the order of the table.
-GROUPS = ("graphs", "quantization")
+GROUPS = ("graphs", "quantization", "state")
 
 
 def all_rows() -> list[Row]:
