@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import batchnorm
 from batchnorm import activations, call, layout, ops
 from batchnorm.kernels import cpu, reference
 from support import oracle, tolerances
+from support.comparison import close
 from support.samples import OperatorCase, operator_cases
 
 
@@ -78,6 +80,26 @@ def test_what_the_kernels_do_not_take_goes_to_the_reference() -> None:
     chosen = []
     torch.func.vmap(lambda v: (chosen.append(ops.select(v)), v)[1])(x)
     assert chosen == [ops.DIFFERENTIABLE]
+
+
+def test_a_distributed_tensor_goes_through_torchs_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
+
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        layer = distribute_module(batchnorm.BatchNorm1d(3, activation="silu"), mesh)
+        alone = batchnorm.BatchNorm1d(3, activation="silu")
+        x = torch.randn(6, 3)
+        for training in (True, False):
+            y = layer.train(training)(distribute_tensor(x, mesh, [Shard(0)]))
+            close(y.full_tensor().detach(), alone.train(training)(x).detach())
+        for name, value in alone.state_dict().items():
+            close(layer.state_dict()[name].full_tensor(), value, name=name)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_an_activation_that_only_the_reference_knows_works(monkeypatch: pytest.MonkeyPatch) -> None:
