@@ -18,7 +18,7 @@ from support.tools import make_importable
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "compatibility.md"
 # In the order of the table.
-GROUPS = ("graphs", "quantization", "state", "rebuilding", "distributed", "parallel")
+GROUPS = ("graphs", "quantization", "state", "rebuilding", "distributed", "parallel", "trainers")
 
 
 def all_rows() -> list[Row]:
