@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,12 @@ from batchnorm.kernels import cpu
 # Machines are slow at times: an example that takes long is no failure.
 hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of tests are millions of objects: what looks through all there are takes seconds, and need not."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=cpu.levels() or ["none"])
