@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+from torch import nn
+
 from batchnorm._torch import BatchNormBase
 from batchnorm.errors import OptionError, TransformError
 
@@ -65,6 +67,14 @@ class Rebuilding(BatchNormBase):
     def momentum(self, value: float | None) -> None:
         value = None if value is None else float(value)
         vars(self).update(momentum=value, _momentum=value)
+
+    def reset_parameters(self) -> None:
+        """The initial values again, as torch's own, which in torch 2.10 does not know a weight without a bias."""
+        self.reset_running_stats()
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def __dir__(self) -> list[str]:
         """Without what would raise: whoever looks at all there is, torch.jit.trace for one, is not about to rebuild."""
