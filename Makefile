@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard src/batchnorm/kernels/cpu/*/*.?pp)
 
-.PHONY: demo test test-long check sanitize bench peers clean
+.PHONY: demo test test-long test-torch check sanitize bench peers clean
 
 demo: $(VENV)/installed ## the study's quick form, on real data
 	$(BIN)/batchnorm study --quick
@@ -15,6 +15,20 @@ test: $(VENV)/installed ## the tests that take seconds each
 
 test-long: $(VENV)/installed ## the others: wheels, the study, scripts, large inputs, reports in Chromium
 	$(BIN)/python -m pytest -m long
+
+# Everything is .venv's, the extension too, but torch and what torch needs: their folder comes first on the path. Left out
+# are what needs other people's tools in versions made for .venv's torch, the scripts of benchmarks/, and the study.
+TORCH ?= 2.10.0
+OTHER := .torch/$(TORCH)
+IGNORED := compatibility integrations bench benchmarks study report
+test-torch: $(VENV)/installed $(OTHER)/installed ## the tests with another torch: TORCH=2.14.1
+	PYTHONPATH=$(abspath $(OTHER)) $(BIN)/python -c \
+	  'import torch, batchnorm; print(torch.__version__, batchnorm.kernels()); assert torch.__version__.split("+")[0] == "$(TORCH)"'
+	PYTHONPATH=$(abspath $(OTHER)) $(BIN)/python -m pytest -m "not long" $(IGNORED:%=--ignore tests/%) $(TESTS)
+
+$(OTHER)/installed:
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(OTHER) --upgrade torch==$(TORCH)
+	touch $@
 
 check: $(VENV)/installed ## format, lint and types
 	$(BIN)/ruff format --check .
@@ -50,7 +64,7 @@ peers: ## environments for `batchnorm bench --peers`
 	.peers/tensorflow/bin/python -m pip install --quiet --disable-pip-version-check tensorflow-cpu numpy
 
 clean: ## everything that the targets made
-	rm -rf $(VENV) build study-report
+	rm -rf $(VENV) .torch build study-report
 
 # Torch comes first and the build uses it, so the extension is compiled against the torch it is tested with.
 TOOLS := tests/compatibility/requirements.txt

@@ -17,6 +17,7 @@ from batchnorm import errors
 from support import tolerances
 from support.comparison import close
 from support.samples import LAYOUTS, Layout
+from support.torch_options import BIAS_FALSE
 
 PAIRS = [(bn.BatchNorm1d, nn.BatchNorm1d), (bn.BatchNorm2d, nn.BatchNorm2d), (bn.BatchNorm3d, nn.BatchNorm3d)]
 OURS = {theirs: ours for ours, theirs in PAIRS}
@@ -47,7 +48,7 @@ def outputs_and_gradients(layer: nn.Module, x: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("info", INFOS, ids=lambda i: i.name)
 def test_every_module_info_sample(info: Any, training: bool, dtype: torch.dtype) -> None:
     cases = info.module_inputs_func(info, "cpu", dtype, requires_grad=True, training=training)
-    assert len(cases) >= 7
+    assert len(cases) >= 6
     for case in cases:
         constructor, call = case.constructor_input, case.forward_input
         ours = OURS[info.module_cls](*constructor.args, **constructor.kwargs).to(dtype).train(training)
@@ -85,7 +86,7 @@ OPTIONS: list[dict[str, Any]] = [
     {},
     {"momentum": None},
     {"affine": False},
-    {"bias": False},
+    *BIAS_FALSE,
     {"track_running_stats": False},
     {"eps": 1e-3, "momentum": 0.7},
     {"dtype": torch.float64},
@@ -316,6 +317,10 @@ def test_parameters_learn_nothing_when_absent() -> None:
     layer = bn.BatchNorm1d(3, bias=False)
     assert layer.bias is None
     assert [name for name, _ in layer.named_parameters()] == ["weight"]
+    with torch.no_grad():
+        layer.weight.fill_(2)
+    layer.reset_parameters()
+    assert layer.weight.tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])

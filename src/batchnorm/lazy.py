@@ -48,7 +48,12 @@ class _Lazy(BatchNorm):
     def initialize_parameters(self, input: torch.Tensor) -> None:
         """Take the number of channels from an input; parameters and buffers get their initial values."""
         axis = layout.channel_axis(input.dim(), self.channel_dim)
+        without_bias = self.bias is None and isinstance(self.weight, nn.UninitializedParameter)
+        if without_bias:  # torch 2.10 knows no layer with a weight alone: for it, there is a bias for a moment
+            self.register_parameter("bias", nn.UninitializedParameter())  # type: ignore[arg-type]  # torch's stub
         super().initialize_parameters(input.movedim(axis, 1))  # type: ignore[misc]  # torch's
+        if without_bias:
+            self.register_parameter("bias", None)
         self.num_features = input.shape[axis]  # of parameters that were loaded torch says nothing
         self._widen_statistics()
 

@@ -74,6 +74,14 @@ class Rebuilding(BatchNormBase):
         value = None if value is None else float(value)
         vars(self).update(momentum=value, _momentum=value)
 
+    def reset_parameters(self) -> None:
+        """The initial values again, as torch's own, which in torch 2.10 does not know a weight without a bias."""
+        self.reset_running_stats()
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
     def __dir__(self) -> list[str]:
         """Without what would raise: whoever looks at all there is, torch.jit.trace for one, is not about to rebuild."""
         hidden = {name for name in ("num_features", "eps") if self._lost(name)}

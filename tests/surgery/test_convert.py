@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize, prune
 import batchnorm as bn
 from batchnorm.surgery.convert import ORIGIN, OUR_CLASSES, convert
 from support.comparison import close
+from support.torch_options import BIAS_FALSE
 
 PAIRS = [(bn.BatchNorm1d, nn.BatchNorm1d), (bn.BatchNorm2d, nn.BatchNorm2d), (bn.BatchNorm3d, nn.BatchNorm3d)]
 SHAPES = {nn.BatchNorm1d: (6, 4), nn.BatchNorm2d: (6, 4, 5, 3), nn.BatchNorm3d: (6, 4, 2, 3, 2)}
@@ -21,7 +22,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"momentum": None},
     {"eps": 1e-3, "momentum": 0.7},
     {"affine": False},
-    {"bias": False},
+    *BIAS_FALSE,
     {"track_running_stats": False},
     {"affine": False, "track_running_stats": False},
     {"dtype": torch.float64},

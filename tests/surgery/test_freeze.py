@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize, prune
 import batchnorm as bn
 from batchnorm.statistics import Frozen
 from support.comparison import close
+from support.torch_options import BIAS_FALSE
 
 EVERY = [Frozen(*switches) for switches in itertools.product((False, True), repeat=3)]
 X = torch.randn(6, 3, 5, generator=torch.Generator().manual_seed(1)) * 2 + 1
@@ -119,7 +120,7 @@ def test_by_default_everything_is_frozen_and_normalization_goes_with_the_statist
 @pytest.mark.parametrize(
     "cls", [(bn.BatchNorm1d, nn.BatchNorm1d, (6, 3)), (bn.BatchNorm2d, nn.BatchNorm2d, (6, 3, 4, 5))]
 )
-@pytest.mark.parametrize("options", [{}, {"affine": False}, {"bias": False}, {"dtype": torch.float64}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"affine": False}, *BIAS_FALSE, {"dtype": torch.float64}], ids=str)
 def test_a_frozen_layers_output_is_torchs_in_inference(cls: Any, options: dict[str, Any]) -> None:
     ours, torch_class, shape = cls
     layer, x = bn.freeze(made(ours, **options)), torch.randn(shape, dtype=options.get("dtype"))

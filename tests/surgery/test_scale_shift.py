@@ -15,12 +15,13 @@ from batchnorm.surgery import scale_shift
 from support import oracle, tolerances
 from support.comparison import close
 from support.networks import draw, used
+from support.torch_options import BIAS_FALSE
 
 SHAPES: list[tuple[Any, tuple[int, ...], dict[str, Any]]] = [
     (nn.BatchNorm1d, (6, 4), {}),
     (nn.BatchNorm1d, (6, 4, 5), {"affine": False}),
     (nn.BatchNorm2d, (6, 4, 5, 3), {"eps": 1e-2}),
-    (nn.BatchNorm3d, (6, 4, 2, 3, 2), {"bias": False}),
+    *((nn.BatchNorm3d, (6, 4, 2, 3, 2), options) for options in BIAS_FALSE),
     (nn.SyncBatchNorm, (6, 4, 5, 3), {}),
     (bn.BatchNorm2d, (6, 4, 5, 3), {"activation": "silu"}),
     (bn.BatchNorm1d, (6, 5, 4), {"channel_dim": -1}),
