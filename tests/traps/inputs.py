@@ -151,7 +151,11 @@ def third_derivative(kit: Kit) -> str:
             value = gradient.square().sum()
         return float(value.detach())
 
-    actual, expected = third(lambda x: kit.batch_norm(x, None, None, training=True)), third(plain)
+    expected = third(plain)
+    try:
+        actual = third(lambda x: kit.batch_norm(x, None, None, training=True))
+    except RuntimeError as error:  # torch from 2.14 on
+        return expect(False, f"RuntimeError: {error}")
     right = abs(actual - expected) < tolerances.THIRD_DERIVATIVE[torch.float64] * abs(expected)
     return expect(right, f"{actual:.6g} where {expected:.6g} is right")
 

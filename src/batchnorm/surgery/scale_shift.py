@@ -17,8 +17,6 @@ from batchnorm.surgery.linear import Affine
 
 _TORCH_LAYERS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
-_NOTHING = 1e-30  # 1 + this is 1 in every dtype; an eps of 0 is refused by torch 2.10
-
 
 class ScaleShift(nn.Module):
     """A batch-norm layer in inference: y = activation(x * scale + shift + residual).
@@ -72,7 +70,8 @@ class ScaleShift(nn.Module):
         y = input
         if self.scale is not None:
             y = input.movedim(self.channel_dim, 1)
-            y = F.batch_norm(y, self.zero, self.one, self.scale, self.shift, eps=_NOTHING).movedim(1, self.channel_dim)
+            # torch 2.10 refuses an eps of 0; 1 + this one is 1 in every dtype.
+            y = F.batch_norm(y, self.zero, self.one, self.scale, self.shift, eps=1e-30).movedim(1, self.channel_dim)
         if residual is not None:
             y = y + residual
         if self.activation is not None:
