@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -219,3 +220,40 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     for path in (pipe, link):
         with pytest.raises(UsageError, match="no regular file"), reading(path):
             raise AssertionError("it would be opened now")
+
+
+# A file object that an interrupt cuts off from its `with` is closed by Python.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_interrupt_at_any_line_leaves_no_file(tmp_path: Path, times: int) -> None:
+    """Between two lines of the module, as Ctrl-C comes; and twice, at lines after each other."""
+    target, lines = tmp_path / "a", 0
+
+    def run(first: int) -> bool:
+        nonlocal lines
+        lines = 0
+
+        def trace(frame: Any, event: str, _: object) -> Any:
+            nonlocal lines
+            if not frame.f_code.co_filename.endswith("batchnorm/files.py"):
+                return None
+            lines += event == "line"
+            if event == "line" and first <= lines < first + times:
+                raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            with replacing(target) as temporary:
+                temporary.write_text("new")
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(None)
+        return False
+
+    reached = 1
+    while run(reached):
+        assert [path.name for path in tmp_path.iterdir()] in ([], ["a"])
+        reached += 1
+    assert reached > 15

@@ -214,7 +214,7 @@ def test_traced_layers() -> None:
     model = Block(bn.BatchNorm2d(4, activation="silu")).eval()
     xs = batches()
     model.norm.running_mean.normal_()
-    with pytest.warns(DeprecationWarning, match="jit"):
+    with pytest.warns((DeprecationWarning, FutureWarning), match="jit"):  # the latter from torch 2.14 on
         traced = torch.jit.trace(model, xs[0])
     for x in (*xs, xs[0][:2]):
         close(traced(x).detach(), model(x).detach())

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import secrets
 import shutil
 import stat
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -132,7 +132,7 @@ def replacing(path: Path, *, suffix: str = "") -> Iterator[Path]:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())  # the content is on the disk before the name is
-        temporary.chmod(_mode(target))  # mkstemp's files are for their owner alone
+        temporary.chmod(_mode(target))  # until now it was for its owner alone
         os.replace(temporary, target)
 
 
@@ -208,13 +208,16 @@ def _temporary(target: Path, suffix: str = "") -> Iterator[Path]:
     """A new file beside `target`, gone at the end."""
     with contextlib.suppress(FileNotFoundError):
         target.lstat()  # a name that is too long is refused now, not when it is to be used
-    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:_NAME]}.", suffix=suffix)
-    os.close(descriptor)
-    temporary = Path(name)
+    # Named before it is made: an interrupt between the two would leave a file that nobody knows of.
+    temporary = target.parent / f".{target.name[:_NAME]}.{secrets.token_hex(16)}{suffix}"
     try:
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         yield temporary
     finally:
-        temporary.unlink(missing_ok=True)
+        try:
+            temporary.unlink(missing_ok=True)
+        finally:  # another interrupt may have come before it was gone
+            temporary.unlink(missing_ok=True)
 
 
 def _mode(target: Path) -> int:
