@@ -64,8 +64,9 @@ def table(results: dict[str, Row], columns: Collection[str]) -> str:
     """Every architecture."""
     lines = [f"| {' | '.join(['architecture', *columns])} |", f"|{'---|' * (1 + len(columns))}"]
     for name, row in results.items():
-        cells = [row["error"], *[""] * (len(columns) - 1)]
-        if "error" not in row:
+        if "error" in row:
+            cells = [row["error"], *[""] * (len(columns) - 1)]
+        else:
             cells = [str(COLUMNS[head](row)) for head in columns]
         lines.append(f"| {' | '.join([name, *cells])} |")
     return "\n".join(lines)
