@@ -13,6 +13,10 @@ float32: the folded model's outputs. In bfloat16: how far from float32 the unfol
 one moved to bfloat16. Results are merged into the JSON file and models in it are skipped, so that the run can be cut
 into pieces with --seconds.
 
+    python benchmarks/surgery.py --counts --json counts.json
+
+says only what becomes of the layers. (Keep it in a file of its own.)
+
     python benchmarks/surgery.py --time
 
 measures, for a few of them, inference before and after folding and a training step with torch's layers, converted and
@@ -35,12 +39,13 @@ import statistics
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from surgery_tables import COLUMNS, COUNTS, Row, summary, table
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -50,12 +55,7 @@ from batchnorm.surgery.report import Report
 from libraries import library
 from surgery_networks import LARGEST, Norm, architectures, images, used
 
-STEP = 1e-5  # relative; both are float64, so that it tells another result from rounding
-FOLDED = 1e-4  # float32, relative to the output's largest value
-NO_WORSE = 1.05  # of two errors that are rounding, either is the larger by chance
 TIMED = ("resnet18", "resnet50", "mobilenet_v3_large", "efficientnet_b0", "densenet121", "regnet_y_800mf")
-
-Row = dict[str, Any]
 
 
 def tensors(outputs: object) -> list[Tensor]:
@@ -159,6 +159,26 @@ def examine(model: nn.Module, inputs: dict[str, Any]) -> Row:
     }
 
 
+def count(model: nn.Module, inputs: dict[str, Any]) -> Row:
+    """What becomes of the layers, without training steps in float64 and without half precision."""
+    used(model, inputs).eval()
+    layers = sum(isinstance(m, Norm) for m in model.modules())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        folded: Any = bn.fold(model, inputs)
+        freed: Any = bn.remove_dead_biases(copy.deepcopy(model), inputs)
+        fused: Any = bn.fuse(model)  # converts as well
+    return {
+        "layers": layers,
+        "converted": sum(isinstance(m, bn.BatchNorm) for m in model.modules()),
+        "fused": counts(fused.report),
+        "folded": counts(folded.report),
+        "left": sum(isinstance(m, Norm) for m in folded.modules()),
+        "fold": folded.report.error,
+        "biases": len(freed.report.done),
+    }
+
+
 def in_half_precision(model: nn.Module, folded: nn.Module, inputs: dict[str, Any]) -> list[float] | None:
     """How far bfloat16 is from float32: the model, the model folded, and the folded model moved to bfloat16.
 
@@ -208,97 +228,6 @@ def _drawn(build: Callable[[], tuple[nn.Module, dict[str, Any]]], seed: int) -> 
     return in_half_precision(model, bn.fold(model, inputs), inputs)
 
 
-def failures(row: Row) -> list[str]:
-    """What is not as it should be."""
-    found = []
-    if not row["bits"]:
-        found.append("state or classes differ after reverting")
-    found += [f"{k} {row[k]:.0e}" for k in ("step", "fused step") if not row[k] <= STEP]
-    if not row["fold"] <= FOLDED:
-        found.append(f"fold {row['fold']:.0e}")
-    if row["bfloat16"] is not None:
-        before, *folded = row["bfloat16"]
-        if not min(folded) <= NO_WORSE * before:
-            found.append(f"bfloat16 {min(folded):.1e} for {before:.1e}")
-    return found
-
-
-def total(row: Row, key: str, *beginnings: str) -> int:
-    """How many layers a row counts under names that begin like this."""
-    return sum(n for name, n in row[key].items() if name.startswith(beginnings))
-
-
-def table(results: dict[str, Row]) -> str:
-    """Every architecture."""
-    heads = [
-        "architecture",
-        "layers",
-        "ours",
-        "step",
-        "act",
-        "add",
-        "add, act",
-        "fused step",
-        "part of",
-        "alone",
-        "left",
-    ]
-    heads += ["fold", "bf16", "then folded", "folded, then bf16", "biases", "not as it should be"]
-    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
-    for name, row in results.items():
-        if "error" in row:
-            lines.append(f"| {name} | {row['error']} |" + " |" * (len(heads) - 2))
-            continue
-        added = total(row, "fused", "with the addition")
-        both = total(row, "fused", "with the addition and")
-        cells = [
-            row["layers"],
-            row["converted"],
-            f"{row['step']:.0e}",
-            total(row, "fused", "with") - added,
-            added - both,
-            both,
-        ]
-        cells += [
-            f"{row['fused step']:.0e}",
-            total(row, "folded", "part"),
-            total(row, "folded", "a scale"),
-            row["left"],
-        ]
-        halves = ["-"] * 3 if row["bfloat16"] is None else [f"{e:.1e}" for e in row["bfloat16"]]
-        cells += [f"{row['fold']:.0e}", *halves, row["biases"], "; ".join(failures(row))]
-        lines.append(f"| {name} | {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
-
-
-def summary(results: dict[str, Row]) -> str:
-    """By library; then the reasons."""
-    heads = ["library", "models", "layers", "ours", "fused", "part of another", "scale and shift", "left", "worst step"]
-    heads += ["worst fused step", "worst fold", "bf16, then folded", "folded, then bf16"]
-    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
-    for source in dict.fromkeys(name.partition("/")[0] for name in results):
-        rows = [r for name, r in results.items() if name.startswith(source) and "error" not in r]
-        if not rows:
-            continue
-        half = []
-        for way in (1, 2):
-            ratios = [r["bfloat16"][way] / r["bfloat16"][0] for r in rows if r["bfloat16"] is not None]
-            even = sum(ratio <= NO_WORSE for ratio in ratios)
-            half.append(f"{statistics.median(ratios):.2f}, no worse in {even} of {len(ratios)}")
-        cells = [len(rows), sum(r["layers"] for r in rows), sum(r["converted"] for r in rows)]
-        cells += [sum(total(r, "fused", "with") for r in rows)]
-        cells += [sum(total(r, "folded", "part") for r in rows), sum(total(r, "folded", "a scale") for r in rows)]
-        cells += [sum(r["left"] for r in rows)]
-        worst = [f"{max(r[key] for r in rows):.0e}" for key in ("step", "fused step", "fold")]
-        lines.append(f"| {source} | {' | '.join(map(str, [*cells, *worst, *half]))} |")
-    for key in ("fused", "folded"):
-        reasons: Counter[str] = Counter()
-        for row in results.values():
-            reasons.update(row.get(key, {}))
-        lines += ["", f"| {key} | layers |", "|---|---|", *(f"| {what} | {n} |" for what, n in reasons.most_common())]
-    return "\n".join(lines)
-
-
 def timed(repeats: int) -> str:
     """A few of torchvision's, in turn."""
     heads = ["architecture", "inference, ms", "folded, ms", "ratio", "training step, ms", "converted, ms", "fused, ms"]
@@ -344,6 +273,9 @@ def main() -> None:
     parser.add_argument("--only", default="", help="names that contain this")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no other model after these")
     parser.add_argument("--threads", type=int, default=1, help="of torch, where nothing is timed")
+    parser.add_argument(
+        "--counts", action="store_true", help="only what becomes of the layers: a small part of the time"
+    )
     parser.add_argument("--time", action="store_true", help="measure times instead")
     parser.add_argument("--repeats", type=int, default=9, help="timed turns")
     parser.add_argument("--draws", type=int, default=0, help="compare errors in bfloat16 for so many draws instead")
@@ -368,12 +300,14 @@ def main() -> None:
         if not examined(model):
             continue
         try:
-            results[key] = examine(model, inputs)
+            results[key] = (count if options.counts else examine)(model, inputs)
         except Exception as error:
             results[key] = {"error": f"{type(error).__name__}: {str(error).partition(chr(10))[0][:120]}"}
         if options.json:
             options.json.write_text(json.dumps(results, indent=1))
-    print(f"torch {torch.__version__}, {bn.kernels()[0].implementation}\n\n{table(results)}\n\n{summary(results)}")
+    columns: Collection[str] = COUNTS if options.counts else COLUMNS
+    print(f"torch {torch.__version__}, {bn.kernels()[0].implementation}\n\n{table(results, columns)}\n")
+    print(summary(results, counts_only=options.counts))
 
 
 if __name__ == "__main__":

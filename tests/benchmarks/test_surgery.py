@@ -31,6 +31,15 @@ def test_an_architecture_of_transformers(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+def test_counts_alone() -> None:
+    command = [sys.executable, "benchmarks/surgery.py", "--counts", "--only", "transformers/ResNet, basic"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "| transformers/ResNet, basic | 8 | 8 | 4 | 0 | 3 | 8 | 0 | 0 | " in run.stdout
+    assert "| part | 8 |" in run.stdout
+
+
+@pytest.mark.long
 def test_other_draws_of_the_parameters() -> None:
     command = [sys.executable, "benchmarks/surgery.py", "--draws", "3", "--only", "transformers/ResNet, basic"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)

@@ -33,6 +33,8 @@ class Branching(nn.Module):
     def forward(self, x):
         y = self.norm(self.conv(x))
         return y if float(y.sum()) > 0 else -y
+def alone():
+    return nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU(), nn.BatchNorm2d(3))
 def branching():
     return Branching()
 def wide():
@@ -87,6 +89,12 @@ def test_onnx() -> None:
     session = onnxruntime.InferenceSession("folded.onnx", providers=["CPUExecutionProvider"])
     (y,) = session.run(None, {session.get_inputs()[0].name: images().numpy()})
     close(torch.from_numpy(y), expected(images()))
+
+
+def test_a_scale_and_shift_is_counted_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fold", "my.py:alone", "--output", "folded.pt", "--example", "2,3,8,8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("1 of 2 folded, 1 as a scale and shift, outputs differ by at most ")
 
 
 @pytest.mark.parametrize("name", ["folded.safetensors", "folded.pt"])
