@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from batchnorm.errors import OptionError
 from batchnorm.population import available
 from batchnorm.population.available import default_limit
 
@@ -92,6 +93,10 @@ def test_half_of_it_shared_with_the_neighbours(monkeypatch: pytest.MonkeyPatch) 
     assert default_limit(torch.device("cpu")) == 250
     monkeypatch.setattr(available, "available", lambda: None)
     assert default_limit(torch.device("cpu")) is None
+    for told in ("", "0", "-1", "two", "1e3"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", told)
+        with pytest.raises(OptionError, match="got LOCAL_WORLD_SIZE"):
+            default_limit(torch.device("cpu"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux how much is resident")

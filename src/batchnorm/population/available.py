@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from batchnorm.errors import OptionError
+
 # A share for the suspended passes; the rest is for the one that runs, the batches and everybody else.
 SHARE = 0.5
 
@@ -19,10 +21,18 @@ def default_limit(device: torch.device) -> int | None:
 
     Returns:
         Bytes, or None where the system does not tell.
+
+    Raises:
+        OptionError: LOCAL_WORLD_SIZE in the environment is no number of processes.
     """
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available()
-    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return None if free is None else int(free * SHARE) // neighbours
+    told = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if not told.isdecimal() or int(told) == 0:
+        raise OptionError(
+            f"got LOCAL_WORLD_SIZE={told!r} in the environment; it is how many processes share this machine's memory, "
+            f"from 1 on, as torchrun sets it. Unset it, or pass memory_limit"
+        )
+    return None if free is None else int(free * SHARE) // int(told)
 
 
 def available(root: Path = Path("/")) -> int | None:
