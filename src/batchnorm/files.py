@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import secrets
 import shutil
 import stat
 import warnings
@@ -209,7 +208,7 @@ def _temporary(target: Path, suffix: str = "") -> Iterator[Path]:
     with contextlib.suppress(FileNotFoundError):
         target.lstat()  # a name that is too long is refused now, not when it is to be used
     # Named before it is made: an interrupt between the two would leave a file that nobody knows of.
-    temporary = target.parent / f".{target.name[:_NAME]}.{secrets.token_hex(16)}{suffix}"
+    temporary = target.parent / f".{target.name[:_NAME]}.{os.urandom(16).hex()}{suffix}"
     try:
         os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         yield temporary
