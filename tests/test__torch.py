@@ -54,6 +54,18 @@ def test_recomputing_in_a_backward_pass_is_noticed(reentrant: bool) -> None:
     assert _torch.current_backward() == -1
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_only_an_export_is_one(strict: bool) -> None:
+    class Asking(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + 1 if _torch.is_exported() else x + 2
+
+    assert Asking()(torch.zeros(1)) == 2
+    assert torch.compile(Asking(), backend="eager")(torch.zeros(1)) == 2
+    program = torch.export.export(Asking(), (torch.zeros(1),), strict=strict)
+    assert program.module()(torch.zeros(1)) == 1
+
+
 class _Twice(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
