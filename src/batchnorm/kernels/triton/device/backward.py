@@ -118,14 +118,16 @@ def sums_kernel(
     """Each split's sums of dz and of dz x_hat into part, (2, splits, channels)."""
     block, split = tl.program_id(0), tl.program_id(1)
     c, there = channels_of(block, channels, COLUMNS, LAST)
-    _, mean, var = _given(count, mean_in, second_in, c, there)
+    _n, mean, var = _given(count, mean_in, second_in, c, there)
     hi, scale, shift, rstd = coefficients(c, there, mean, var, weight, bias, eps)
     s = tl.zeros([ROWS, COLUMNS], tl.float32)
     sx = tl.zeros([ROWS, COLUMNS], tl.float32)
     first = split * per_split
     for t in range(first, tl.minimum(first + per_split, tiles)):
-        offset, inside, _, _, _ = tile(t, block, outer, channels, inner, tiles_inner, ROWS, COLUMNS, LAST)
-        dz, used, _ = _gradient_of(dy, x, residual, offset, inside, hi, scale, shift, MASKED, ACTIVATION, LAST)
+        offset, inside, _position, _there, _positions = tile(
+            t, block, outer, channels, inner, tiles_inner, ROWS, COLUMNS, LAST
+        )
+        dz, used, _d = _gradient_of(dy, x, residual, offset, inside, hi, scale, shift, MASKED, ACTIVATION, LAST)
         s += tl.where(inside, dz, 0.0)
         sx += tl.where(inside, dz * used, 0.0)
     a = over_lanes(s.to(tl.float64), LAST)
@@ -237,10 +239,10 @@ def input_kernel(
     last = tl.minimum(first + per_split, tiles)
     for i in range(first, last):
         t = first + last - 1 - i  # backwards: what the sums read last is still in the cache
-        offset, inside, position, position_there, _ = tile(
+        offset, inside, position, position_there, _positions = tile(
             t, block, outer, channels, inner, tiles_inner, ROWS, COLUMNS, LAST
         )
-        dz, _, d = _gradient_of(dy, x, residual, offset, inside, hi, scale, shift, MASKED, ACTIVATION, LAST)
+        dz, _used, d = _gradient_of(dy, x, residual, offset, inside, hi, scale, shift, MASKED, ACTIVATION, LAST)
         _write_input_gradient(
             dx, dresidual, offset, inside, dz, d, mask, position, position_there, scale, b, rest, LAST
         )
@@ -276,7 +278,9 @@ def whole_backward_kernel(
     c, there = channels_of(block, channels, COLUMNS, LAST)
     n, mean, var = _given(count, mean_in, m2_in, c, there)
     hi, scale, shift, rstd = coefficients(c, there, mean, var, weight, bias, eps)
-    offset, inside, position, position_there, _ = tile(0, block, outer, channels, inner, 1, ROWS, COLUMNS, LAST)
+    offset, inside, position, position_there, _positions = tile(
+        0, block, outer, channels, inner, 1, ROWS, COLUMNS, LAST
+    )
     dz, used, d = _gradient_of(dy, x, residual, offset, inside, hi, scale, shift, MASKED, ACTIVATION, LAST)
     s = over_lanes(tl.where(inside, dz, 0.0).to(tl.float64), LAST)
     sx = over_lanes(tl.where(inside, dz * used, 0.0).to(tl.float64), LAST)

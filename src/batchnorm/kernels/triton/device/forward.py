@@ -144,12 +144,14 @@ def normalize_kernel(
         var = load_wide(second_in_out, c, there)
         if count is not None:
             var = variance_of(tl.load(count).to(tl.float64), var)
-    hi, scale, shift, _ = coefficients(c, there, mean, var, weight, bias, eps)
+    hi, scale, shift, _rstd = coefficients(c, there, mean, var, weight, bias, eps)
     first = split * per_split
     last = tl.minimum(first + per_split, tiles)
     for i in range(first, last):
         t = first + last - 1 - i  # backwards: what the moments read last is still in the cache
-        offset, inside, _, _, _ = tile(t, block, outer, channels, inner, tiles_inner, ROWS, COLUMNS, LAST)
+        offset, inside, _position, _there, _positions = tile(
+            t, block, outer, channels, inner, tiles_inner, ROWS, COLUMNS, LAST
+        )
         v = load(x, offset, inside)
         store(y, offset, _output(v, residual, offset, inside, hi, scale, shift, ACTIVATION, LAST), inside)
 
@@ -188,7 +190,7 @@ def whole_forward_kernel(
     if mask is not None:
         w = weights_at(mask, position, position_there, inside)
         counted = w > 0.0
-    k, _ = shift_of(v, counted, LAST)
+    k, _counted = shift_of(v, counted, LAST)
     d = tl.where(counted, v - per_lane(k, LAST), 0.0)
     if mask is not None:
         n = over_lanes(w.to(tl.float64), LAST)
@@ -201,7 +203,7 @@ def whole_forward_kernel(
         blend(c, there, n, mean, m2, running_mean, running_var, skipped, momentum)
         if tracked is not None:
             count_batch(c, n, tracked)
-    hi, scale, shift, _ = coefficients(c, there, mean, variance_of(n, m2), weight, bias, eps)
+    hi, scale, shift, _rstd = coefficients(c, there, mean, variance_of(n, m2), weight, bias, eps)
     store(y, offset, _output(v, residual, offset, inside, hi, scale, shift, ACTIVATION, LAST), inside)
 
 

@@ -7,7 +7,7 @@ programs took, are joined in float64, always in the same order.
 import triton
 import triton.language as tl
 
-from batchnorm.kernels.triton.device.tiles import load, load_wide, over_lanes, per_lane, store, tile
+from batchnorm.kernels.triton.device.tiles import load, load_wide, over_lanes, per_lane, rounded, store, tile
 
 
 @triton.jit
@@ -165,8 +165,8 @@ def blend(c, there, n, mean, m2, running_mean, running_var, skipped, factor):
     var = m2 / (n - 1.0)
     old_mean = tl.load(running_mean + c, mask=there, other=0.0)
     old_var = tl.load(running_var + c, mask=there, other=0.0)
-    new_mean = ((1.0 - factor) * old_mean.to(tl.float64) + factor * mean).to(old_mean.dtype)
-    new_var = ((1.0 - factor) * old_var.to(tl.float64) + factor * var).to(old_var.dtype)
+    new_mean = rounded((1.0 - factor) * old_mean.to(tl.float64) + factor * mean, old_mean.dtype)
+    new_var = rounded((1.0 - factor) * old_var.to(tl.float64) + factor * var, old_var.dtype)
     # After rounding: what a half cannot hold is not finite.
     finite = _finite(new_mean.to(tl.float64)) & _finite(new_var.to(tl.float64)) & _finite(mean) & _finite(var)
     finite = finite & (n > 1.0)

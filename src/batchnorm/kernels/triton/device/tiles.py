@@ -90,6 +90,14 @@ def load_wide(pointer, c, there):
 
 
 @triton.jit
+def rounded(values, DTYPE: tl.constexpr):
+    """Values in another dtype; to half precision by way of float32, as torch does."""
+    if DTYPE.primitive_bitwidth == 16:
+        values = values.to(tl.float32)
+    return values.to(DTYPE)
+
+
+@triton.jit
 def store(pointer, offset, values, inside):
     """Write values, rounded to what the memory holds."""
-    tl.store(pointer + offset, values.to(pointer.dtype.element_ty), mask=inside)
+    tl.store(pointer + offset, rounded(values, pointer.dtype.element_ty), mask=inside)
