@@ -1,0 +1,1 @@
+"""What runs on the device: kernels in Triton, and the functions that they are made of."""

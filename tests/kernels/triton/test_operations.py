@@ -1,0 +1,229 @@
+"""The operations of Triton's kernels against the oracle: every layout and dtype, by one, two and three launches."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from batchnorm.kernels import reference
+from batchnorm.kernels.triton import operations
+from support import oracle, tolerances
+from support.comparison import close
+from support.operations import (
+    EPS,
+    assert_the_oracles,
+    assert_the_oracles_of_what_counts,
+    assert_the_same_bits,
+    masked_step,
+    masks,
+)
+from support.samples import Layout, Sample
+
+LAYOUTS = [
+    Layout("(N, C)", (37, 5)),
+    Layout("(N, L, C)", (4, 9, 5), -1),
+    Layout("(N, C, L)", (4, 3, 37)),
+    Layout("(N, C, H, W)", (3, 3, 5, 9)),
+    Layout("(N, C, H, W) channels_last", (3, 5, 5, 4), 1, "channels_last"),
+    Layout("channels_last, channels elsewhere", (3, 4, 5, 3), -1, "channels_last"),
+    Layout("(N, C, H, W) permuted", (3, 3, 5, 6), 1, "permuted"),
+    Layout("(N, C, H, W) with gaps", (3, 3, 5, 6), 1, "gaps"),
+    Layout("(N, C, H, W) expanded", (3, 3, 5, 6), 1, "expanded"),
+    Layout("(N, C, 1, 1)", (33, 5, 1, 1)),
+    Layout("(1, 1, H, W)", (1, 1, 9, 40)),
+    Layout("(N, C, D, H, W)", (2, 3, 2, 5, 6)),
+    Layout("(N, C, D, H, W) channels_last_3d", (2, 3, 2, 5, 6), 1, "channels_last"),
+    Layout("(C, N)", (3, 70), 0),
+]
+EACH_PATH = [LAYOUTS[0], LAYOUTS[3], LAYOUTS[4]]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_in_one_launch(layout: Layout) -> None:
+    assert_the_oracles(operations, Sample(layout, "relu", True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_in_parts(layout: Layout, small: None) -> None:
+    assert_the_oracles(operations, Sample(layout, "relu", True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("layout", EACH_PATH, ids=lambda layout: layout.name)
+def test_half_precision_in_parts(layout: Layout, dtype: torch.dtype, small: None) -> None:
+    assert_the_oracles(operations, Sample(layout, "silu", True, dtype))
+
+
+@pytest.mark.parametrize("layout", EACH_PATH, ids=lambda layout: layout.name)
+def test_without_weight_bias_and_activation(layout: Layout, small: None) -> None:
+    assert_the_oracles(operations, Sample(layout, None, True, affine=False))
+
+
+@pytest.mark.parametrize("kind", ["bool", "float16", "float32", "float64"])
+@pytest.mark.parametrize("layout", [*EACH_PATH, LAYOUTS[5]], ids=lambda layout: layout.name)
+def test_masks_in_one_launch(layout: Layout, kind: str) -> None:
+    assert_the_oracles_of_what_counts(operations, Sample(layout, "silu", True), kind)
+
+
+@pytest.mark.parametrize("kind", ["bool", "float32"])
+@pytest.mark.parametrize("layout", [*EACH_PATH, LAYOUTS[5]], ids=lambda layout: layout.name)
+def test_masks_in_parts(layout: Layout, kind: str, small: None) -> None:
+    assert_the_oracles_of_what_counts(operations, Sample(layout, "silu", True), kind)
+
+
+def test_a_mask_in_another_order() -> None:
+    sample = Sample(LAYOUTS[3], "relu", False)
+    t, mask = sample.tensors(), masks(sample)["bool"]
+    affine = (t["weight"], t["bias"], None, EPS, 1, "relu")
+    turned = mask.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    assert_the_same_bits(masked_step(operations, t, affine, turned), masked_step(operations, t, affine, mask))
+
+
+@pytest.mark.parametrize("parts", [False, True])
+@pytest.mark.parametrize("layout", EACH_PATH, ids=lambda layout: layout.name)
+def test_what_a_mask_leaves_out_may_be_anything(layout: Layout, parts: bool, request: pytest.FixtureRequest) -> None:
+    if parts:
+        request.getfixturevalue("small")
+    sample = Sample(layout, "silu", False)
+    t, mask = sample.tensors(), masks(sample)["bool"]
+    mask.flatten()[: mask.numel() // 2] = False  # the first programs see nothing that counts
+    out = ~mask.unsqueeze(1).expand(layout.shape)
+    dy = t["dy"].masked_fill(out, 0)
+    affine = (t["weight"], t["bias"], None, EPS, 1, "silu")
+    results = []
+    for padding in (0.0, float("nan"), float("inf")):
+        x = t["x"].clone().masked_fill_(out, padding)
+        y, *moments = operations.forward(x, *affine, mask)
+        dx, *sums, _ = operations.backward(dy, x, *moments, *affine, mask)
+        results.append([y.masked_fill(out, 0), *moments, dx, *sums])
+    assert results[0][1] == mask.sum()
+    for other in results[1:]:
+        assert_the_same_bits(other, results[0])
+
+
+def test_a_mask_that_leaves_nothing(small: None) -> None:
+    x = torch.randn(9, 3)
+    _, count, mean, m2 = operations.forward(x, None, None, None, EPS, 1, None, torch.zeros(9, dtype=torch.bool))
+    assert [count.item(), mean.tolist(), m2.tolist()] == [0, [0.0] * 3, [0.0] * 3]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("ratio", [1.0, 1e2, 1e4])
+@pytest.mark.parametrize("layout", EACH_PATH, ids=lambda layout: layout.name)
+def test_precision_far_from_zero(layout: Layout, ratio: float, masked: bool, small: None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = layout.arrange((torch.randn(layout.shape, generator=generator, dtype=torch.float64) - ratio).float())
+    mask = masks(Sample(layout, None, False))["float32"] if masked else None
+    if mask is not None:
+        mask.flatten()[: mask.numel() // 4] = 0
+    weights = None if mask is None else mask.double().numpy()
+    c = layout.channels
+    expected, mean, m2 = oracle.forward(x.double().numpy(), np.ones(c), np.zeros(c), weights=weights)
+    n, _, _ = oracle.moments(x.double().numpy(), 1, weights)
+    y, _, actual_mean, actual_m2 = operations.forward(x, None, None, None, EPS, 1, None, mask)
+    close(actual_mean, mean, absolute=tolerances.STATISTIC * np.sqrt(m2 / n))
+    close(actual_m2, m2, relative=tolerances.STATISTIC)
+    close(y, expected, tolerances.OUTPUT)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("value", [0.1, -1e30, 3e-39])
+@pytest.mark.parametrize("layout", EACH_PATH, ids=lambda layout: layout.name)
+def test_a_constant_channel_is_exactly_beta(layout: Layout, value: float, masked: bool, small: None) -> None:
+    x = layout.arrange(torch.full(layout.shape, value))
+    bias = torch.linspace(-1, 1, layout.channels)
+    mask = masks(Sample(layout, None, False))["float32"] if masked else None
+    y, _, mean, m2 = operations.forward(x, None, bias, None, EPS, 1, None, mask)
+    assert torch.equal(y.movedim(1, -1), bias.expand_as(y.movedim(1, -1)))
+    assert torch.equal(mean, torch.full_like(mean, x.flatten()[0].item()))
+    assert torch.equal(m2, torch.zeros_like(m2))
+
+
+@pytest.mark.parametrize("layout", EACH_PATH, ids=lambda layout: layout.name)
+def test_an_outlier_first_does_not_cost_precision(layout: Layout, small: None) -> None:
+    x = layout.arrange(torch.randn(layout.shape))
+    x[0] = 1e8
+    n, mean, m2 = oracle.moments(x.double().numpy())
+    _, actual_mean, actual_m2 = operations.batch_moments(x, 1)
+    close(actual_mean, mean, absolute=tolerances.STATISTIC * np.sqrt(m2 / n))
+    close(actual_m2, m2, relative=tolerances.STATISTIC)
+
+
+@pytest.mark.parametrize("parts", [False, True])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("layout", EACH_PATH, ids=lambda layout: layout.name)
+def test_what_is_not_finite_shows_as_in_the_reference(
+    layout: Layout, bad: float, parts: bool, request: pytest.FixtureRequest
+) -> None:
+    if parts:
+        request.getfixturevalue("small")
+    x = layout.arrange(torch.randn(layout.shape))
+    clean, *_ = operations.forward(x, None, None, None, EPS, 1, "relu")
+    x[-1, 2] = bad
+    _, _, expected_mean, _ = reference.forward(x, None, None, None, EPS, 1, "relu")
+    running = torch.zeros(layout.channels), torch.ones(layout.channels)
+    skipped = torch.zeros(layout.channels, dtype=torch.int64)
+    y, _, mean, m2 = operations.forward_commit(
+        *(x, None, None, None, EPS, 1, "relu", None), *running, None, skipped, 0.1
+    )
+    torch.testing.assert_close(mean[2], expected_mean[2], equal_nan=True)
+    assert m2[2].isnan()
+    assert y[:, 2].isnan().all()
+    others = [c for c in range(layout.channels) if c != 2]
+    assert torch.equal(y[:, others], clean[:, others])
+    assert skipped.tolist() == [int(c == 2) for c in range(layout.channels)]
+    assert all(t.isfinite().all() for t in running)
+
+
+@pytest.mark.parametrize("parts", [False, True])
+@pytest.mark.parametrize("layout", EACH_PATH, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("momentum", [0.3, None])
+def test_forward_commit_is_the_references(
+    layout: Layout, momentum: float | None, parts: bool, request: pytest.FixtureRequest
+) -> None:
+    if parts:
+        request.getfixturevalue("small")
+    sample, c = Sample(layout, "relu", True), layout.channels
+    t = sample.tensors()
+    arguments = (t["x"], t["weight"], t["bias"], t["residual"], EPS, 1, "relu", None)
+    statistics = []
+    for implementation in (operations, reference):
+        strided = torch.zeros(c, 2)[:, 0]  # changed in place where it lies
+        running = [strided, torch.ones(c), torch.tensor(2, dtype=torch.int32), torch.zeros(c, dtype=torch.int64)]
+        results = implementation.forward_commit(*arguments, *running, momentum)
+        statistics.append([*results, *running])
+    for actual, expected in zip(*statistics, strict=True):
+        assert actual.stride() == expected.stride()
+        close(actual, expected, tolerances.OUTPUT * 40)  # m2 is a sum of a hundred values
+
+
+@pytest.mark.parametrize("layout", [*EACH_PATH, LAYOUTS[7]], ids=lambda layout: layout.name)
+def test_normalize_in_place(layout: Layout) -> None:
+    sample = Sample(layout, "relu", False)
+    t = sample.tensors()
+    statistics = torch.randn(layout.channels), torch.rand(layout.channels)
+    arguments = (*statistics, t["weight"], t["bias"])
+    for residual in (None, t["x"]):
+        x = layout.arrange(t["x"].clone())
+        given = x if residual is not None else None
+        expected = operations.normalize(x, *arguments, given, EPS, 1, "relu")
+        operations.normalize_(x, *arguments, given, EPS, 1, "relu")
+        assert torch.equal(x, expected)
+
+
+def test_one_value_for_each_channel() -> None:
+    x = torch.randn(1, 5)
+    y, count, mean, m2 = operations.forward(x, None, None, None, EPS, 1, None)
+    assert count == 1
+    assert torch.equal(mean, x[0].double())
+    assert torch.equal(m2, torch.zeros(5, dtype=torch.float64))
+    assert torch.equal(y, torch.zeros(1, 5))
+
+
+@pytest.mark.parametrize("layout", EACH_PATH, ids=lambda layout: layout.name)
+def test_the_same_bits_each_time(layout: Layout, small: None) -> None:
+    t = Sample(layout, "relu", True).tensors()
+    affine = (t["weight"], t["bias"], t["residual"], EPS, 1, "relu")
+    assert_the_same_bits(masked_step(operations, t, affine, None), masked_step(operations, t, affine, None))
