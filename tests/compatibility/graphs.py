@@ -28,8 +28,8 @@ LEAVES = ["conv", "norm", "relu", "block.conv1", "block.bn1", "block.relu", "blo
 @row(
     "torch.fx, `symbolic_trace`",
     "torch",
-    "layers are leaves, as torch.nn's, with an activation inside too; a call with a residual is a function that gets the "
-    "layer; of a fused model, the graph before",
+    "layers are leaves, as torch.nn's, with an activation inside too; a call with a residual is a function that gets "
+    "the layer; of a fused model, the graph before",
 )
 def symbolic_trace() -> None:
     x, expected = batch(), plain()(batch())
