@@ -68,7 +68,7 @@ def test_commands(command: str, tmp_path: Path) -> None:
         (tmp_path / name).write_text(code)
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     run = subprocess.run(
-        [program, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+        [program, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900, check=False
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip()
