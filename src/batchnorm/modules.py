@@ -233,10 +233,6 @@ class BatchNorm(Rebuilding):
                 f"got activation={activation!r} for a layer with activation={self.activation!r}; one call has one. "
                 f"Leave one of them out"
             )
-        return self._normalize(input, residual, mask, activation)
-
-    def _normalize(self, input: Tensor, residual: Tensor | None, mask: Tensor | None, activation: str | None) -> Tensor:
-        """`forward` with what it leaves to others: the choice of the activation."""
         own = self._parameters  # attributes take several times as long, and `get` would look at them all the same
         weight: Tensor | None = own["weight"] if "weight" in own else self.weight  # noqa: SIM401 - not `get`: see above
         bias: Tensor | None = own["bias"] if "bias" in own else self.bias  # noqa: SIM401 - not `get`: see above

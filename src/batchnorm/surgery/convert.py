@@ -13,7 +13,7 @@ from batchnorm._torch import buffers_of, children_of, parameters_of
 from batchnorm.call import check_sync, check_virtual_batch_size
 from batchnorm.models.norm_layers import NormLayer, display_name, named_norm_layers
 from batchnorm.modules import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
-from batchnorm.norm_act import NormAct, is_timm_norm_act, norm_act_class
+from batchnorm.surgery.norm_act import NormAct, is_timm_norm_act, norm_act_class
 
 OUR_CLASSES: dict[type[nn.Module], type[BatchNorm]] = {
     nn.BatchNorm1d: BatchNorm1d,

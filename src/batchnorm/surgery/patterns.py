@@ -14,8 +14,8 @@ from torch import fx, nn
 from batchnorm import activations
 from batchnorm.models.hooks import has_hooks
 from batchnorm.modules import BatchNorm
-from batchnorm.norm_act import has_our_forward
 from batchnorm.surgery import linear
+from batchnorm.surgery.norm_act import has_our_forward, inside
 from batchnorm.surgery.tracing import Region, arguments
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_", "__add__", "__iadd__")
@@ -68,8 +68,8 @@ def match(region: Region, node: fx.Node) -> Match | str:
         return "it is called with more than its input"
     if has_hooks(norm):
         return "it has hooks, which would see another output"
-    if norm.activation is not None:
-        return f"it has an activation inside, {norm.activation}"
+    if (own := inside(norm)) is not None:
+        return f"it has an activation inside, {own}"
     nothing: list[fx.Node] = []
     before, user = _next(region, node, nothing)
     if user is None:

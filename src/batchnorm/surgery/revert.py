@@ -10,9 +10,9 @@ from torch import nn
 from batchnorm._torch import buffers_of, parameters_of
 from batchnorm.models.norm_layers import display_name, named_norm_layers
 from batchnorm.modules import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
-from batchnorm.norm_act import NormAct
 from batchnorm.surgery.convert import ORIGIN, Origin, additions
 from batchnorm.surgery.fuse import unfuse
+from batchnorm.surgery.norm_act import TIMMS_OPTIONS, NormAct
 
 TORCH_CLASSES: dict[type[BatchNorm], type[nn.Module]] = {
     BatchNorm1d: nn.BatchNorm1d,
@@ -60,10 +60,12 @@ def _become_torchs(layer: BatchNorm) -> str | None:
     origin = vars(layer).get(ORIGIN) or _namesake(layer)
     if origin is None:
         return ours.__qualname__
-    options = layer.options()
-    if isinstance(layer, NormAct):
-        options.pop("activation", None)  # timm's class has it too
-    beyond = [f"{name}={value}" for name, value in options.items() if origin.options.get(name) != value]
+    timms = TIMMS_OPTIONS if isinstance(layer, NormAct) else ()
+    beyond = [
+        f"{name}={value}"
+        for name, value in layer.options().items()
+        if name not in timms and origin.options.get(name) != value
+    ]
     if beyond:
         return f"{ours.__qualname__} with {', '.join(beyond)}"
     attributes, buffers = additions(ours, origin.cls)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copyreg
 import functools
 import importlib
 import inspect
@@ -17,7 +16,8 @@ from batchnorm._torch import any_global_hook, children_of
 from batchnorm.models.attributes import attribute_at
 from batchnorm.models.hooks import has_hooks
 from batchnorm.modules import BatchNorm
-from batchnorm.norm_act import has_our_forward
+from batchnorm.surgery.classes import reduced_by
+from batchnorm.surgery.norm_act import has_our_forward, inside
 from batchnorm.surgery.signatures import SIMPLE, signature
 
 _CODE = "_rewritten"  # a class's attribute: what it was made of
@@ -121,7 +121,7 @@ def _holds(before: _Before) -> bool:
         if "forward" in vars(module) or has_hooks(module):
             return False
     for norm in before.norms:
-        if norm.activation is not None or not has_our_forward(norm):
+        if inside(norm) is not None or not has_our_forward(norm):
             return False
     for module, name, value in before.flags:
         if name not in vars(module):
@@ -152,15 +152,9 @@ def _subclass(base: type[nn.Module], source: str, names: Any) -> type[nn.Module]
     linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file  # for tracebacks
     exec(compile(source, file, "exec"), space)
 
-    def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:  # noqa: ANN401, N807 - Python's own
-        reduced: Any = base.__reduce_ex__(self, protocol)
-        if reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
-            return reduced
-        return _blank, (base, source, names), *reduced[2:]
-
     members = {
         "forward": _either(base.forward, space["forward"]),
-        "__reduce_ex__": __reduce_ex__,
+        "__reduce_ex__": reduced_by(base, _subclass, base, source, names),
         "__module__": base.__module__,
         "__doc__": base.__doc__,
         _CODE: (base, source, names),
@@ -187,8 +181,3 @@ def _either(own: Callable[..., Any], code: Callable[..., Any]) -> Callable[..., 
         return code(self, *needed)
 
     return forward
-
-
-def _blank(*made: Any) -> nn.Module:  # noqa: ANN401 - `_subclass`'s
-    cls = _subclass(*made)
-    return cls.__new__(cls)

@@ -12,8 +12,8 @@ from torch.jit import is_scripting  # type: ignore[attr-defined]  # public by it
 from batchnorm import activations
 from batchnorm.models.norm_layers import NormLayer
 from batchnorm.modules import BatchNorm
-from batchnorm.norm_act import NormAct, has_our_forward, is_timm_norm_act
 from batchnorm.surgery.linear import Affine
+from batchnorm.surgery.norm_act import NormAct, has_our_forward, is_timm_norm_act
 
 _TORCH_LAYERS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import copyreg
 import functools
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 from batchnorm import activations
-from batchnorm._torch import HOOK_DICTS, called_by
+from batchnorm._torch import called_by
 from batchnorm.errors import OptionError
+from batchnorm.models.hooks import has_hooks
 from batchnorm.modules import BatchNorm, BatchNorm2d
+from batchnorm.surgery.classes import reduced_by
 
 _TIMM_CLASS = "timm.layers.norm_act.BatchNormAct2d"
+TIMMS_OPTIONS = ("activation", "act")  # timm's class has them too, and its tools hand `act` and `drop` on
 
 
 def is_timm_norm_act(layer: nn.Module) -> bool:
@@ -33,9 +35,8 @@ class NormAct(BatchNorm2d):
 
     @property
     def activation(self) -> str | None:
-        """What comes after the normalisation: one of our names, or that of a module's class; None for nothing."""
-        name, other = self._behind()
-        return name or other
+        """The one of our activations that `drop` and `act` are together; None where they are none."""
+        return self._behind()[0]
 
     @activation.setter
     def activation(self, value: str | None) -> None:
@@ -45,16 +46,19 @@ class NormAct(BatchNorm2d):
         )
 
     def _behind(self) -> tuple[str | None, str | None]:
-        """One of our activations that `drop` and `act` are, or else the class of one that has to be called."""
+        """One of our activations, or else the class of a module that has to be called."""
         act, drop = self.act, self.drop
-        if type(drop) is not nn.Identity or any(getattr(drop, hooks) for hooks in HOOK_DICTS):
+        if type(drop) is not nn.Identity or has_hooks(drop):
             return None, type(drop).__qualname__
-        if any(getattr(act, hooks) for hooks in HOOK_DICTS):
-            return None, type(act).__qualname__
-        if type(act) is nn.Identity:
+        if type(act) is nn.Identity and not has_hooks(act):
             return None, None
-        name = activations.of_module(act)[0]
+        name = None if has_hooks(act) else activations.of_module(act)[0]
         return name, None if name else type(act).__qualname__
+
+    def options(self) -> dict[str, Any]:
+        """`BatchNorm.options`, and a module that is called."""
+        called = self._behind()[1]
+        return super().options() | ({} if called is None else {"act": called})
 
     def forward(
         self,
@@ -65,41 +69,37 @@ class NormAct(BatchNorm2d):
         activation: str | None = None,
     ) -> Tensor:
         """`BatchNorm.forward`; then, where they are more than one of our activations, `drop` and `act`."""
-        name, other = self._behind()
-        if other is None or isinstance(input, fx.Proxy):
-            return super().forward(input, residual=residual, mask=mask, activation=activation)
-        if residual is not None or activation is not None:
+        called = None if isinstance(input, fx.Proxy) else self._behind()[1]
+        if called is not None and (residual is not None or activation is not None):
             raise OptionError(
-                f"got a residual or an activation for {self._title()}, which calls {other} behind the normalisation. "
+                f"got a residual or an activation for {self._title()}, which calls {called} behind the normalisation. "
                 f"Add them outside, or set layer.act to one of our activations and layer.drop to torch.nn.Identity()"
             )
-        y: Tensor = self.act(self.drop(self._normalize(input, None, mask, name)))
-        return y
+        y = super().forward(input, residual=residual, mask=mask, activation=activation)
+        return y if called is None else self.act(self.drop(y))
 
     def _lost(self, name: str) -> dict[str, Any]:
         lost = super()._lost(name)
         if called_by("timm", 3):  # a property and what it asks are between
-            lost.pop("activation", None)  # timm's tools know these layers, and hand `act` and `drop` on
+            for known in TIMMS_OPTIONS:
+                lost.pop(known, None)
         return lost
 
 
 @functools.cache
 def norm_act_class(timm_class: Any) -> type[NormAct]:  # noqa: ANN401 - a class of modules
     """The class of our layers that are instances of timm's."""
-
-    def __reduce_ex__(self: NormAct, protocol: Any) -> Any:  # noqa: ANN401, N807 - Python's own
-        reduced: Any = NormAct.__reduce_ex__(self, protocol)
-        if reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
-            return reduced
-        return _blank, (timm_class,), *reduced[2:]
-
-    members = {"__reduce_ex__": __reduce_ex__, "__module__": NormAct.__module__, "__doc__": NormAct.__doc__}
+    reduce_ex = reduced_by(NormAct, norm_act_class, timm_class)
+    members = {"__reduce_ex__": reduce_ex, "__module__": NormAct.__module__, "__doc__": NormAct.__doc__}
     return type(timm_class.__name__, (NormAct, timm_class), members)
 
 
-def _blank(timm_class: type[nn.Module]) -> NormAct:
-    cls = norm_act_class(timm_class)  # type: ignore[arg-type]  # mypy doubts its hash
-    return cls.__new__(cls)
+def inside(layer: BatchNorm) -> str | None:
+    """What a layer computes behind its normalisation: an activation's name, or a module's class; None for nothing."""
+    if not isinstance(layer, NormAct):
+        return layer.activation
+    name, called = layer._behind()
+    return name or called
 
 
 def has_our_forward(layer: nn.Module) -> bool:

@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import batchnorm as bn
+from batchnorm import activations
 from batchnorm.errors import OptionError
+from batchnorm.surgery import norm_act
 from support import tolerances
 from support.comparison import close
 from support.networks import used
@@ -70,7 +72,8 @@ def test_it_computes_what_timms_does(timm_class: Any, act: nn.Module, drop: nn.M
     assert bn.convert(layer) is layer
     assert isinstance(layer, bn.BatchNorm2d)
     assert isinstance(layer, timm_class)
-    assert layer.activation == inside
+    assert norm_act.inside(layer) == inside
+    assert layer.activation == (inside if inside in activations.ACTIVATIONS else None)
     relative, absolute = tolerances.AGAINST_TORCH[torch.float32]
     traced = fx.symbolic_trace(nn.Sequential(copy.deepcopy(layer)))
     assert [node.op for node in traced.graph.nodes] == ["placeholder", "call_module", "output"]
@@ -115,6 +118,10 @@ def test_timms_own_tools_may_rebuild_it_and_others_may_not(timm_class: Any) -> N
     ghosts = bn.convert(timm_class(4, nn.ReLU()), virtual_batch_size=2)
     with pytest.raises(OptionError, match="without virtual_batch_size"):
         rebuild(ghosts, types.SimpleNamespace())
+    called = bn.convert(timm_class(4, nn.Softplus()))
+    assert rebuild(called, types.SimpleNamespace()).num_features == 4
+    with pytest.raises(OptionError, match="without act"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(called))
 
 
 def test_surgery_knows_it(timm_class: Any) -> None:
