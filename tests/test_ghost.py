@@ -235,7 +235,8 @@ def test_ghost_batches_of_one_sample_are_instance_normalization() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype: torch.dtype) -> None:
-    x = (torch.randn(11, 4, 5) * 2 + 1).to(dtype)
+    # Drawn from a seed: where a value is the mean but for float64's rounding, there is no relative error to compare.
+    x = (torch.randn(11, 4, 5, generator=torch.Generator().manual_seed(0)) * 2 + 1).to(dtype)
     y = batch_norm(x, None, None, training=True, virtual_batch_size=4)
     assert y.dtype == dtype
     expected = one_by_one(4, 1, None, input=x.double())

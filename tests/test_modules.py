@@ -48,7 +48,7 @@ def outputs_and_gradients(layer: nn.Module, x: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("info", INFOS, ids=lambda i: i.name)
 def test_every_module_info_sample(info: Any, training: bool, dtype: torch.dtype) -> None:
     cases = info.module_inputs_func(info, "cpu", dtype, requires_grad=True, training=training)
-    assert len(cases) >= 6
+    assert len(cases) >= 6 + len(BIAS_FALSE)
     for case in cases:
         constructor, call = case.constructor_input, case.forward_input
         ours = OURS[info.module_cls](*constructor.args, **constructor.kwargs).to(dtype).train(training)
