@@ -26,7 +26,7 @@ def library(name: str) -> ModuleType:
     package = name.split(".")[0]
     try:
         if package == "torchvision" or installed("torchvision"):  # the others import it where it is
-            _import_torchvision()
+            import_torchvision()
         return importlib.import_module(name)
     except ImportError as error:
         missing = "torchvision" if "torchvision" in str(error) else package
@@ -35,7 +35,7 @@ def library(name: str) -> ModuleType:
         ) from error
 
 
-def _import_torchvision() -> None:
+def import_torchvision() -> None:
     """Import torchvision, also one whose compiled operators do not fit torch's build: no network here needs them.
 
     Without them its Python code fails at import for want of two schemas, those of object detection.

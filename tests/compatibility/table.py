@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    # As pytest finds modules.
+    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "benchmarks")]
 
 from compatibility.rows import ROWS, Row
 from support.tools import make_importable
@@ -23,7 +24,6 @@ GROUPS = ("graphs", "quantization", "state", "rebuilding", "distributed", "paral
 
 def all_rows() -> list[Row]:
     """The rows of all groups; importing a group adds them. Groups import tools inside their checks."""
-    make_importable()  # for the versions too
     for group in GROUPS:
         importlib.import_module(f"compatibility.{group}")
     return ROWS
@@ -37,6 +37,7 @@ def table() -> str:
 
 if __name__ == "__main__":
     if tools := sys.argv[1:]:
+        make_importable()
         for row in all_rows():
             if row.tool in tools:
                 row.check()

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import sys
+from importlib import metadata
 from pathlib import Path
 
-import torch
+from libraries import import_torchvision
 
 FOLDER = Path(sys.prefix) / "tools"
 
 
-def make_importable() -> None:
-    """Let this process import timm, torchvision, torchao and the others.
+def version(package: str) -> str:
+    """Of a tool, or of what is installed beside them; nothing becomes importable."""
+    _check()
+    found = next(iter(metadata.distributions(name=package, path=[str(FOLDER), *sys.path])), None)
+    if found is None:
+        raise FileNotFoundError(f"{package} is not installed: name it in tests/compatibility/requirements.txt")
+    return found.version
 
-    PyPI's torchvision for Linux is a CUDA build. Beside a CPU build of torch its C++ part does not load, and its Python
-    part asks for these two operators when it is imported.
-    """
-    if not FOLDER.is_dir():
-        raise FileNotFoundError(f"{FOLDER} is not there: the Makefile installs it. Run `make test`")
+
+def make_importable() -> None:
+    """Let this process import timm, torchvision, torchao and the others; torchvision as the benchmarks do."""
+    _check()
     if str(FOLDER) not in sys.path:
         sys.path.append(str(FOLDER))
-    for name in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, name):
-            torch.library.define(f"torchvision::{name}", "(Tensor boxes, Tensor scores, float threshold) -> Tensor")
+    import_torchvision()
+
+
+def _check() -> None:
+    if not FOLDER.is_dir():
+        raise FileNotFoundError(f"{FOLDER} is not there: the Makefile installs it. Run `make test`")
