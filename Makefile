@@ -17,7 +17,7 @@ test-long: $(VENV)/installed ## the others: wheels, the study, scripts, large in
 	$(BIN)/python -m pytest -m long
 
 # Everything is .venv's, the extension too, but torch and what torch needs: their folder comes first on the path. Left out
-# are what needs other people's tools in versions made for .venv's torch, the scripts of benchmarks/, and the study.
+# are what needs other people's tools in versions made for .venv's torch, the scripts of benchmarks/, the study and the reports.
 TORCH ?= 2.10.0
 OTHER := .torch/$(TORCH)
 IGNORED := compatibility integrations bench benchmarks study report
@@ -66,8 +66,8 @@ peers: ## environments for `batchnorm bench --peers`
 clean: ## everything that the targets made
 	rm -rf $(VENV) .torch build study-report
 
-# Torch comes first and the build uses it, so the extension is compiled against the torch it is tested with.
 TOOLS := tests/compatibility/requirements.txt
+# Torch comes first and the build uses it, so the extension is compiled against the torch it is tested with.
 $(VENV)/installed: pyproject.toml constraints.txt CMakeLists.txt $(TOOLS) $(NATIVE)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch scikit-build-core cmake ninja
