@@ -21,6 +21,7 @@ import torch.distributed as dist
 # For collectives of the group: a process that is gone or elsewhere is an error after this.
 GROUP_TIMEOUT = timedelta(seconds=20)
 TESTS = Path(__file__).parents[1]
+MODULES = (str(TESTS), str(TESTS.with_name("benchmarks")))  # where pytest finds modules: see pyproject.toml
 
 Scenario = Callable[[int, int], dict[str, Any]]  # from rank and size of the group to what the process found
 
@@ -43,7 +44,7 @@ def run(
     """
     environment = os.environ | {
         "GLOO_SOCKET_IFNAME": "lo",
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": os.pathsep.join(filter(None, [*MODULES, os.environ.get("PYTHONPATH")])),
         "OMP_NUM_THREADS": "1",
         **variables,
     }
