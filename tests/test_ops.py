@@ -17,7 +17,7 @@ from torch import Tensor
 
 import batchnorm
 from batchnorm import activations, call, layout, ops
-from batchnorm.kernels import cpu, reference
+from batchnorm.kernels import cpu, fallback, reference, slices, triton
 from support import oracle, tolerances
 from support.comparison import close
 from support.samples import OperatorCase, operator_cases
@@ -66,17 +66,25 @@ def test_native_is_for_the_cpu() -> None:
     x = torch.zeros(2, 3)
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         assert ops.select(x.to(dtype)).forward is torch.ops.batchnorm.forward.default
-    assert ops.select(x.to("meta")).forward is reference.forward
-    assert ops.select(x.to("meta")).eager
+
+
+def test_other_devices_have_torchs_operators() -> None:
+    x = torch.zeros(2, 3, device="meta")
+    for chosen in (ops.select(x), ops.select(x, None, "relu"), ops.select(x.double())):
+        assert chosen.forward is fallback.forward
+        assert chosen.differentiable
+    for chosen in (ops.select(x, torch.ones(2, device="meta")), ops.select(x[:0])):
+        assert chosen.forward is slices.operation("forward")
+        assert chosen.eager
 
 
 def test_what_the_kernels_do_not_take_goes_to_the_reference() -> None:
     x = torch.zeros(2, 3)
-    assert ops.select(x[:0]).forward is reference.forward
-    assert ops.select(x, torch.ones(2, 3)).forward is reference.forward  # a value for every value
+    assert ops.select(x[:0]).forward is slices.operation("forward")
+    assert ops.select(x, torch.ones(2, 3)).forward is slices.operation("forward")  # a value for every value
     assert ops.select(x, torch.ones(2)).forward is torch.ops.batchnorm.forward.default
     assert ops.select(x, None, "relu").forward is torch.ops.batchnorm.forward.default
-    assert ops.select(x, None, "an activation without a kernel").forward is reference.forward
+    assert ops.select(x, None, "an activation without a kernel").forward is slices.operation("forward")
     chosen = []
     torch.func.vmap(lambda v: (chosen.append(ops.select(v)), v)[1])(x)
     assert chosen == [ops.DIFFERENTIABLE]
@@ -125,9 +133,71 @@ def test_levels(level: str) -> None:
 
 def test_the_table_has_a_row_for_every_dtype() -> None:
     table = batchnorm.kernels()
-    assert [row.dtype for row in table] == ["float32", "float64", "bfloat16", "float16", "all"]
-    assert table[-1].implementation == "reference"
+    dtypes = ["float32", "float64", "bfloat16", "float16"]
+    assert [(row.device, row.dtype) for row in table] == [
+        *(("cpu", dtype) for dtype in dtypes),
+        *(("cuda", dtype) for dtype in dtypes),
+        ("others", "all"),
+    ]
+    assert [row.implementation for row in table[4:]] == ["triton", "torch", "triton", "triton", "torch"]
     assert len(str(table).splitlines()) == 1 + len(table)
+
+
+class OnCuda:
+    """Stands for a tensor there, as far as a choice looks at it."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x, self.device = x, torch.device("cuda")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.x, name)
+
+
+def cuda_operator(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[str]]:
+    """The operator for CUDA, with a kernel that only notes that it was called, and what it noted."""
+    noted: list[str] = []
+    monkeypatch.setattr(triton, "operation", lambda name: lambda *_: noted.append(name))
+    monkeypatch.setattr(slices, "operation", lambda name: lambda *_: noted.append(f"reference: {name}"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(triton, "failure", lambda device: "")
+    monkeypatch.setattr(ops, "_TABLE", dict(ops._TABLE))
+    return ops._on_cuda(name), noted
+
+
+def test_an_operator_takes_anything_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    operator, noted = cuda_operator("forward", monkeypatch)
+    x, options = torch.zeros(2, 3), (None, None, None, 1e-5, 1)
+    taken: list[tuple[Any, ...]] = [
+        (OnCuda(x), *options, None),
+        (OnCuda(x.bfloat16()), *options, "gelu", torch.ones(2)),
+        (OnCuda(x.double()), *options, None),
+        (OnCuda(x[:0]), *options, None),
+        (OnCuda(x), *options, "unknown", None),
+        (OnCuda(x), *options, None, torch.ones(2, 3)),
+        (OnCuda(x.view(2, 3, *[1] * 15)), *options, None),
+    ]
+    for arguments in taken:
+        operator(*arguments)
+    assert noted == ["forward"] * 2 + ["reference: forward"] * 5
+    operator, noted = cuda_operator("commit", monkeypatch)
+    operator(OnCuda(torch.zeros(3).double()))
+    assert noted == ["commit"]
+
+
+def test_kernels_that_do_not_run_are_told_once_and_not_chosen_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    operator, noted = cuda_operator("forward", monkeypatch)
+    monkeypatch.setattr(triton, "failure", lambda device: "OSError: no C compiler")
+    given: Any = (OnCuda(torch.zeros(2, 3)), None, None, None, 1e-5, 1, None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    operator(*given)  # where it cannot be tried
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    with pytest.warns(UserWarning, match=r"do not run on cuda; torch's batch norm .* OSError: no C compiler"):
+        operator(*given)
+    operator(*given)
+    assert noted == ["forward", "reference: forward", "reference: forward"]
+    assert ops.select(given[0]).forward is fallback.forward
+    assert {row.implementation for row in ops.kernels() if row.device == "cuda"} == {"torch"}
+    assert ops.select(torch.zeros(2, 3)).forward is torch.ops.batchnorm.forward.default
 
 
 IMPLEMENTATIONS = pytest.mark.parametrize(

@@ -197,9 +197,11 @@ def normalize_by_running(call: Call, mean: Tensor, var: Tensor, *, inplace: bool
     grad = torch.is_grad_enabled()
     if operations is ops.ATEN:
         return operations.normalize(x, mean, var, *call.arguments)
+    if grad and (mean.requires_grad or var.requires_grad):
+        operations = ops.DIFFERENTIABLE
     # Copies, here and below: a training pass before the backward pass would change what the gradient is computed from.
-    if operations is ops.DIFFERENTIABLE or (grad and (mean.requires_grad or var.requires_grad)):
-        return ops.DIFFERENTIABLE.normalize(x, mean.clone(), var.clone(), *call.arguments)
+    if operations is ops.DIFFERENTIABLE or (grad and operations.differentiable):
+        return operations.normalize(x, mean.clone(), var.clone(), *call.arguments)
     if not grad:  # no function of autograd's around it
         if inplace:
             if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
@@ -257,7 +259,7 @@ def commit(moments: Moments, running: RunningStatistics) -> None:
 def _normalize(call: Call) -> tuple[Tensor, Moments]:
     """All of x by the moments of all of x, or of what the mask leaves."""
     operations = ops.select(call.x, call.mask, call.activation)
-    if operations is ops.DIFFERENTIABLE or operations is ops.ATEN:
+    if operations.differentiable:
         y, *moments = operations.forward(call.x, *call.arguments, call.mask)
         return y, Moments(*(t.detach() for t in moments))
     y, *moments = autograd.apply(call, operations)

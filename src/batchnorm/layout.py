@@ -183,6 +183,14 @@ def laid_out(result: Tensor, x: Tensor) -> Tensor:
     return _packed(result)
 
 
+def empty_laid_out(x: Tensor) -> Tensor:
+    """Room for such a result, of x's dtype."""
+    memory_format = torch.contiguous_format
+    if _looks_channels_last(x):
+        memory_format = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
+
+
 def _packed(tensor: Tensor) -> Tensor:
     """Contiguous, with the strides of a new tensor: a dimension of size 1 may have any in one that is contiguous."""
     packed = tensor.contiguous()

@@ -1,24 +1,29 @@
 """The operations as torch operators, and the choice of an implementation.
 
 An operation is described once, by its function in `kernels.reference`: its schema is that function's signature, its
-fake is that function, and so is every device's implementation that has no better one. The native extension, where it
-loads, replaces it on the CPU. This is the only file that speaks to `torch.ops.batchnorm`.
+fake is that function, and so, a few channels at a time, is every device's implementation that has no better one. The
+native extension, where it loads, replaces it on the CPU, the kernels in Triton on CUDA and ROCm. This is the only file
+that speaks to `torch.ops.batchnorm`.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from batchnorm._torch import current_backward, in_functorch, is_exported, is_traced
-from batchnorm.kernels import aten, cpu, reference
+from batchnorm.kernels import aten, cpu, fallback, reference, slices, triton
 from batchnorm.kernels.backend import Backend, Operations
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked", "num_batches_skipped")
+_MAX_RANK = 16  # of the kernels
 # Every operation, and which of its tensors it changes.
 OPERATIONS: dict[str, tuple[str, ...]] = {
     "batch_moments": (),
@@ -41,25 +46,62 @@ def _unless_repeated(count: Tensor, running_mean: Tensor) -> Tensor:
 def _register(
     library: torch.library.Library,
     name: str,
-    function: Callable[..., object],
+    described: Callable[..., object],
     changed: tuple[str, ...],
+    *,
     fake: Callable[..., object],
+    function: Callable[..., object] | None = None,
 ) -> None:
     library.define(
-        torch.library.infer_schema(function, op_name=name, mutates_args=changed), tags=(torch.Tag.pt2_compliant_tag,)
+        torch.library.infer_schema(described, op_name=name, mutates_args=changed), tags=(torch.Tag.pt2_compliant_tag,)
     )
-    library.impl(name, function, "CompositeExplicitAutograd")
+    library.impl(name, function or described, "CompositeExplicitAutograd")
     # Gradients are the concern of `autograd`; the dispatcher need not stop here to find that out.
     library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"batchnorm::{name}", fake, lib=library)
 
 
+def _on_cuda(name: str) -> Callable[..., object]:
+    """An operator that anybody may call, with anything: by a kernel in Triton, or the reference where there is none."""
+    kernel, otherwise = triton.operation(name), slices.operation(name)
+    parameters = tuple(inspect.signature(getattr(reference, name)).parameters)
+
+    def operator(*args: Any) -> object:  # noqa: ANN401 - of the operation
+        given = dict(zip(parameters, args, strict=False))  # without those at the end that have their defaults
+        served = _runs(args[0].device)
+        if "x" in given:
+            chosen = select(given["x"], given.get("mask"), given.get("activation"))
+            served = served and chosen.forward is _operator("forward")
+        return (kernel if served else otherwise)(*args)
+
+    return operator
+
+
+def _runs(device: torch.device) -> bool:
+    """Whether kernels in Triton run on a device. Where they do not, it says so, and they are not chosen again."""
+    if torch.cuda.is_current_stream_capturing():  # where nothing can be tried
+        return True
+    reason = triton.failure(device)
+    if reason and any(key[0] == device.type for key in _TABLE):
+        for key in [key for key in _TABLE if key[0] == device.type]:
+            del _TABLE[key]
+        warnings.warn(
+            f"the kernels in Triton do not run on {device}; torch's batch norm takes their place, which is slower. "
+            f"This is what they raised: {reason}",
+            UserWarning,
+            stacklevel=2,
+        )
+    return not reason
+
+
 def _define() -> torch.library.Library:
     library = torch.library.Library("batchnorm", "DEF")
     for name, changed in OPERATIONS.items():
-        function = getattr(reference, name)
-        _register(library, name, function, changed, function)
-    _register(library, "unless_repeated", _unless_repeated, (), lambda count, _: torch.empty_like(count))
+        described = getattr(reference, name)
+        _register(library, name, described, changed, fake=described, function=slices.operation(name))
+        if triton.AVAILABLE:
+            library.impl(name, _on_cuda(name), "CUDA")
+    _register(library, "unless_repeated", _unless_repeated, (), fake=lambda count, _: torch.empty_like(count))
     return library
 
 
@@ -82,12 +124,13 @@ def unless_repeated(count: Tensor, running_mean: Tensor) -> Tensor:
     return counted
 
 
-_MAX_RANK = 16  # of the kernels
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # A device with kernels of its own is one entry.
 BACKENDS: tuple[Backend, ...] = ()
 if cpu.AVAILABLE:
     BACKENDS += (Backend(lambda: f"native ({cpu.level()})", ("cpu",), DTYPES, cpu.ACTIVATIONS, _operator),)
+if triton.AVAILABLE:  # ROCm's devices are called "cuda", too
+    BACKENDS += (Backend(lambda: "triton", ("cuda",), triton.DTYPES, triton.ACTIVATIONS, _operator),)
 
 
 @dataclass(frozen=True)
@@ -98,15 +141,19 @@ class _Choice:
     traced: Operations
 
 
-# Autograd sees through it: for transforms of torch.func, and for tensors that only torch can compute with.
-DIFFERENTIABLE = Operations(lambda name: getattr(reference, name), eager=False)
-# Torch's own operators: for graphs that others read. Autograd sees through them: there are no gradients among them.
-ATEN = Operations(lambda name: getattr(aten, name, None), eager=False)
+# For transforms of torch.func, and for tensors that only torch can compute with.
+DIFFERENTIABLE = Operations(lambda name: getattr(reference, name), differentiable=True)
+# Torch's own operators: for graphs that others read. There are no gradients among them.
+ATEN = Operations(lambda name: getattr(aten, name, None), differentiable=True)
 _REFERENCE = _Choice(
-    Operations(lambda name: getattr(reference, name), eager=True),
+    Operations(slices.operation, eager=True),
     # Plain torch, which Inductor fuses.
-    Operations(lambda name: getattr(reference, name), eager=False),
+    Operations(lambda name: getattr(reference, name)),
 )
+# Torch's own operators again, for devices without kernels of ours.
+_FALLBACK = _Choice(*[Operations(fallback.operation, differentiable=True)] * 2)
+# Where the reference is better than torch's layers, and no slower than it has to be.
+_WITHOUT_FALLBACK = ("cpu",)
 _TABLE: dict[tuple[str, torch.dtype, str | None], _Choice] = {}
 for _backend in BACKENDS:
     _choice = _Choice(*(Operations(_backend.find, eager=eager) for eager in (True, False)))
@@ -126,12 +173,16 @@ def select(x: Tensor, mask: Tensor | None = None, activation: str | None = None)
 
     Under transforms of torch.func, and for a `DTensor`, of which processes have parts and with which torch's own
     operators compute as with the whole, it is `DIFFERENTIABLE`; in graphs that are exported or traced it is `ATEN`. A
-    device, dtype or activation without kernels of ours, an empty input, more than 16 dimensions, and a mask with a
-    value for every value of x go to the reference.
+    device, dtype or activation without kernels of ours goes to torch's batch norm, on the CPU to the reference. An
+    empty input, more than 16 dimensions, and a mask go to the reference, too, the mask for which there are kernels only
+    with a value for every value of x.
     """
     if in_functorch() or (type(x) is not Tensor and _is_distributed(x)):
         return DIFFERENTIABLE
-    choice = _TABLE.get((x.device.type, x.dtype, activation), _REFERENCE)
+    device = x.device.type
+    choice = _TABLE.get((device, x.dtype, activation))
+    if choice is None:
+        choice = _FALLBACK if mask is None and device not in _WITHOUT_FALLBACK else _REFERENCE
     rank = x.dim()
     if x.numel() == 0 or rank > _MAX_RANK or (mask is not None and mask.dim() == rank):
         choice = _REFERENCE
@@ -159,20 +210,27 @@ class KernelTable(tuple[Kernel, ...]):
         lines += [f"{row.device:<8} {row.dtype:<10} {row.implementation}" for row in self]
         if cpu.UNAVAILABLE_REASON:
             lines.append(f"No native kernels: {cpu.UNAVAILABLE_REASON}.")
+        if triton.UNAVAILABLE_REASON and (torch.version.cuda or torch.version.hip):
+            lines.append(f"No kernels for GPUs: {triton.UNAVAILABLE_REASON}.")
         return "\n".join(lines)
 
 
 def kernels() -> KernelTable:
     """Which implementation serves which device and dtype.
 
-    "native (LEVEL)" is the C++ extension with the instruction set that it uses; "reference" is plain torch: the same
-    results, slower.
+    "native (LEVEL)" is the C++ extension with the instruction set that it uses; "triton" are the kernels in Triton,
+    for CUDA and ROCm; "reference" is plain torch: the same results, slower; "torch" are torch's own operators, at their
+    speed and with their precision, and the reference where these cannot do what is asked: masks, and statistics that
+    processes share.
     """
-    names = {(device, dtype): b.name() for b in BACKENDS for device in b.devices for dtype in b.dtypes}
-    devices = dict.fromkeys(["cpu", *(device for device, _ in names)])
+    chosen = {(device, dtype) for device, dtype, _ in _TABLE}
     rows = [
-        Kernel(device, str(dtype).removeprefix("torch."), names.get((device, dtype), "reference"))
-        for device in devices
+        Kernel(device, str(dtype).removeprefix("torch."), _name(device, dtype) if (device, dtype) in chosen else other)
+        for device, other in (("cpu", "reference"), ("cuda", "torch"))
         for dtype in DTYPES
     ]
-    return KernelTable([*rows, Kernel("others", "all", "reference")])
+    return KernelTable([*rows, Kernel("others", "all", "torch")])
+
+
+def _name(device: str, dtype: torch.dtype) -> str:
+    return next(b.name() for b in BACKENDS if device in b.devices and dtype in b.dtypes)

@@ -43,8 +43,8 @@ def normalize(
     activation: str | None,
 ) -> Tensor:
     """`reference.normalize`."""
-    y = _batch_norm(x, (mean, var), weight, bias, eps, channel_dim, None)
-    return _finished(y, residual, activation)
+    y = batch_norm(x, (mean, var), weight, bias, eps, channel_dim, None)
+    return finished(y, residual, activation)
 
 
 def normalize_(
@@ -75,7 +75,7 @@ def forward(
     """`reference.forward` without its moments, which nothing in such a graph reads: y stands in their places."""
     if mask is not None:
         refuse("a mask")
-    y = _finished(_batch_norm(x, None, weight, bias, eps, channel_dim, 0.0), residual, activation)
+    y = finished(batch_norm(x, None, weight, bias, eps, channel_dim, 0.0), residual, activation)
     return y, y, y, y
 
 
@@ -104,7 +104,7 @@ def forward_commit(
     # No `momentum or 0.0`: a tracer that knows momentum only by name cannot say whether it is 0.
     momentum = 0.0 if momentum is None else momentum
     statistics = None if running_mean is None or running_var is None else (running_mean, running_var)
-    y = _finished(_batch_norm(x, statistics, weight, bias, eps, channel_dim, momentum), residual, activation)
+    y = finished(batch_norm(x, statistics, weight, bias, eps, channel_dim, momentum), residual, activation)
     return y, y, y, y
 
 
@@ -127,7 +127,7 @@ def commit(
     refuse("a commit of statistics by itself")
 
 
-def _batch_norm(
+def batch_norm(
     x: Tensor,
     statistics: tuple[Tensor, Tensor] | None,
     weight: Tensor | None,
@@ -156,6 +156,7 @@ def _as(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
-def _finished(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+def finished(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+    """What follows the normalisation."""
     z = y if residual is None else y + residual
     return z if activation is None else ACTIVATIONS[activation].formula(z)

@@ -20,17 +20,20 @@ class Operations:
     Args:
         find: from an operation's name to the function.
         eager: whether they may change running statistics where autograd does not see it; not while a graph is traced.
+        differentiable: whether `forward` and `normalize` are for autograd to see through, instead of `autograd`'s
+            function around them.
 
     Attributes:
+        eager, differentiable: as given.
         batch_moments, normalize, normalize_, forward, backward_sums, backward_input, backward, commit, forward_commit:
             the functions; what each means is written in `kernels.reference`.
     """
 
-    def __init__(self, find: Callable[[str], object], *, eager: bool) -> None:
+    def __init__(self, find: Callable[[str], object], *, eager: bool = False, differentiable: bool = False) -> None:
         def typed(function: Callable[P, R]) -> Callable[P, R]:
             return cast("Callable[P, R]", find(function.__name__))
 
-        self.eager = eager
+        self.eager, self.differentiable = eager, differentiable
         self.batch_moments = typed(reference.batch_moments)
         self.normalize = typed(reference.normalize)
         self.normalize_ = typed(reference.normalize_)

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from batchnorm import layout
 from batchnorm.activations import ACTIVATIONS
-from batchnorm.errors import OptionError
-from batchnorm.kernels.running_statistics import check_commit
+from batchnorm.kernels.running_statistics import check_both, check_commit
 
 
 def statistics_dtype(device: torch.device) -> torch.dtype:
@@ -278,8 +277,7 @@ def forward_commit(
 
     Without running_mean and running_var nothing is committed.
     """
-    if (running_mean is None) != (running_var is None):
-        raise OptionError("got running_mean without running_var, or the other way round; give both, or None for both")
+    check_both(running_mean, running_var)
     y, count, mean, m2 = forward(x, weight, bias, residual, eps, channel_dim, activation, mask)
     if running_mean is not None and running_var is not None:
         commit(running_mean, running_var, num_batches_tracked, num_batches_skipped, count, mean, m2, momentum)

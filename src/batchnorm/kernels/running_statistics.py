@@ -48,6 +48,16 @@ def check_running(
             _check_number(num_batches_tracked, "num_batches_tracked")
 
 
+def check_both(running_mean: Tensor | None, running_var: Tensor | None) -> None:
+    """There are two running statistics to commit to, or none.
+
+    Raises:
+        OptionError: there is one.
+    """
+    if (running_mean is None) != (running_var is None):
+        raise OptionError("got running_mean without running_var, or the other way round; give both, or None for both")
+
+
 def check_commit(
     running_mean: Tensor,
     running_var: Tensor,

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["ACTIVATIONS", "AVAILABLE", "DTYPES", "UNAVAILABLE_REASON", "operation"]
+__all__ = ["ACTIVATIONS", "AVAILABLE", "DTYPES", "UNAVAILABLE_REASON", "failure", "operation"]
 
 AVAILABLE = importlib.util.find_spec("triton") is not None
 UNAVAILABLE_REASON = "" if AVAILABLE else "the package triton is not installed; torch's builds for GPUs bring it"
@@ -37,3 +37,17 @@ def operation(name: str) -> Callable[..., Any]:
         return function
 
     return lambda *args: found()(*args)
+
+
+@functools.cache
+def failure(device: torch.device) -> str:
+    """Why kernels do not run on a device, where the package is: its compiler, say, finds none for C; "" if they do.
+
+    The smallest input there is tells, once for each device.
+    """
+    x = torch.tensor([[1.0], [3.0]], device=device)
+    try:
+        operation("forward")(x, None, None, None, 1e-5, 1, None)
+    except Exception as error:  # whatever a compiler raises: it is told, and there is another way
+        return f"{type(error).__name__}: {error}"
+    return ""

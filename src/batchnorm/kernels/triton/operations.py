@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from batchnorm.errors import OptionError
-from batchnorm.kernels.running_statistics import check_commit
+from batchnorm.kernels.running_statistics import check_both, check_commit
 from batchnorm.kernels.triton.arrangement import arrange
 from batchnorm.kernels.triton.passes import (
     MaybeSums,
@@ -111,8 +110,7 @@ def forward_commit(
     momentum: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`reference.forward_commit`: no launch more than `forward`; one more where momentum is None."""
-    if (running_mean is None) != (running_var is None):
-        raise OptionError("got running_mean without running_var, or the other way round; give both, or None for both")
+    check_both(running_mean, running_var)
     if running_mean is None or running_var is None:
         return forward(x, weight, bias, residual, eps, channel_dim, activation, mask)
     a = arrange(x, channel_dim)
