@@ -1,0 +1,1 @@
+"""The checks: a file for each group, one function for each check."""
