@@ -130,6 +130,7 @@ def test_the_public_names() -> None:
         "Pending",
         "Recalibration",
         "Renorm",
+        "check",
         "convert",
         "deferred",
         "errors",

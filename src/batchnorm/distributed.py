@@ -45,6 +45,13 @@ class Group:
         if self.rank < 0:
             raise OptionError("got a process group that this process is not in; only its members may call this")
 
+    @classmethod
+    def alone(cls) -> Group:
+        """This process alone, whatever others there are."""
+        group = cls.__new__(cls)
+        group._group, group.rank, group.size, group._parted = None, 0, 1, False
+        return group
+
     def all_gather(self, label: str | None, tensors: Sequence[Tensor] = ()) -> tuple[str | None, list[list[Tensor]]]:
         """Wait for all processes, check that they are at the same place, and hand out what each brought.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from batchnorm.diagnosis.observation import Observation, ObservedLayer
 from batchnorm.models.norm_layers import NormLayer, named_norm_layers
 from batchnorm.modules import BatchNorm
 from batchnorm.population.batches import Forward, default_forward
+
+if TYPE_CHECKING:
+    from batchnorm.diagnosis.gap import Far, Gap
 
 EPS = 1e-5  # torch's default: what a state_dict does not tell
 
@@ -79,6 +82,8 @@ class Subject:
         data: what the data showed, or None without data.
         second: what the second data showed, or None.
         example: an input of the model's, of the data: a batch as it came; None without data.
+        far: of the layers with running statistics that data came into, how far these are from the population.
+        gap: what that does; None where it was not measured.
         gradients: by the names of parameters, the gradients of a training pass of one batch: filled where there are a
             loss and data.
     """
@@ -91,6 +96,8 @@ class Subject:
     data: Observation | None = None
     second: Observation | None = None
     example: Any = None
+    far: dict[str, Far] = field(default_factory=dict)
+    gap: Gap | None = None
     gradients: Mapping[str, Tensor | None] = field(default_factory=dict)
 
     def observed(self) -> list[tuple[LayerState, ObservedLayer]]:

@@ -103,9 +103,13 @@ class Exact:
             raise _called_twice(batch_pass.batch)
         batch_pass.called.append(layer)
         if layer not in self._solved:  # otherwise the pass is being repeated
-            batch_pass.at, batch_pass.moments = layer, layer.moments(args, kwargs)
+            batch_pass.at, batch_pass.moments = layer, self._moments(layer, batch_pass.batch, args, kwargs)
             with closed():
                 self._lockstep.wait()
+
+    def _moments(self, layer: Layer, batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Moments:
+        """The moments of a layer's input. For subclasses, too, which want to see more of it."""
+        return layer.moments(args, kwargs)
 
     def _gather(self) -> tuple[Layer, Moments] | None:
         """The layer that all passes of all processes wait at, and the moments of its inputs; None at their end.
@@ -115,7 +119,7 @@ class Exact:
         """
         passes = self._lockstep.passes
         here = _where(passes)
-        tensors = _pool(passes) if here in self._layers else []
+        tensors = self._pool() if here in self._layers else []
         with caller():  # others may take long
             label, shares = self._context.group.all_gather(here, tensors)
         if label is None:
@@ -124,6 +128,28 @@ class Exact:
             return None
         parts = [Moments(*share) for share in shares if share]
         return self._layers[label], sum(parts[1:], start=parts[0])
+
+    def _pool(self) -> list[Tensor]:
+        """Count, mean and m2 of all inputs to the layer that passes wait at."""
+        inputs = [call.moments for call in self._waiting()]
+        if not bool(torch.stack([m.mean + m.m2 for m in inputs]).isfinite().all()):  # one look: it waits for the device
+            self._refuse_non_finite(self._waiting())
+            inputs = [call.moments for call in self._waiting()]
+        counts, means, squares = (torch.stack([getattr(m, name) for m in inputs]) for name in ("count", "mean", "m2"))
+        whole = pool(counts, means, squares)
+        return [whole.count, whole.mean, whole.m2]
+
+    def _waiting(self) -> list[LayerCall]:
+        """The calls that passes wait in."""
+        return [LayerCall(p.at, p.moments, p.batch.index) for p in self._lockstep.passes if p.at and p.moments]
+
+    def _refuse_non_finite(self, calls: Sequence[LayerCall]) -> None:
+        """Some calls' inputs are not finite. For subclasses, too, which can go on without these passes.
+
+        Raises:
+            NonFiniteError: naming the first.
+        """
+        check_finite(calls)
 
     def _solve(self, layer: Layer, moments: Moments) -> None:
         """Have a layer normalise by the moments of all its inputs from now on."""
@@ -190,18 +216,3 @@ def _where(passes: Sequence[Pass]) -> str | None:
 
 def _label(batch_pass: Pass) -> str:
     return _END if batch_pass.at is None else batch_pass.at.name
-
-
-def _pool(passes: Sequence[Pass]) -> list[Tensor]:
-    """Count, mean and m2 of all inputs to the layer that passes wait at.
-
-    Raises:
-        NonFiniteError: an input is not finite.
-    """
-    waiting = [LayerCall(p.at, p.moments, p.batch.index) for p in passes if p.at and p.moments]
-    inputs = [call.moments for call in waiting]
-    counts, means, squares = (torch.stack([getattr(m, name) for m in inputs]) for name in ("count", "mean", "m2"))
-    if not bool((means.isfinite() & squares.isfinite()).all()):  # one look for all batches: it waits for the device
-        check_finite(waiting)
-    whole = pool(counts, means, squares)
-    return [whole.count, whole.mean, whole.m2]

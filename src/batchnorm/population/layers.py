@@ -51,7 +51,7 @@ class Layer:
         """
         x = args[0] if args else kwargs["input"]
         ours = self.module if isinstance(self.module, BatchNorm) else None
-        self._check_unmoved()
+        self.check_unmoved()
         mask = None if ours is None else kwargs.get("mask")
         call = Call(x, mask=mask, channel_dim=1 if ours is None else ours.channel_dim)
         layout.channel_axis(x.dim(), call.channel_dim)
@@ -78,8 +78,12 @@ class Layer:
                 f"batchnorm.convert(model)"
             )
 
-    def _check_unmoved(self) -> None:
-        """What is written has to be what the layer reads: not so in a replica, or under `functional_call`."""
+    def check_unmoved(self) -> None:
+        """What is written has to be what the layer reads: not so in a replica, or under `functional_call`.
+
+        Raises:
+            OptionError: it is not.
+        """
         if in_functorch() or self.module.running_mean is not self.mean or self.module.running_var is not self.var:
             raise OptionError(
                 "got a call with other buffers than the model's own, or inside a transform of torch.func; "

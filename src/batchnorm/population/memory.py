@@ -100,6 +100,13 @@ class Memory:
             buffers.restore()
         self._replays += 1
 
+    def drop(self, batch_pass: Pass) -> None:
+        """End a pass that is not to go on, as if it had not been."""
+        self._release(self._held.pop(batch_pass, 0))
+        self.end(batch_pass)
+        self._replays -= 1
+        self._lockstep.passes.remove(batch_pass)
+
     def _release(self, size: int) -> None:
         self._total -= size
         if self._limit is not None and self._allocated > max(self._limit * HANDED_BACK, LEAST_HANDED_BACK):

@@ -1,0 +1,76 @@
+"""Remedies: all of them or none, and the same check again."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from diagnosis.networks import healthy, labelled
+from torch import nn
+
+import batchnorm as bn
+from batchnorm.diagnosis import fix
+from batchnorm.diagnosis.catalogue import CHECKS
+
+
+def test_a_remedy_for_every_check_that_promises_one() -> None:
+    assert set(fix.REMEDIES) >= {code for code, check in CHECKS.items() if check.fixed}
+
+
+def test_wrong_statistics_become_the_populations() -> None:
+    model, batches = healthy(), labelled()
+    right = copy.deepcopy(model)
+    model[4].running_mean += 2
+    report = bn.check(model, batches)
+    done, after = report.fix()
+    assert [(entry.code, entry.layer) for entry in done] == [("BN301", "4")]
+    assert done[0].before.startswith("off by ")
+    assert float(done[0].after.split()[-1]) < 1e-5
+    assert after.before is report
+    assert after.ok
+    for actual, expected in zip(model.buffers(), right.buffers(), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_batches_that_can_be_read_once_only() -> None:
+    model, batches = healthy(), labelled()
+    model[4].running_mean += 2
+    done, after = bn.check(model, iter(batches)).fix()
+    assert len(done) == 1
+    assert after.batches == 0  # what can be seen without data
+    assert bn.check(model, batches).ok
+
+
+def test_nothing_to_do() -> None:
+    report = bn.check(healthy(), labelled())
+    done, after = report.fix()
+    assert done == ()
+    assert after is report
+
+
+def test_all_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches = healthy(), labelled()
+    model[1].running_mean += 2
+    model[4].running_mean += 2
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modules = list(model)
+    report = bn.check(model, batches)
+    settle, calls = fix.REMEDIES["BN301"], []
+
+    def second_fails(work: fix._Work, finding: object) -> str | None:
+        calls.append(finding)
+        if len(calls) == 2:
+            bn.convert(work.model)
+            raise RuntimeError("broken")
+        return settle(work, finding)  # type: ignore[arg-type]
+
+    monkeypatch.setitem(fix.REMEDIES, "BN301", second_fails)
+    with pytest.raises(RuntimeError, match="broken"):
+        report.fix()
+    assert len(calls) == 2
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(a is b for a, b in zip(model, modules, strict=True))
+    assert [type(m) for m in model if isinstance(m, nn.BatchNorm2d)] == [nn.BatchNorm2d, bn.BatchNorm2d, nn.BatchNorm2d]
+    monkeypatch.setitem(fix.REMEDIES, "BN301", settle)
+    assert report.fix().report.ok
