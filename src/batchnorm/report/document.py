@@ -10,7 +10,8 @@ from batchnorm.messages import printable
 
 T = TypeVar("T")
 
-Outcome = Literal["yes", "no", "open"]
+Outcome = Literal["yes", "no", "open", "note"]
+LEVELS = 5  # of cells and bins: as many colours and heights as can be told apart
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Judged:
 
     Attributes:
         claim: the statement, in words short enough for one line.
-        outcome: whether it holds; "open" where that cannot be told. It decides colour and sign, never the words.
+        outcome: whether it holds; "open" where that cannot be told, "note" where nothing is at stake. It decides colour
+            and sign, never the words.
         verdict: the same as the reader is told it: "supported".
         criterion: what decides, fixed before the numbers were known.
         evidence: the numbers that decided, on one line too.
@@ -96,6 +98,72 @@ class Chart:
 
 
 @dataclass(frozen=True)
+class Cell:
+    """One of a strip.
+
+    Attributes:
+        label: what it stands for, and its numbers, in words.
+        level: from 0 to `LEVELS` - 1: how high it is, and in which colour; None where there are no numbers.
+        target: the key of the section, or of the profile, that it leads to.
+    """
+
+    label: str
+    level: int | None
+    target: str
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Things in a row, as high as something about them.
+
+    Attributes:
+        caption: what the things are, and what their height is.
+        cells: in order.
+        legend: what each level means, from 0 on.
+    """
+
+    caption: str
+    cells: Sequence[Cell]
+    legend: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How many values there are in each of some bins.
+
+    Attributes:
+        title: of what, in a few words.
+        description: the same in numbers, for those who cannot see it.
+        counts: in the bins, from left to right.
+        levels: the level of each bin, as of a cell: its colour.
+        ticks: positions, in bins from the left end, and what stands there.
+    """
+
+    title: str
+    description: str
+    counts: Sequence[int]
+    levels: Sequence[int]
+    ticks: Sequence[tuple[float, str]]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One thing with its distributions.
+
+    Attributes:
+        key: its address in the page, unlike any section's and any other's.
+        name: of the thing.
+        facts: about it, in one line.
+        histograms: beside each other.
+    """
+
+    key: str
+    name: str
+    facts: str
+    histograms: Sequence[Histogram] = ()
+
+
+@dataclass(frozen=True)
 class Section:
     """One question with its answer.
 
@@ -108,6 +176,9 @@ class Section:
         charts: the curves behind it.
         notes: how it was measured, and what was not.
         code: what to type to see it oneself; several lines, or nothing.
+        code_title: what the code is for.
+        strips: things in rows.
+        profiles: things with their distributions.
     """
 
     key: str
@@ -118,6 +189,9 @@ class Section:
     charts: Sequence[Chart] = ()
     notes: Sequence[str] = ()
     code: str = ""
+    code_title: str = "See it yourself"
+    strips: Sequence[Strip] = ()
+    profiles: Sequence[Profile] = ()
 
 
 @dataclass(frozen=True)
@@ -130,6 +204,9 @@ class Document:
         sections: in order.
         command: the command line that makes it again.
         facts: names and values of what it ran on.
+        tally: outcomes, how often, and of what: the first line of the summary; None to count the statements.
+        strips: rows at the end of the summary.
+        named: whether claims are names, which need less room than what was measured.
     """
 
     title: str
@@ -137,6 +214,9 @@ class Document:
     sections: Sequence[Section]
     command: str
     facts: Sequence[tuple[str, str]]
+    tally: Sequence[tuple[Outcome, int, str]] | None = None
+    strips: Sequence[Strip] = ()
+    named: bool = False
 
 
 def percent(fraction: float) -> str:

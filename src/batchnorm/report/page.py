@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from typing import get_args
 
-from batchnorm.report import charts
+from batchnorm.report import charts, marks
 from batchnorm.report.document import Document, Outcome, shown
 
 _ROOMY = 22  # lines of the summary that fit one screen with room between them; more are set closer
@@ -16,15 +16,16 @@ def page(document: Document) -> str:
     """The document as HTML. All of its text is escaped; only the drawings are markup, and they are our own.
 
     Raises:
-        ValueError: two sections have one key, or there are more curves in a chart than there are styles.
+        ValueError: two sections or profiles have one key, or there are more curves in a chart than there are styles.
     """
     import jinja2
     from markupsafe import Markup
 
     document = shown(document)
     keys = [section.key for section in document.sections]
+    keys += [profile.key for section in document.sections for profile in section.profiles]
     if len(set(keys)) < len(keys):
-        raise ValueError(f"each section needs a key of its own, got {keys}")
+        raise ValueError(f"each section and each profile needs a key of its own, got {keys}")
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("batchnorm.report"),
         autoescape=True,
@@ -34,6 +35,7 @@ def page(document: Document) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["typeset"] = typeset
+    environment.filters["histogram"] = lambda histogram: Markup(marks.histogram(histogram))
     drawings = {
         section.key: [Markup(charts.svg(chart, f"{section.key}-{i}")) for i, chart in enumerate(section.charts)]
         for section in document.sections
@@ -53,11 +55,13 @@ def typeset(text: str) -> str:
     return re.sub(r"(?<=\d) (?=%)", "\N{NO-BREAK SPACE}", text)
 
 
-def _tally(document: Document) -> list[tuple[Outcome, str, int]]:
+def _tally(document: Document) -> list[tuple[Outcome, int, str]]:
     """How often each verdict was given: what holds first, what is open last."""
+    if document.tally is not None:
+        return list(document.tally)
     counts = Counter((row.outcome, row.verdict) for section in document.sections for row in section.judged)
     order: tuple[Outcome, ...] = get_args(Outcome)
     return sorted(
-        ((outcome, verdict, count) for (outcome, verdict), count in counts.items()),
-        key=lambda entry: (order.index(entry[0]), entry[1]),
+        ((outcome, count, verdict) for (outcome, verdict), count in counts.items()),
+        key=lambda entry: (order.index(entry[0]), entry[2]),
     )

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from batchnorm.report.document import Outcome, Section, Table, shown
 
-STYLES: dict[Outcome, str] = {"yes": "bold green", "no": "bold red", "open": "bold yellow"}
+STYLES: dict[Outcome, str] = {"yes": "bold green", "no": "bold red", "open": "bold yellow", "note": "bold blue"}
 
 
 def table(content: Table) -> Group:
