@@ -17,7 +17,7 @@ from batchnorm.kernels.triton import operations, passes
 
 
 class NoWaiting(TorchDispatchMode):
-    """Meta tensors stand for a device's. They have no values, so asking for one fails by itself; copies are seen here."""
+    """Meta tensors stand for a device's. They have no values, asking for one fails by itself; copies are seen here."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = function(*args, **(kwargs or {}))
