@@ -42,7 +42,7 @@ class Contender(Protocol):
         """Do the work once; seconds, or None where it cannot be told from the rest."""
 
     def answer(self) -> list[Tensor]:
-        """The output y and the gradients dx, dweight, dbias and, if any, dresidual, as float32 in the layout of the case."""
+        """The output y, the gradients dx, dweight and dbias and, if any, dresidual; float32, in the case's layout."""
 
     def close(self) -> None:
         """Free the tensors of the case."""
