@@ -55,6 +55,20 @@ def test_only_the_work_is_timed() -> None:
     assert contender.happened == ["prepared", "done"] * 3
 
 
+@pytest.mark.parametrize(("count", "times"), [(1, 1), (cuda.STEPS, 1), (5 * cuda.STEPS + 1, 5)])
+def test_a_graph_holds_several_repetitions(count: int, times: int) -> None:
+    clock, replays = Ticks(), []
+
+    class Graph:
+        def replay(self) -> None:
+            replays.append(clock.now)
+            clock.now += 40 * cuda.STEPS
+
+    seconds = cuda.replayed(Graph(), clock, count)
+    assert len(replays) == times
+    assert seconds == pytest.approx(40, rel=0.01)  # a tick between the marks, too
+
+
 @pytest.mark.parametrize("l2_bytes", [1, 10_000, 1_000_000])
 def test_more_than_the_cache_lies_between_two_uses_of_an_input(l2_bytes: int) -> None:
     copies = cuda.rotated(contenders.Inputs.of(CASE), CPU, l2_bytes)
@@ -122,6 +136,14 @@ def test_bytes_are_those_of_our_kernels_where_they_serve(serves: str, monkeypatc
     for phase, bytes_a_value in expected.items():
         moved = cuda.our_bytes(case, phase)
         assert moved == (bytes_a_value * math.prod(case.shape) if serves == "triton" else None)
+
+
+@pytest.mark.parametrize("case", suites.cases("all", residuals=(False, True)), ids=str)
+def test_every_case_can_be_counted(case: suites.Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="counting launches needs the package triton")
+    row = type("Row", (), {"device": "cuda", "dtype": case.dtype, "implementation": "triton"})
+    monkeypatch.setattr(cuda.batchnorm, "kernels", lambda: (row,))
+    assert cuda.our_bytes(case, "inference") == (2 + case.residual) * cuda.input_bytes(case)
 
 
 def test_a_row(monkeypatch: pytest.MonkeyPatch) -> None:

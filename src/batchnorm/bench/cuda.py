@@ -206,7 +206,7 @@ def repeated(contender: OnDevice, phase: str, clock: Clock, count: int) -> float
 
 
 def replays(contender: OnDevice, phase: str, clock: Clock) -> Callable[[int], float]:
-    """A CUDA graph of `STEPS` repetitions; the result replays it, and returns the mean seconds of one repetition."""
+    """`replayed` of a CUDA graph of `STEPS` repetitions."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with contender.setting():
@@ -219,13 +219,16 @@ def replays(contender: OnDevice, phase: str, clock: Clock) -> Callable[[int], fl
             for _ in range(STEPS):
                 contender.prepare(phase)()
 
-    def replay(count: int) -> float:
-        first = clock.mark()
-        for _ in range(count):
-            graph.replay()
-        return clock.seconds(first, clock.mark()) / (count * STEPS)
+    return partial(replayed, graph, clock)
 
-    return replay
+
+def replayed(graph: torch.cuda.CUDAGraph, clock: Clock, count: int) -> float:
+    """Mean seconds of one of about `count` repetitions, `STEPS` of which are in the graph."""
+    times = max(1, count // STEPS)
+    first = clock.mark()
+    for _ in range(times):
+        graph.replay()
+    return clock.seconds(first, clock.mark()) / (times * STEPS)
 
 
 def peak(contender: OnDevice, phase: str) -> int:
