@@ -165,3 +165,28 @@ def test_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_gpu() -> None:
     with pytest.raises(UsageError, match="torch finds no GPU"):
         cuda.run([CASE], compile=False, advance=lambda _: None)
+
+
+def test_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it, with the CPU for a device and ticks for its clock."""
+    properties = type("Properties", (), {"name": "a GPU", "L2_cache_size": 10_000})
+    for name, result in {"is_available": True, "current_device": 0, "get_device_properties": properties}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, result=result: result)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(cuda, "DEVICE", CPU)
+    monkeypatch.setattr(cuda, "COPIED", 1 << 20)
+    monkeypatch.setattr(cuda, "Events", Ticks)
+    monkeypatch.setattr(cuda, "peak", lambda *_: 7)
+    monkeypatch.setattr(cuda, "replays", lambda *_: lambda count: 2.0)
+    seen: list[measure.Row] = []
+    cases = [CASE, suites.Case("test", (6, 5, 4, 3), suites.FIRST, "bfloat16")]
+    rows, gpu = cuda.run(cases, compile=False, advance=seen.append)
+    assert gpu == cuda.Gpu("a GPU", 10_000, 2 << 20)
+    assert rows == seen
+    assert [(row.dtype, row.residual, row.phase) for row in rows] == [
+        (case.dtype, case.residual, phase) for case in cases for phase in contenders.PHASES
+    ]
+    eager = dict.fromkeys(("ours", "torch", "native"), 1.0)
+    graphs = {name + cuda.GRAPH: 2.0 for name in eager}
+    for row in rows:
+        assert row.seconds == (eager if row.phase == "backward" else eager | graphs)

@@ -23,6 +23,7 @@ from batchnorm.bench.measure import Row, compare, take_turns
 from batchnorm.bench.suites import DTYPES, Case
 from batchnorm.errors import UsageError
 
+DEVICE = torch.device("cuda")
 # As measure's: about so many seconds a row; a turn long enough that starting it does not weigh.
 SECONDS, TURN = 0.3, 5e-3
 # Between two uses of an input so many times the L2's bytes are touched.
@@ -128,12 +129,12 @@ def run(cases: Sequence[Case], *, compile: bool, advance: Callable[[Row], None])
     check()
     clock, properties = Events(), torch.cuda.get_device_properties(torch.cuda.current_device())
     l2_bytes = properties.L2_cache_size
-    gpu = Gpu(properties.name, l2_bytes, copy_bytes_per_second(clock, torch.device("cuda"), max(COPIED, 4 * l2_bytes)))
+    gpu = Gpu(properties.name, l2_bytes, copy_bytes_per_second(clock, DEVICE, max(COPIED, 4 * l2_bytes)))
     contenders = [OnDevice("ours", ours), OnDevice("torch", torch_nn), WithoutCudnn("native", torch_nn)]
     contenders += [OnDevice("compile", torch_compile)] if compile else []
     rows = []
     for case in cases:
-        inputs = rotated(Inputs.of(case), torch.device("cuda"), l2_bytes)
+        inputs = rotated(Inputs.of(case), DEVICE, l2_bytes)
         for contender in contenders:
             contender.hold(case, inputs)
         compare(case, contenders)
