@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard src/batchnorm/kernels/cpu/*/*.?pp)
 
-.PHONY: demo test test-long test-torch check sanitize bench peers clean
+.PHONY: demo test test-long test-torch cuda check sanitize bench peers clean
 
 demo: $(VENV)/installed ## the study's quick form, on real data
 	$(BIN)/batchnorm study --quick
@@ -29,6 +29,9 @@ test-torch: $(VENV)/installed $(OTHER)/installed ## the tests with another torch
 $(OTHER)/installed:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(OTHER) --upgrade torch==$(TORCH)
 	touch $@
+
+cuda: $(VENV)/installed ## on a GPU, in under ten minutes: its tests, sanitizers, measurements, into build/cuda
+	PYTHON=$(BIN)/python benchmarks/gpu_session.sh build/cuda
 
 check: $(VENV)/installed ## format, lint and types
 	$(BIN)/ruff format --check .

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.bench import measure
-from batchnorm.bench.suites import DTYPES, LAYOUTS, SHAPES, Case
+from batchnorm.bench.suites import LAYOUTS, SHAPES, USUAL, Case
 from batchnorm.errors import BatchNormError, UsageError
 
 PHASES = ("forward", "both", "inference")
@@ -42,12 +42,10 @@ class VersionCase(Case):
 
     Attributes:
         activation: inside the layer, or None.
-        residual: whether one is added.
         mask: whether a boolean mask chooses the positions that count.
     """
 
     activation: str | None = None
-    residual: bool = False
     mask: bool = False
 
     @property
@@ -203,7 +201,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("before", type=Path, help="a folder that contains batchnorm/")
     parser.add_argument("after", type=Path, help="another")
     parser.add_argument("--suite", choices=[*SUITES, "all"], default="quick")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="both by default")
+    parser.add_argument("--dtype", choices=USUAL["cpu"], help="both by default")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="1 on a machine that is busy")
     parser.add_argument("--seconds", type=float, default=0.5, help="for a case and a phase")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number there")
@@ -213,7 +211,7 @@ def main(arguments: Sequence[str]) -> None:
         for version in versions:
             print(f"- {version.name}: {version.information['file']}, {version.information['kernels']}")
         print("\n| case | phase | before, ms | after, ms | after / before |\n|---|---|---|---|---|")
-        for case in cases(options.suite, [options.dtype] if options.dtype else list(DTYPES)):
+        for case in cases(options.suite, [options.dtype] if options.dtype else USUAL["cpu"]):
             for row in compared(versions, case, options.seconds):
                 rows.append(row)
                 times = f"{1e3 * row.before:.4f} | {1e3 * row.after:.4f} | {row.ratio:.2f}"

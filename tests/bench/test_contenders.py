@@ -16,6 +16,8 @@ CASES = [
     suites.Case("test", (6, 5, 7), suites.AXIS, "float32"),
     suites.Case("test", (3, 5, 4, 4), suites.LAST, "float32"),
     suites.Case("test", (3, 5, 2, 4, 4), suites.FIRST, "bfloat16"),
+    suites.Case("test", (6, 5, 7), suites.AXIS, "float32", residual=True),
+    suites.Case("test", (3, 5, 4, 4), suites.LAST, "float16", residual=True),
 ]
 
 
@@ -27,7 +29,11 @@ def test_the_answer_is_that_of_the_formula(make: contenders.Callable, case: suit
     x, dy, weight, bias = (t.double() for t in case.tensors())
     inputs = [x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()]
     swapped = x.movedim(case.channel_dim, 1)
-    y = F.relu(F.batch_norm(swapped, None, None, weight, bias, training=True)).movedim(1, case.channel_dim)
+    z = F.batch_norm(swapped, None, None, weight, bias, training=True).movedim(1, case.channel_dim)
+    if (residual := case.added()) is not None:
+        inputs.append(residual.double().requires_grad_())
+        z = z + inputs[-1]
+    y = F.relu(z)
     expected = [y.detach(), *torch.autograd.grad(y, inputs, dy)]
     tolerance = tolerances.BENCH_ANSWER[case.dtype]
     for actual, e in zip(contender.answer(), expected, strict=True):

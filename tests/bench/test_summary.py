@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from batchnorm.bench import measure, summary
+import dataclasses
+
+from batchnorm.bench import cuda, measure, summary
 
 
 def row(shape: tuple[int, ...], phase: str, ours: float, torch: float) -> measure.Row:
@@ -28,3 +30,19 @@ def test_a_contender_that_sat_a_case_out_leaves_a_gap() -> None:
     cells = summary.section(rows, warm=False).tables[0].rows
     assert cells[0][3:5] == ("4.00", "2.00")
     assert cells[1][3:5] == ("1.00", "")
+
+
+def test_what_was_measured_on_a_gpu() -> None:
+    seconds = {"ours": 0.001, "torch": 0.002, "ours graph": 0.0005, "torch graph": 0.0015}
+    small = measure.Row("test", (2, 3), "channels first", "float16", "both", seconds, {"ours": 0}, True, 0.9)
+    large = dataclasses.replace(small, seconds={"ours": 0.004, "torch": 0.005}, residual=False, copy_share=None)
+    section = summary.section([small, large], warm=False, gpu=cuda.Gpu("a GPU", 1, 2.5e12))
+    table = section.tables[0]
+    assert table.caption.startswith("medians in ms on a GPU, where a copy moves 2500 GB/s")
+    assert table.columns[2:7] == ("ours", "torch, x", "ours graph, ms", "torch graph, x", "of a copy's speed")
+    assert table.rows[0][:7] == (
+        "(2, 3) channels first float16 + residual",
+        *("both", "1.000", "2.00", "0.5000", "3.00", "90%"),
+    )
+    assert table.rows[1][2:7] == ("4.000", "1.25", "", "", "")
+    assert section.summary[0].endswith("least 1.25 at (2, 3), channels first.")

@@ -6,15 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from batchnorm.bench import measure, suites
+from batchnorm.bench import cuda, measure, suites
 from batchnorm.cli.main import main
 from cli.commands import fails
 
 
 def test_a_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     case = suites.Case("small", (8, 3), suites.FIRST, "bfloat16")
-    monkeypatch.setattr(suites, "cases", lambda suite, dtypes: [case] if dtypes == ("bfloat16",) else [])
+    monkeypatch.setattr(suites, "cases", lambda suite, dtypes, _: [case] if dtypes == ("bfloat16",) else [])
     monkeypatch.setattr(measure, "SECONDS", 0.01)
     path = tmp_path / "bench.json"
     assert main(["bench", "--suite", "small", "--dtype", "bfloat16", "--no-compile", "--json", str(path)]) == 0
@@ -39,3 +40,38 @@ def test_a_file_that_cannot_be_written_is_noticed_before_the_work(
 ) -> None:
     monkeypatch.setattr(measure, "run", lambda *_, **__: pytest.fail("it was measured"))
     assert "cannot write to" in fails(capsys, "bench", "--json", str(tmp_path / name))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where torch finds no GPU")
+def test_on_a_gpu_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "torch finds no GPU" in fails(capsys, "bench", "--device", "cuda")
+
+
+@pytest.mark.parametrize("option", ["--peers", "--warm"])
+def test_what_is_for_the_cpu_alone(
+    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cuda, "check", lambda: None)
+    assert f"{option} is for the CPU" in fails(capsys, "bench", "--device", "cuda", option)
+
+
+def test_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is asked for, and what is written; a stand-in measures."""
+
+    def run(cases: list[suites.Case], **_: object) -> tuple[list[measure.Row], cuda.Gpu]:
+        assert {case.dtype for case in cases} == {"float32", "bfloat16", "float16"}
+        assert {case.residual for case in cases} == {False, True}
+        case = cases[0]
+        seconds = {"ours": 0.001, "torch": 0.002}
+        row = measure.Row(case.suite, case.shape, case.layout, case.dtype, "both", seconds, {}, copy_share=0.75)
+        return [row], cuda.Gpu("a GPU", 1, 1e12)
+
+    monkeypatch.setattr(cuda, "check", lambda: None)
+    monkeypatch.setattr(cuda, "run", run)
+    path = tmp_path / "bench.json"
+    assert main(["bench", "--suite", "small", "--device", "cuda", "--json", str(path)]) == 0
+    assert "75%" in capsys.readouterr().out
+    document = json.loads(path.read_text())
+    assert document["gpu"]["name"] == "a GPU"
+    assert document["gpu"]["copy_bytes_per_second"] == 1e12
+    assert document["rows"][0]["copy_share"] == 0.75

@@ -1,21 +1,24 @@
 """What is measured: each contender does the same work on the same case, and tells how long it took.
 
-The work is batch normalization with ReLU: "forward" and "inference" give y; "backward" gives the gradients of x,
-weight and bias from a forward pass done before; "both" is a forward and a backward pass.
+The work is batch normalization with ReLU, in some cases with a residual added in between: "forward" and "inference"
+give y; "backward" gives the gradients of x, weight, bias and residual from a forward pass done before; "both" is a
+forward and a backward pass.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import batchnorm
@@ -23,6 +26,7 @@ from batchnorm.bench.suites import AXIS, LAST, Case
 from batchnorm.errors import UsageError
 
 PHASES = ("forward", "backward", "both", "inference")
+LAYERS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 WORKER = Path(__file__).with_name("worker.py")
 
 
@@ -38,10 +42,26 @@ class Contender(Protocol):
         """Do the work once; seconds, or None where it cannot be told from the rest."""
 
     def answer(self) -> list[Tensor]:
-        """The output y and the gradients dx, dweight and dbias, as float32 in the layout of the case."""
+        """The output y, the gradients dx, dweight and dbias and, if any, dresidual; float32, in the case's layout."""
 
     def close(self) -> None:
         """Free the tensors of the case."""
+
+
+class Inputs(NamedTuple):
+    """What a step is given."""
+
+    x: Tensor
+    dy: Tensor
+    residual: Tensor | None
+    weight: Tensor
+    bias: Tensor
+
+    @classmethod
+    def of(cls, case: Case) -> Inputs:
+        """A case's."""
+        x, dy, weight, bias = case.tensors()
+        return cls(x, dy, case.added(), weight, bias)
 
 
 class TorchModule:
@@ -53,35 +73,62 @@ class TorchModule:
 
     def load(self, case: Case) -> bool:
         """Any case."""
-        x, self._dy, weight, bias = case.tensors()
-        self._x = x.requires_grad_()
-        self._layers = [self._make(case), self._make(case).eval()]
+        self.hold(case, [Inputs.of(case)])
+        return True
+
+    def hold(self, case: Case, inputs: Sequence[Inputs]) -> None:
+        """Take a case on these inputs, on one device, in turn; the parameters are the first one's."""
+        first = inputs[0]
+        self._layers = [self._make(case).to(first.x.device) for _ in range(2)]
+        self._layers[1].eval()
         for layer in self._layers:
             with torch.no_grad():
                 named = dict(layer.named_parameters())
                 for key, value in named.items():
-                    value.copy_(weight if key.endswith("weight") else bias)
-        self._inputs = [self._x, *self._layers[0].parameters()]
-        return True
+                    value.copy_(first.weight if key.endswith("weight") else first.bias)
+        parameters = list(self._layers[0].parameters())
+        self._sets = []
+        for x, dy, residual, _, _ in inputs:
+            given = [t.requires_grad_() for t in (x, residual) if t is not None]
+            self._sets.append((given, [x, *parameters, *given[1:]], dy))
+        self._turns = itertools.cycle(self._sets)
+
+    def prepare(self, phase: str) -> Callable[[], object]:
+        """The work on the next inputs, ready to be timed; a forward pass that a backward pass needs is done already."""
+        given, inputs, dy = next(self._turns)
+        training, inference = self._layers
+        y: Any = training(*given) if phase == "backward" else None
+
+        def infer() -> object:
+            with torch.no_grad():
+                return inference(*given)
+
+        def both() -> object:
+            y = training(*given)
+            return y, torch.autograd.grad(y, inputs, dy)
+
+        works: dict[str, Callable[[], object]] = {
+            "forward": lambda: training(*given),
+            "backward": lambda: torch.autograd.grad(y, inputs, dy),
+            "both": both,
+            "inference": infer,
+        }
+        return works[phase]
 
     def run(self, phase: str) -> float:
-        """Do the work once; a forward pass that a backward pass needs is not timed with it."""
-        y: Any = self._layers[0](self._x) if phase == "backward" else None
+        """Do the work once."""
+        work = self.prepare(phase)
         start = time.perf_counter()
-        if phase == "inference":
-            with torch.no_grad():
-                y = self._layers[1](self._x)
-        elif phase != "backward":
-            y = self._layers[0](self._x)
-        gradients = torch.autograd.grad(y, self._inputs, self._dy) if phase in ("backward", "both") else ()
+        results = work()
         seconds = time.perf_counter() - start
-        del y, gradients  # what it takes to free them is not part of the work
+        del results, work  # what it takes to free them is not part of the work
         return seconds
 
     def answer(self) -> list[Tensor]:
         """The output and the gradients."""
-        y = self._layers[0](self._x)
-        return [t.detach().float() for t in (y, *torch.autograd.grad(y, self._inputs, self._dy))]
+        given, inputs, dy = self._sets[0]
+        y = self._layers[0](*given)
+        return [t.detach().float() for t in (y, *torch.autograd.grad(y, inputs, dy))]
 
     def close(self) -> None:
         """Free the tensors and compiled code."""
@@ -89,9 +136,22 @@ class TorchModule:
         torch.compiler.reset()
 
 
+class _Ours(nn.Module):
+    """Our layer, given a residual."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        y: Tensor = self.layer(x, residual=residual)
+        return y
+
+
 def ours(case: Case) -> nn.Module:
     """Our layer, ReLU inside."""
-    return batchnorm.BatchNorm(case.channels, activation="relu", channel_dim=case.channel_dim)
+    layer = batchnorm.BatchNorm(case.channels, activation="relu", channel_dim=case.channel_dim)
+    return _Ours(layer) if case.residual else layer
 
 
 class _Transposed(nn.Module):
@@ -106,10 +166,23 @@ class _Transposed(nn.Module):
         return y
 
 
+class _Added(nn.Module):
+    """A layer, a residual, ReLU."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return F.relu(self.layer(x) + residual)
+
+
 def torch_nn(case: Case) -> nn.Module:
     """torch.nn's layer, then ReLU."""
-    layer = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[len(case.shape)](case.channels)
-    return nn.Sequential(_Transposed(layer) if case.layout == AXIS else layer, nn.ReLU())
+    layer: nn.Module = LAYERS[len(case.shape)](case.channels)
+    if case.layout == AXIS:
+        layer = _Transposed(layer)
+    return _Added(layer) if case.residual else nn.Sequential(layer, nn.ReLU())
 
 
 def torch_compile(case: Case) -> nn.Module:
@@ -143,7 +216,9 @@ class Peer:
         return json.loads(line)
 
     def load(self, case: Case) -> bool:
-        """A case whose memory order this library has."""
+        """A case without a residual, whose memory order this library has."""
+        if case.residual:
+            return False
         x, dy, weight, bias = case.tensors()
         # As it lies in memory: with the channels last where they are, and the same shape otherwise.
         self._last = case.layout == LAST

@@ -15,7 +15,9 @@ SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
 # Where the channels are: the dimension, and next to each other in memory or not.
 FIRST, LAST, AXIS = "channels first", "channels last", "(N, L, C)"
 LAYOUTS = {2: (FIRST,), 3: (FIRST, AXIS), 4: (FIRST, LAST), 5: (FIRST, LAST)}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# What is measured on each device if nothing else is asked for.
+USUAL = {"cpu": ("float32", "bfloat16"), "cuda": tuple(DTYPES)}
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,14 @@ class Case:
         shape: (N, C, *S), channels second whatever the layout.
         layout: one of `LAYOUTS[rank]`.
         dtype: a key of `DTYPES`.
+        residual: whether one is added before the ReLU.
     """
 
     suite: str
     shape: tuple[int, ...]
     layout: str
     dtype: str
+    residual: bool = False
 
     @property
     def channels(self) -> int:
@@ -59,14 +63,22 @@ class Case:
         weight, bias = (torch.rand(self.channels, generator=generator) + 0.5 for _ in range(2))
         return x, dy, weight, bias
 
+    def added(self) -> Tensor | None:
+        """The residual, if there is one."""
+        if not self.residual:
+            return None
+        generator = torch.Generator().manual_seed(1)
+        return self.arrange(torch.randn(self.shape, generator=generator).to(DTYPES[self.dtype]))
 
-def cases(suite: str, dtypes: tuple[str, ...] = tuple(DTYPES)) -> list[Case]:
+
+def cases(suite: str, dtypes: tuple[str, ...] = USUAL["cpu"], residuals: tuple[bool, ...] = (False,)) -> list[Case]:
     """Every case of a suite, or of all of them ("all")."""
     return [
-        Case(name, shape, layout, dtype)
+        Case(name, shape, layout, dtype, residual)
         for name, shapes in SHAPES.items()
         if suite in (name, "all")
         for shape in shapes
         for layout in LAYOUTS[len(shape)]
         for dtype in dtypes
+        for residual in residuals
     ]

@@ -4,35 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from batchnorm.bench.cuda import GRAPH, Gpu
 from batchnorm.bench.measure import Row, geometric_mean
 from batchnorm.report.document import Section, Table
 
-CONTENDERS = ("torch", "compile", "jax", "tensorflow")
+CONTENDERS = ("torch", "native", "compile", "jax", "tensorflow")
+GRAPHS = tuple(name + GRAPH for name in ("ours", *CONTENDERS))
 
 
-def section(rows: Sequence[Row], *, warm: bool) -> Section:
+def section(rows: Sequence[Row], *, warm: bool, gpu: Gpu | None = None) -> Section:
     """A table with a line for each row, and a sentence for each contender and dtype.
 
     A ratio to a contender is its time over ours: above 1, ours is faster. The ratio to the floor is our time over the
-    floor's: 1 would be the cost of moving the bytes.
+    floor's: 1 would be the cost of moving the bytes. On a GPU there are, instead, the share of a copy's speed, and the
+    ratios of graphs' replays.
     """
-    contenders = [contender for contender in CONTENDERS if any(contender in row.seconds for row in rows)]
+    there = {name for row in rows for name in row.seconds}
+    contenders = [contender for contender in CONTENDERS if contender in there]
+    graphs = [name for name in GRAPHS if name in there]
+    if gpu is None:
+        caption, bound = f"medians in ms; {'warm' if warm else 'fresh'} outputs", "over floor"
+    else:
+        caption = f"medians in ms on {gpu.name}, where a copy moves {gpu.copy_bytes_per_second / 1e9:.0f} GB/s"
+        bound = "of a copy's speed"
     return Section(
         key="bench",
         title="BN + ReLU: ours and the others",
         summary=[sentence for contender in contenders for sentence in _sentences(rows, contender)],
         tables=[
             Table(
-                caption=f"medians in ms; {'warm' if warm else 'fresh'} outputs; x: the contender's time over ours",
+                caption=f"{caption}; x: the contender's time over ours",
                 columns=(
                     "case",
                     "phase",
                     "ours",
                     *(f"{contender}, x" for contender in contenders),
-                    "over floor",
+                    *(f"{name}, {'ms' if name == graphs[0] else 'x'}" for name in graphs),
+                    bound,
                     "peak, MiB: ours/torch",
                 ),
-                rows=[_cells(row, contenders) for row in rows],
+                rows=[_cells(row, contenders, graphs) for row in rows],
             )
         ],
     )
@@ -51,19 +62,27 @@ def _sentences(rows: Sequence[Row], contender: str) -> list[str]:
             worst, row = min(ratios, key=lambda pair: pair[0])
             sentences.append(
                 f"Forward and backward, {dtype}, against {contender}: geometric mean {mean:.2f} over {len(ratios)} "
-                f"cases, least {worst:.2f} at {row.shape}, {row.layout}."
+                f"cases, least {worst:.2f} at {row.shape}, {row.layout}{', with a residual' * row.residual}."
             )
     return sentences
 
 
-def _cells(row: Row, contenders: Sequence[str]) -> tuple[str, ...]:
-    ratios = (row.ratio(contender) for contender in contenders)
+def _cells(row: Row, contenders: Sequence[str], graphs: Sequence[str]) -> tuple[str, ...]:
+    ratios = [row.ratio(contender) for contender in contenders]
+    ours = row.seconds.get(GRAPHS[0])
+    replays = ["" if ours is None else f"{1e3 * ours:.4f}"] * bool(graphs)
+    replays += ["" if ours is None else f"{row.seconds[name] / ours:.2f}" for name in graphs[1:]]
+    if "floor" in row.seconds:
+        bound = f"{row.seconds['ours'] / row.seconds['floor']:.2f}"
+    else:
+        bound = "" if row.copy_share is None else f"{row.copy_share:.0%}"
     peaks = (row.peak_bytes.get(name) for name in ("ours", "torch"))
     return (
-        f"{row.shape} {row.layout} {row.dtype}",
+        f"{row.shape} {row.layout} {row.dtype}" + " + residual" * row.residual,
         row.phase,
         f"{1e3 * row.seconds['ours']:.3f}",
         *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
-        f"{row.seconds['ours'] / row.seconds['floor']:.2f}",
+        *replays,
+        bound,
         "/".join("?" if peak is None else f"{peak / 2**20:.0f}" for peak in peaks),
     )
