@@ -19,6 +19,7 @@ from support import oracle, tolerances
 from support.comparison import close
 from support.operations import EPS, away_from_the_kinks, masks
 from support.samples import Layout, Sample
+from support.torch_traffic import Count, moved_by_torch
 
 LAYOUTS = [
     Layout("(N, C)", (37, 5)),
@@ -190,3 +191,20 @@ def test_torchs_layers_have_the_same_graph(without_kernels: None) -> None:
             function = next((f for f, _ in function.next_functions if f is not None), None)
         chains.append(names)
     assert chains[0] == chains[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_step_moves_what_torchs_moves(memory_format: torch.memory_format, residual: bool, dtype: torch.dtype) -> None:
+    shape = (64, 64, 56, 56)
+    x = torch.empty(shape, device="meta", dtype=dtype).to(memory_format=memory_format)
+    expected = moved_by_torch(x, residual=residual, reads=2)
+    layer = bn.BatchNorm2d(64, activation="relu", device="meta")
+    leaves = [x.requires_grad_(), *layer.parameters()]
+    added, dy = torch.empty_like(x).requires_grad_() if residual else None, torch.empty_like(x)
+    with Count(x.shape, 2) as forward:
+        y = layer(x, residual=added)
+    with Count(x.shape, 2) as backward:
+        torch.autograd.grad(y, [*leaves, *([] if added is None else [added])], dy)
+    assert [forward.moved, backward.moved] == expected
