@@ -37,6 +37,8 @@ LAYOUTS = [
     Layout("(C, N)", (3, 70), 0),
 ]
 EACH_PATH = [LAYOUTS[0], LAYOUTS[3], LAYOUTS[4]]
+# Every way to go through tiles: other layouts are, once they are arranged, one of these.
+EACH_WALK = [*EACH_PATH, LAYOUTS[5], LAYOUTS[10], LAYOUTS[13]]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -45,7 +47,7 @@ def test_in_one_launch(layout: Layout) -> None:
     assert_the_oracles(operations, Sample(layout, "relu", True))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("layout", EACH_WALK, ids=lambda layout: layout.name)
 def test_in_parts(layout: Layout, small: None) -> None:
     assert_the_oracles(operations, Sample(layout, "relu", True))
 
@@ -61,8 +63,14 @@ def test_without_weight_bias_and_activation(layout: Layout, small: None) -> None
     assert_the_oracles(operations, Sample(layout, None, True, affine=False))
 
 
-@pytest.mark.parametrize("kind", ["bool", "float16", "float32", "float64"])
-@pytest.mark.parametrize("layout", [*EACH_PATH, LAYOUTS[5]], ids=lambda layout: layout.name)
+@pytest.mark.parametrize(
+    ("layout", "kind"),
+    [
+        *((layout, kind) for layout in (*EACH_PATH, LAYOUTS[5]) for kind in ("bool", "float32")),
+        *((LAYOUTS[4], kind) for kind in ("float16", "float64")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
 def test_masks_in_one_launch(layout: Layout, kind: str) -> None:
     assert_the_oracles_of_what_counts(operations, Sample(layout, "silu", True), kind)
 
@@ -110,7 +118,7 @@ def test_a_mask_that_leaves_nothing(small: None) -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("ratio", [1.0, 1e2, 1e4])
+@pytest.mark.parametrize("ratio", [1.0, 1e4])
 @pytest.mark.parametrize("layout", EACH_PATH, ids=lambda layout: layout.name)
 def test_precision_far_from_zero(layout: Layout, ratio: float, masked: bool, small: None) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -154,7 +162,7 @@ def test_an_outlier_first_does_not_cost_precision(layout: Layout, small: None) -
 # One, two and three launches: the first with tiles of the usual size, the others with small ones.
 LAUNCHES = [
     pytest.param(Layout("", (12, 3)), False, id="one"),
-    pytest.param(Layout("", (4, 3, 40)), True, id="two"),
+    pytest.param(Layout("", (4, 3, 32)), True, id="two"),
     pytest.param(Layout("", (48, 3)), True, id="three"),
 ]
 
@@ -222,7 +230,7 @@ def test_eps_is_not_rounded_to_float32() -> None:
 
 
 @pytest.mark.parametrize("parts", [False, True])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("layout", EACH_PATH, ids=lambda layout: layout.name)
 def test_what_is_not_finite_shows_as_in_the_reference(
     layout: Layout, bad: float, parts: bool, request: pytest.FixtureRequest
