@@ -44,9 +44,9 @@ def test_no_spills_and_wide_loads(architecture: str) -> None:
         unaligned = case.endswith("unaligned")
         assert stack <= (MOST_STACK_UNALIGNED if unaligned else 0), (case, kernel, stack)
         assert registers <= MOST_REGISTERS, (case, kernel, registers)
-        if unaligned:
+        if unaligned and architecture.startswith("sm_"):  # AMD's may load 16 bytes from anywhere
             assert loads == 0, (case, kernel, loads)
-        elif kernel in READERS + WRITERS:
+        elif not unaligned and kernel in READERS + WRITERS:
             assert loads > 0, (case, kernel)
         if kernel in WRITERS:
             assert stores > 0, (case, kernel)
