@@ -1,4 +1,4 @@
-"""Triton's interpreter, made to round as devices do."""
+"""Triton's interpreter, made to compute as devices do."""
 
 from __future__ import annotations
 
@@ -23,3 +23,18 @@ def round_to_bfloat16_as_devices_do() -> None:
         return convert(data, source, target, mode)
 
     interpreter._convert_float = rounding
+
+
+def take_numbers_for_float64() -> None:
+    """Pass Python's floats on as float64, which kernels ask for: the interpreter has them float32.
+
+    What is compiled follows the annotations; the tests of that see that every kernel has them.
+    """
+    convert = interpreter._implicit_cvt
+
+    def wide(argument: Any) -> Any:
+        if isinstance(argument, float):
+            return tl.tensor(interpreter.TensorHandle(np.array([argument]), tl.float64), tl.float64)
+        return convert(argument)
+
+    interpreter._implicit_cvt = wide

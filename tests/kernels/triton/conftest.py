@@ -29,6 +29,7 @@ if INTERPRETED:
     from support import interpreter
 
     interpreter.round_to_bfloat16_as_devices_do()
+    interpreter.take_numbers_for_float64()
 
 
 def pytest_report_header() -> str:

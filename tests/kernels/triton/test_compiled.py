@@ -5,12 +5,29 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 SCRIPT = Path(__file__).with_name("compiled.py")
-MOST_REGISTERS = 192  # of 255: with 128 threads to a program, two fit a multiprocessor at least
+MOST_REGISTERS = 200  # of 255: with 128 threads to a program, two fit a multiprocessor, and no compiler has to spill
+# Without wide loads, addresses take registers; NVIDIA's compiler then spills two to have room for one program more.
+MOST_STACK_UNALIGNED = 8
+# What goes through all of the input; others read what there is for each channel and split.
+READERS = ("moments_kernel", "sums_kernel")
+WRITERS = ("normalize_kernel", "input_kernel", "whole_forward_kernel", "whole_backward_kernel")
+LAUNCHES = {
+    "moments_kernel": 17,
+    "finish_moments_kernel": 9,
+    "normalize_kernel": 17,
+    "sums_kernel": 17,
+    "finish_sums_kernel": 9,
+    "input_kernel": 20,
+    "whole_forward_kernel": 19,
+    "whole_backward_kernel": 19,
+    "commit_kernel": 2,
+}
 
 
 @pytest.mark.long
@@ -18,13 +35,18 @@ MOST_REGISTERS = 192  # of 255: with 128 threads to a program, two fit a multipr
 def test_no_spills_and_wide_loads(architecture: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(SCRIPT), architecture]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500, check=False)
     assert run.returncode == 0, run.stderr
     rows = [line.split() for line in run.stdout.splitlines()]
-    assert len(rows) == 2 * (4 + 6 + 2 + 2)
-    for *_, kernel, registers, spills, loads, stores in rows:
-        assert int(spills) == 0, (kernel, spills)
-        assert int(registers) <= MOST_REGISTERS, (kernel, registers)
-        assert int(loads) > 0, kernel
-        if kernel in ("normalize_kernel", "input_kernel", "whole_forward_kernel", "whole_backward_kernel"):
-            assert int(stores) > 0, kernel
+    assert Counter(kernel for _, kernel, *_ in rows) == LAUNCHES
+    for case, kernel, *numbers in rows:
+        registers, stack, loads, stores = map(int, numbers)
+        unaligned = case.endswith("unaligned")
+        assert stack <= (MOST_STACK_UNALIGNED if unaligned else 0), (case, kernel, stack)
+        assert registers <= MOST_REGISTERS, (case, kernel, registers)
+        if unaligned and architecture.startswith("sm_"):  # AMD's may load 16 bytes from anywhere
+            assert loads == 0, (case, kernel, loads)
+        elif not unaligned and kernel in READERS + WRITERS:
+            assert loads > 0, (case, kernel)
+        if kernel in WRITERS:
+            assert stores > 0, (case, kernel)

@@ -1,4 +1,4 @@
-"""Every activation and its derivative, in every dtype, as part of the kernels."""
+"""Every activation and its derivative as part of the kernels; they compute in float32 whatever the dtype is."""
 
 from __future__ import annotations
 
@@ -20,10 +20,14 @@ def test_all_have_kernels() -> None:
     assert {None, *ACTIVATIONS} == kernels.ACTIVATIONS
 
 
-@pytest.mark.parametrize("dtype", kernels.DTYPES)
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
-def test_in_every_dtype(activation: str | None, dtype: torch.dtype) -> None:
-    assert_the_oracles(operations, Sample(LAYOUT, activation, True, dtype))
+def test_values_and_gradients(activation: str | None) -> None:
+    assert_the_oracles(operations, Sample(LAYOUT, activation, True))
+
+
+@pytest.mark.parametrize("dtype", kernels.DTYPES[1:])
+def test_half_precision(dtype: torch.dtype) -> None:
+    assert_the_oracles(operations, Sample(LAYOUT, "gelu", True, dtype))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -4,12 +4,13 @@ import triton
 import triton.language as tl
 
 from batchnorm.kernels.triton.device.activations import gradient
-from batchnorm.kernels.triton.device.statistics import coefficients, remainder, variance_of, weights_at
+from batchnorm.kernels.triton.device.statistics import centred, coefficients, variance_of
 from batchnorm.kernels.triton.device.tiles import (
     channels_of,
     load,
     load_wide,
     over_lanes,
+    parts_at,
     per_lane,
     store,
     tile,
@@ -37,21 +38,22 @@ def _gradient_of(
     offset,
     inside,
     hi,
-    scale,
+    unit,
+    factor,
     shift,
     MASKED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     LAST: tl.constexpr,
 ):
-    """A tile's dz, and x - hi. With MASKED, x may be anything where dy is 0: there it is taken for the mean."""
+    """A tile's dz, and x unit - hi. With MASKED, x may be anything where dy is 0: there it is taken for the mean."""
     g = load(dy, offset, inside)
-    d = load(x, offset, inside) - per_lane(hi, LAST)
+    d = centred(load(x, offset, inside), hi, unit, LAST)
     if MASKED:
         used = tl.where(g != 0.0, d, 0.0)
     else:
         used = d
     if ACTIVATION is not None:
-        z = used * per_lane(scale, LAST) + per_lane(shift, LAST)
+        z = used * per_lane(factor, LAST) + per_lane(shift, LAST)
         if residual is not None:
             z += load(residual, offset, inside)
         g = gradient(g, z, ACTIVATION)
@@ -59,33 +61,25 @@ def _gradient_of(
 
 
 @triton.jit
-def _input_coefficients(mean, hi, scale, rstd, mean_dz, mean_dz_xhat):
-    """B and D in dx = scale dz + w (B (x - hi) + D), with the mean's rounding in D."""
-    wide = scale
-    b = -wide * rstd * mean_dz_xhat
-    d = -wide * mean_dz - b * remainder(mean, hi)
-    return b.to(tl.float32), d.to(tl.float32)
+def _input_coefficients(unit, factor, rstd, rest, mean_dz, mean_dz_xhat):
+    """A, B and D in dx = A dz + w (B (x unit - hi) + D), with the mean's rounding in D."""
+    a = factor * unit
+    b = -factor.to(tl.float64) * rstd * mean_dz_xhat
+    d = -a.to(tl.float64) * (mean_dz - rstd * rest * mean_dz_xhat)
+    return a, b.to(tl.float32), d.to(tl.float32)
 
 
 @triton.jit
-def _wide_scale(weight, c, there, rstd):
-    scale = rstd
-    if weight is not None:
-        scale = rstd * load_wide(weight, c, there)
-    return scale
+def _sum_dz_xhat(sum_dz, sum_dz_d, unit, rstd, rest):
+    r"""The sum \sum dz x_hat from \sum dz and \sum dz (x unit - hi)."""
+    return (sum_dz_d / unit - sum_dz * rest) * rstd
 
 
 @triton.jit
 def _sum_of_splits(part, c, there, channels, splits, CHUNK: tl.constexpr, LAST: tl.constexpr):
     total = tl.where(there, 0.0, 0.0).to(tl.float64)
     for start in range(0, splits, CHUNK):
-        split = start + tl.arange(0, CHUNK)
-        if LAST:
-            at = split.to(tl.int64)[:, None] * channels + c[None, :]
-            inside = (split < splits)[:, None] & there[None, :]
-        else:
-            at = split.to(tl.int64) * channels + c
-            inside = (split < splits) & there
+        at, inside = parts_at(start, c, there, channels, splits, CHUNK, LAST)
         total += tl.sum(tl.load(part + at, mask=inside, other=0.0), 0)
     return total
 
@@ -119,7 +113,7 @@ def sums_kernel(
     block, split = tl.program_id(0), tl.program_id(1)
     c, there = channels_of(block, channels, COLUMNS, LAST)
     _n, mean, var = _given(count, mean_in, second_in, c, there)
-    hi, scale, shift, rstd = coefficients(c, there, mean, var, weight, bias, eps)
+    hi, unit, factor, shift, rstd, rest = coefficients(c, there, mean, var, weight, bias, eps)
     s = tl.zeros([ROWS, COLUMNS], tl.float32)
     sx = tl.zeros([ROWS, COLUMNS], tl.float32)
     first = split * per_split
@@ -127,14 +121,14 @@ def sums_kernel(
         offset, inside, _position, _there, _positions = tile(
             t, block, outer, channels, inner, tiles_inner, ROWS, COLUMNS, LAST
         )
-        dz, used, _d = _gradient_of(dy, x, residual, offset, inside, hi, scale, shift, MASKED, ACTIVATION, LAST)
+        dz, used, _d = _gradient_of(dy, x, residual, offset, inside, hi, unit, factor, shift, MASKED, ACTIVATION, LAST)
         s += tl.where(inside, dz, 0.0)
         sx += tl.where(inside, dz * used, 0.0)
     a = over_lanes(s.to(tl.float64), LAST)
     b = over_lanes(sx.to(tl.float64), LAST)
     at = split.to(tl.int64) * channels + c
     store(part, at, a, there)
-    store(part, tl.cast(splits, tl.int64) * channels + at, (b - a * remainder(mean, hi)) * rstd, there)
+    store(part, tl.cast(splits, tl.int64) * channels + at, _sum_dz_xhat(a, b, unit, rstd, rest), there)
 
 
 @triton.jit
@@ -172,7 +166,7 @@ def _write_input_gradient(
     if b is not None:
         through = per_lane(b, LAST) * d + per_lane(shift, LAST)
         if mask is not None:
-            w = weights_at(mask, position, position_there, inside)
+            w = load(mask, position, position_there)
             through = tl.where(w > 0.0, through * w, 0.0)
         gradient_of_x += through
     store(dx, offset, gradient_of_x, inside)
@@ -221,20 +215,21 @@ def input_kernel(
     block, split = tl.program_id(0), tl.program_id(1)
     c, there = channels_of(block, channels, COLUMNS, LAST)
     n, mean, var = _given(count, mean_in, second_in, c, there)
-    hi, scale, shift, rstd = coefficients(c, there, mean, var, weight, bias, eps)
+    hi, unit, factor, shift, rstd, rest = coefficients(c, there, mean, var, weight, bias, eps)
+    a = factor * unit
     b = None
-    rest = None
+    through = None
     if part is not None:
         s = _sum_of_splits(part, c, there, channels, splits, CHUNK, LAST)
         sx = _sum_of_splits(part + tl.cast(splits, tl.int64) * channels, c, there, channels, splits, CHUNK, LAST)
         if split == 0:
             store(sum_dz, c, s, there)
             store(sum_dz_xhat, c, sx, there)
-        b, rest = _input_coefficients(mean, hi, _wide_scale(weight, c, there, rstd), rstd, s / n, sx / n)
+        a, b, through = _input_coefficients(unit, factor, rstd, rest, s / n, sx / n)
     elif mean_dz is not None:
         given = load_wide(mean_dz, c, there)
         given_xhat = load_wide(mean_dz_xhat, c, there)
-        b, rest = _input_coefficients(mean, hi, _wide_scale(weight, c, there, rstd), rstd, given, given_xhat)
+        a, b, through = _input_coefficients(unit, factor, rstd, rest, given, given_xhat)
     first = split * per_split
     last = tl.minimum(first + per_split, tiles)
     for i in range(first, last):
@@ -242,10 +237,8 @@ def input_kernel(
         offset, inside, position, position_there, _positions = tile(
             t, block, outer, channels, inner, tiles_inner, ROWS, COLUMNS, LAST
         )
-        dz, _used, d = _gradient_of(dy, x, residual, offset, inside, hi, scale, shift, MASKED, ACTIVATION, LAST)
-        _write_input_gradient(
-            dx, dresidual, offset, inside, dz, d, mask, position, position_there, scale, b, rest, LAST
-        )
+        dz, _used, d = _gradient_of(dy, x, residual, offset, inside, hi, unit, factor, shift, MASKED, ACTIVATION, LAST)
+        _write_input_gradient(dx, dresidual, offset, inside, dz, d, mask, position, position_there, a, b, through, LAST)
 
 
 @triton.jit
@@ -277,15 +270,15 @@ def whole_backward_kernel(
     block = tl.program_id(0)
     c, there = channels_of(block, channels, COLUMNS, LAST)
     n, mean, var = _given(count, mean_in, m2_in, c, there)
-    hi, scale, shift, rstd = coefficients(c, there, mean, var, weight, bias, eps)
+    hi, unit, factor, shift, rstd, rest = coefficients(c, there, mean, var, weight, bias, eps)
     offset, inside, position, position_there, _positions = tile(
         0, block, outer, channels, inner, 1, ROWS, COLUMNS, LAST
     )
-    dz, used, d = _gradient_of(dy, x, residual, offset, inside, hi, scale, shift, MASKED, ACTIVATION, LAST)
+    dz, used, d = _gradient_of(dy, x, residual, offset, inside, hi, unit, factor, shift, MASKED, ACTIVATION, LAST)
     s = over_lanes(tl.where(inside, dz, 0.0).to(tl.float64), LAST)
     sx = over_lanes(tl.where(inside, dz * used, 0.0).to(tl.float64), LAST)
-    sx = (sx - s * remainder(mean, hi)) * rstd
+    sx = _sum_dz_xhat(s, sx, unit, rstd, rest)
     store(sum_dz, c, s, there)
     store(sum_dz_xhat, c, sx, there)
-    b, rest = _input_coefficients(mean, hi, _wide_scale(weight, c, there, rstd), rstd, s / n, sx / n)
-    _write_input_gradient(dx, dresidual, offset, inside, dz, d, mask, position, position_there, scale, b, rest, LAST)
+    a, b, through = _input_coefficients(unit, factor, rstd, rest, s / n, sx / n)
+    _write_input_gradient(dx, dresidual, offset, inside, dz, d, mask, position, position_there, a, b, through, LAST)

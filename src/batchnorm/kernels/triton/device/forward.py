@@ -6,21 +6,25 @@ import triton.language as tl
 from batchnorm.kernels.triton.device.activations import activate
 from batchnorm.kernels.triton.device.statistics import (
     blend,
+    centred,
     coefficients,
-    count_batch,
+    count_of,
     join,
     join_lanes,
-    moments_of_tiles,
+    lost_squares,
+    moments_about,
+    range_of,
     shift_of,
+    sums_of_tiles,
+    unit_of_range,
     variance_of,
-    weights_at,
     write_moments,
 )
 from batchnorm.kernels.triton.device.tiles import (
     channels_of,
     load,
     load_wide,
-    over_lanes,
+    over_block,
     per_lane,
     store,
     tile,
@@ -47,15 +51,24 @@ def moments_kernel(
     block, split = tl.program_id(0), tl.program_id(1)
     first = split * per_split
     last = tl.minimum(first + per_split, tiles)
-    n, mean, m2 = moments_of_tiles(
-        x, mask, block, first, last, outer, channels, inner, tiles_inner, ROWS, COLUMNS, LAST
+    n, k, a, b = sums_of_tiles(
+        x, mask, block, first, last, outer, channels, inner, tiles_inner, None, None, ROWS, COLUMNS, LAST
     )
+    mean, m2 = moments_about(n, k, a, b, None)
     c, there = channels_of(block, channels, COLUMNS, LAST)
     at = split.to(tl.int64) * channels + c
     size = tl.cast(splits, tl.int64) * channels
+    lost, unit = lost_squares(b)
     store(part, at, n, there)
-    store(part, size + at, mean, there)
-    store(part, 2 * size + at, m2, there)
+    store(part, size + at, mean, there & (lost == 0))
+    store(part, 2 * size + at, m2, there & (lost == 0))
+    if over_block(lost.to(tl.int32), LAST) > 0:  # not for all of them: no channel depends on its neighbours
+        n, k, a, b = sums_of_tiles(
+            x, mask, block, first, last, outer, channels, inner, tiles_inner, k, unit, ROWS, COLUMNS, LAST
+        )
+        mean, m2 = moments_about(n, k, a, b, unit)
+        store(part, size + at, mean, there & lost)
+        store(part, 2 * size + at, m2, there & lost)
 
 
 @triton.jit
@@ -77,17 +90,15 @@ def finish_moments_kernel(
     """The moments of all splits, and their commit where there are running statistics."""
     c, there = channels_of(tl.program_id(0), channels, COLUMNS, True)
     n, mean, m2 = join(part, c, there, channels, splits, CHUNK, True)
-    write_moments(c, there, n, mean, m2, count_out, mean_out, m2_out)
-    if running_mean is not None:
-        blend(c, there, n, mean, m2, running_mean, running_var, skipped, momentum)
-        if tracked is not None:
-            count_batch(c, n, tracked)
+    write_moments(
+        c, there, n, mean, m2, count_out, mean_out, m2_out, running_mean, running_var, tracked, skipped, momentum
+    )
 
 
 @triton.jit
-def _output(v, residual, offset, inside, hi, scale, shift, ACTIVATION: tl.constexpr, LAST: tl.constexpr):
+def _output(v, residual, offset, inside, hi, unit, factor, shift, ACTIVATION: tl.constexpr, LAST: tl.constexpr):
     """The output y of a tile of values."""
-    z = (v - per_lane(hi, LAST)) * per_lane(scale, LAST) + per_lane(shift, LAST)
+    z = centred(v, hi, unit, LAST) * per_lane(factor, LAST) + per_lane(shift, LAST)
     if residual is not None:
         z += load(residual, offset, inside)
     return activate(z, ACTIVATION)
@@ -134,17 +145,27 @@ def normalize_kernel(
         n, mean, m2 = join(part, c, there, channels, splits, CHUNK, LAST)
         var = variance_of(n, m2)
         if split == 0:
-            write_moments(c, there, n, mean, m2, count, mean_in_out, second_in_out)
-            if running_mean is not None:
-                blend(c, there, n, mean, m2, running_mean, running_var, skipped, momentum)
-                if tracked is not None:
-                    count_batch(c, n, tracked)
+            write_moments(
+                c,
+                there,
+                n,
+                mean,
+                m2,
+                count,
+                mean_in_out,
+                second_in_out,
+                running_mean,
+                running_var,
+                tracked,
+                skipped,
+                momentum,
+            )
     else:
         mean = load_wide(mean_in_out, c, there)
         var = load_wide(second_in_out, c, there)
         if count is not None:
             var = variance_of(tl.load(count).to(tl.float64), var)
-    hi, scale, shift, _rstd = coefficients(c, there, mean, var, weight, bias, eps)
+    hi, unit, factor, shift, _rstd, _rest = coefficients(c, there, mean, var, weight, bias, eps)
     first = split * per_split
     last = tl.minimum(first + per_split, tiles)
     for i in range(first, last):
@@ -153,7 +174,7 @@ def normalize_kernel(
             t, block, outer, channels, inner, tiles_inner, ROWS, COLUMNS, LAST
         )
         v = load(x, offset, inside)
-        store(y, offset, _output(v, residual, offset, inside, hi, scale, shift, ACTIVATION, LAST), inside)
+        store(y, offset, _output(v, residual, offset, inside, hi, unit, factor, shift, ACTIVATION, LAST), inside)
 
 
 @triton.jit
@@ -188,23 +209,24 @@ def whole_forward_kernel(
     v = load(x, offset, inside)
     counted = inside
     if mask is not None:
-        w = weights_at(mask, position, position_there, inside)
-        counted = w > 0.0
-    k, _counted = shift_of(v, counted, LAST)
-    d = tl.where(counted, v - per_lane(k, LAST), 0.0)
+        w = load(mask, position, position_there)
+        counted = inside & (w > 0.0)
+    least, largest = range_of(v, counted, LAST)
+    k, _counted = shift_of(v, counted, least, largest, LAST)
+    unit = unit_of_range(least, largest)
+    d = tl.where(counted, centred(v, k * unit, unit, LAST), 0.0)
     if mask is not None:
-        n = over_lanes(w.to(tl.float64), LAST)
-        mean, m2 = join_lanes(n, k, w * d, w * d * d, LAST)
+        n = count_of(w)
+        a, b = join_lanes(w * d, w * d * d, LAST)
     else:
         n = positions.to(tl.float64)
-        mean, m2 = join_lanes(n, k, d, d * d, LAST)
-    write_moments(c, there, n, mean, m2, count_out, mean_out, m2_out)
-    if running_mean is not None:
-        blend(c, there, n, mean, m2, running_mean, running_var, skipped, momentum)
-        if tracked is not None:
-            count_batch(c, n, tracked)
-    hi, scale, shift, _rstd = coefficients(c, there, mean, variance_of(n, m2), weight, bias, eps)
-    store(y, offset, _output(v, residual, offset, inside, hi, scale, shift, ACTIVATION, LAST), inside)
+        a, b = join_lanes(d, d * d, LAST)
+    mean, m2 = moments_about(n, k, a, b, unit)
+    write_moments(
+        c, there, n, mean, m2, count_out, mean_out, m2_out, running_mean, running_var, tracked, skipped, momentum
+    )
+    hi, unit, factor, shift, _rstd, _rest = coefficients(c, there, mean, variance_of(n, m2), weight, bias, eps)
+    store(y, offset, _output(v, residual, offset, inside, hi, unit, factor, shift, ACTIVATION, LAST), inside)
 
 
 @triton.jit

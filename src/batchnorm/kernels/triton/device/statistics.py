@@ -1,13 +1,24 @@
 """Moments: of a run of tiles, of all of them together, and as running statistics.
 
 A lane of a tile sums x - k and its square in float32, k being next to the mean; lanes, and after them the parts that
-programs took, are joined in float64, always in the same order.
+programs took, are joined in float64, always in the same order. A part with squares that float32 does not hold is
+gone through once more, in another unit.
 """
 
 import triton
 import triton.language as tl
 
-from batchnorm.kernels.triton.device.tiles import load, load_wide, over_lanes, per_lane, rounded, store, tile
+from batchnorm.kernels.triton.device.tiles import (
+    load,
+    load_wide,
+    over_block,
+    over_lanes,
+    parts_at,
+    per_lane,
+    rounded,
+    store,
+    tile,
+)
 
 
 @triton.jit
@@ -16,38 +27,81 @@ def _finite(values):
 
 
 @triton.jit
-def shift_of(values, counted, LAST: tl.constexpr):
-    """k, the mean of a tile's values that count, and how many these are; k is 0 where it would not be finite."""
-    n = over_lanes(tl.where(counted, 1.0, 0.0), LAST)
-    k = over_lanes(tl.where(counted, values, 0.0), LAST) / tl.where(n > 0.0, n, 1.0)
-    # Between the least and the largest: of equal values, exactly these.
+def _exponent(values):
+    """The bits of a float32 that are its exponent."""
+    return values.to(tl.int32, bitcast=True) & 0x7F800000
+
+
+@triton.jit
+def _power_of_two(exponent):
+    """The float32 of these bits; at least the least normal number, at most the largest whose inverse is one."""
+    power = exponent.to(tl.float32, bitcast=True)
+    return tl.minimum(tl.maximum(power, 1.1754943508222875e-38), 8.507059173023462e37)
+
+
+@triton.jit
+def range_of(values, counted, LAST: tl.constexpr):
+    """The least and the largest of a tile's values that count; infinities where none does."""
     least = tl.min(tl.where(counted, values, float("inf")), 0)
     largest = tl.max(tl.where(counted, values, float("-inf")), 0)
     if not LAST:
         least = tl.min(least, 0)
         largest = tl.max(largest, 0)
+    return least, largest
+
+
+@triton.jit
+def shift_of(values, counted, least, largest, LAST: tl.constexpr):
+    """k, the mean of a tile's values that count, and how many these are; k is 0 where it would not be finite."""
+    n = over_lanes(tl.where(counted, 1.0, 0.0), LAST)
+    k = over_lanes(tl.where(counted, values, 0.0), LAST) / tl.where(n > 0.0, n, 1.0)
+    # Between the least and the largest: of equal values, exactly these.
     k = tl.where(k < least, least, tl.where(k > largest, largest, k))
     return tl.where(_finite(k), k, 0.0), n
 
 
 @triton.jit
-def join_lanes(n, k, s1, s2, LAST: tl.constexpr):
-    r"""Mean and m2 from lanes' sums about k, s1 = \sum w (x - k) and s2 = \sum w (x - k)^2, of n = \sum w."""
-    a = over_lanes(s1.to(tl.float64), LAST)
-    b = over_lanes(s2.to(tl.float64), LAST)
+def unit_of_range(least, largest):
+    """A power of two by which values, and differences between them, are of order 1.
+
+    By it no square of a difference overflows, nor underflows: differences that are not 0 are at least 2^-25 of the
+    largest value.
+    """
+    return _power_of_two(0x7F000000 - _exponent(tl.maximum(-least, largest)))
+
+
+@triton.jit
+def join_lanes(s1, s2, LAST: tl.constexpr):
+    r"""The sums \sum w (x - k) and \sum w (x - k)^2 of all lanes."""
+    return over_lanes(s1.to(tl.float64), LAST), over_lanes(s2.to(tl.float64), LAST)
+
+
+@triton.jit
+def moments_about(n, k, a, b, unit):
+    r"""Mean and m2 from a = \sum w (x - k) and b = \sum w (x - k)^2 in units of 1 / unit, and n = \sum w."""
+    if unit is not None:
+        wide = unit.to(tl.float64)
+        a = a / wide
+        b = b / (wide * wide)
     mean = a / tl.where(n > 0, n, 1.0)
     m2 = b - a * mean
     return tl.where(n > 0, k.to(tl.float64) + mean, 0.0), tl.where(m2 < 0, 0.0, m2)
 
 
 @triton.jit
-def weights_at(mask, position, there, inside):
-    """What each value of a tile counts; 0 where nothing is."""
-    return tl.where(inside, load(mask, position, there), 0.0)
+def count_of(weights):
+    """The count of positions that weigh this much, each of which is here once: with LAST, [ROWS, 1]."""
+    return tl.sum(tl.sum(weights.to(tl.float64), 0), 0)
 
 
 @triton.jit
-def moments_of_tiles(
+def centred(v, hi, unit, LAST: tl.constexpr):
+    """The differences x unit - hi of a tile, of which the product is exact."""
+    return v * per_lane(unit, LAST) - per_lane(hi, LAST)
+
+
+@triton.jit
+def sums_of_tiles(
     x,
     mask,
     block,
@@ -57,15 +111,27 @@ def moments_of_tiles(
     channels,
     inner,
     tiles_inner,
+    k,
+    unit,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     LAST: tl.constexpr,
 ):
-    """Count, mean and m2 of the tiles from first to last, which it leaves out; in float64, one for each channel."""
+    r"""The sums of the tiles from first to last, which it leaves out, one for each channel.
+
+    Without a unit, which is then 1, k is chosen here, from the first tile with values that count.
+
+    Returns:
+        In float64 the count \sum w; k; and in float64 \sum w (x - k) and \sum w (x - k)^2, in units.
+    """
     s1 = tl.zeros([ROWS, COLUMNS], tl.float32)
     s2 = tl.zeros([ROWS, COLUMNS], tl.float32)
-    sw = s1
-    k = over_lanes(s1, LAST)
+    if LAST:
+        sw = tl.zeros([ROWS, 1], tl.float32)
+    else:
+        sw = s1
+    if unit is None:
+        k = over_lanes(s1, LAST)
     seen = 0.0
     n = tl.full([], 0, tl.int64)
     for t in range(first, last):
@@ -75,14 +141,17 @@ def moments_of_tiles(
         v = load(x, offset, inside)
         counted = inside
         if mask is not None:
-            w = weights_at(mask, position, there, inside)
-            counted = w > 0.0
-        if seen == 0.0:  # no tile before had values that count
-            k, in_tile = shift_of(v, counted, LAST)
-            if LAST:
-                in_tile = tl.max(in_tile, 0)
-            seen = in_tile
-        d = tl.where(counted, v - per_lane(k, LAST), 0.0)
+            w = load(mask, position, there)
+            counted = inside & (w > 0.0)
+        if unit is None:
+            if seen == 0.0:
+                least, largest = range_of(v, counted, LAST)
+                k, in_tile = shift_of(v, counted, least, largest, LAST)
+                seen = over_block(in_tile, LAST)
+            d = v - per_lane(k, LAST)
+        else:
+            d = centred(v, k * unit, unit, LAST)
+        d = tl.where(counted, d, 0.0)
         if mask is not None:
             s1 += w * d
             s2 += w * d * d
@@ -92,11 +161,24 @@ def moments_of_tiles(
             s2 += d * d
             n += positions
     if mask is not None:
-        count = over_lanes(sw.to(tl.float64), LAST)
+        count = count_of(sw)
     else:
         count = n.to(tl.float64)
-    mean, m2 = join_lanes(count, k, s1, s2, LAST)
-    return count, mean, m2
+    # A lane whose squares all became 0 shows by its first sum. 0 of all lanes are equal values, and right.
+    s2 = tl.where((s2 == 0.0) & (s1 != 0.0), 1.2e-38, s2)
+    a, b = join_lanes(s1, s2, LAST)
+    return count, k, a, b
+
+
+@triton.jit
+def lost_squares(b):
+    """Where float32 did not hold the squares that b is the sum of, and a unit in which it does.
+
+    One overflowed: then some |x - k| is at least 2^50, and at most 2^129. Or all are so small that underflows may
+    weigh: none is larger than 2^-43, and those that are not 0 are at least 2^-149.
+    """
+    overflowed = _finite(b) == 0
+    return overflowed | ((b > 0.0) & (b < 1e-26)), tl.where(overflowed, 8.271806125530277e-25, 1.2379400392853803e27)
 
 
 @triton.jit
@@ -108,13 +190,7 @@ def join(part, c, there, channels, splits, CHUNK: tl.constexpr, LAST: tl.constex
     mean = zero
     m2 = zero
     for start in range(0, splits, CHUNK):
-        split = start + tl.arange(0, CHUNK)
-        if LAST:
-            at = split.to(tl.int64)[:, None] * channels + c[None, :]
-            inside = (split < splits)[:, None] & there[None, :]
-        else:
-            at = split.to(tl.int64) * channels + c
-            inside = (split < splits) & there
+        at, inside = parts_at(start, c, there, channels, splits, CHUNK, LAST)
         ns = tl.load(part + at, mask=inside, other=0.0)
         means = tl.load(part + size + at, mask=inside, other=0.0)
         m2s = tl.load(part + 2 * size + at, mask=inside, other=0.0)
@@ -144,21 +220,6 @@ def variance_of(n, m2):
 
 
 @triton.jit
-def write_moments(c, there, n, mean, m2, count_out, mean_out, m2_out):
-    """Write what a call returns; the count once, by whoever has channel 0."""
-    store(count_out, c * 0, n, c == 0)
-    store(mean_out, c, mean, there)
-    store(m2_out, c, m2, there)
-
-
-@triton.jit
-def count_batch(c, n, tracked):
-    """Count one batch, where any value counted; by whoever has channel 0."""
-    before = tl.load(tracked + c * 0, mask=c == 0, other=0)
-    store(tracked, c * 0, before + tl.where(n > 0, 1, 0).to(before.dtype), c == 0)
-
-
-@triton.jit
 def blend(c, there, n, mean, m2, running_mean, running_var, skipped, factor):
     """`commit` of channels, without the counter of batches: by a factor that is known."""
     n = tl.where(there, n, 0.0)  # one for each channel, as everything else
@@ -178,20 +239,52 @@ def blend(c, there, n, mean, m2, running_mean, running_var, skipped, factor):
 
 
 @triton.jit
-def coefficients(c, there, mean, var, weight, bias, eps):
-    """What a value is normalised by, in float32: z = (x - hi) scale + shift; and 1 / sqrt(var + eps) in float64.
+def write_moments(
+    c, there, n, mean, m2, count_out, mean_out, m2_out, running_mean, running_var, tracked, skipped, momentum
+):
+    """Write what a call returns, and commit it where there are running statistics.
 
-    hi is the float32 next to the mean. What it leaves is in the shift, so that nothing is lost.
+    What there is one of, the count and the counter of batches, is written by whoever has channel 0.
+    """
+    store(count_out, c * 0, n, c == 0)
+    store(mean_out, c, mean, there)
+    store(m2_out, c, m2, there)
+    if running_mean is not None:
+        blend(c, there, n, mean, m2, running_mean, running_var, skipped, momentum)
+        if tracked is not None:
+            before = tl.load(tracked + c * 0, mask=c == 0, other=0)
+            store(tracked, c * 0, before + tl.where(n > 0, 1, 0).to(before.dtype), c == 0)
+
+
+@triton.jit
+def _unit_of(rstd, hi):
+    """A power of two next to rstd, in which values are measured so that float32 holds them; 1 of ordinary rstd."""
+    near = rstd.to(tl.float32)
+    unit = tl.where((near > 1e-6) & (near < 1e6), 1.0, _power_of_two(_exponent(near)))
+    return tl.where(_finite(hi * unit), unit, 1.0)
+
+
+@triton.jit
+def coefficients(c, there, mean, var, weight, bias, eps):
+    """What a value is normalised by: z = (x unit - hi) factor + shift.
+
+    hi is the float32 next to the mean, in units. What it leaves is in the shift, so that nothing is lost.
+
+    Returns:
+        In float32 hi, unit, factor and shift; in float64 rstd = 1 / sqrt(var + eps), and in float32 what hi leaves of
+        the mean.
     """
     rstd = 1.0 / tl.sqrt(var + eps)
     scale = rstd
     if weight is not None:
         scale = rstd * load_wide(weight, c, there)
     hi = mean.to(tl.float32)
-    shift = -remainder(mean, hi) * scale
+    rest = remainder(mean, hi)
+    shift = -rest * scale
     if bias is not None:
         shift += load_wide(bias, c, there)
-    return hi, scale.to(tl.float32), shift.to(tl.float32), rstd
+    unit = _unit_of(rstd, hi)
+    return hi * unit, unit, (scale / unit).to(tl.float32), shift.to(tl.float32), rstd, rest.to(tl.float32)
 
 
 @triton.jit

@@ -61,12 +61,35 @@ def channels_of(block, channels, COLUMNS: tl.constexpr, LAST: tl.constexpr):
 
 
 @triton.jit
+def parts_at(start, c, there, channels, splits, CHUNK: tl.constexpr, LAST: tl.constexpr):
+    """Where the parts of CHUNK splits lie in (splits, channels), and which are there: [CHUNK], with LAST times c's."""
+    split = start + tl.arange(0, CHUNK)
+    at = split.to(tl.int64)
+    inside = split < splits
+    if LAST:
+        at = at[:, None] * channels + c[None, :]
+        inside = inside[:, None] & there[None, :]
+    else:
+        at = at * channels + c
+        inside = inside & there
+    return at, inside
+
+
+@triton.jit
 def over_lanes(values, LAST: tl.constexpr):
     """The sums over a tile, of each channel."""
     sums = tl.sum(values, 0)
     if not LAST:
         sums = tl.sum(sums, 0)
     return sums
+
+
+@triton.jit
+def over_block(values, LAST: tl.constexpr):
+    """The largest of values for each channel of a block."""
+    if LAST:
+        values = tl.max(values, 0)
+    return values
 
 
 @triton.jit
