@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib.resources
 from collections.abc import Iterable
 
-from batchnorm.diagnosis.checks import configuration
+from batchnorm.diagnosis.checks import configuration, learning, state
 from batchnorm.diagnosis.definition import Check
 from batchnorm.errors import OptionError
 
-CHECKS: dict[str, Check] = {check.code: check for group in (configuration,) for check in group.CHECKS}
+CHECKS: dict[str, Check] = {check.code: check for group in (state, configuration, learning) for check in group.CHECKS}
 
 NEEDS = {
     "state": "nothing but the layers",
