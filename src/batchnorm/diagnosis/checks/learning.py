@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from batchnorm.diagnosis.definition import Check
 from batchnorm.diagnosis.feeding import scale_invariant
@@ -124,7 +125,7 @@ def no_gradient(subject: Subject) -> Iterator[Finding]:
 
 
 def _all_zero(tensor: Tensor) -> bool:
-    return not tensor.is_meta and not torch.nn.parameter.is_lazy(tensor) and not bool(tensor.any())
+    return not tensor.is_meta and not is_lazy(tensor) and not bool(tensor.any())
 
 
 class _Rate(NamedTuple):
@@ -212,12 +213,12 @@ def _rates(subject: Subject) -> list[_Rate]:
 GREEK = {"weight": "gamma", "bias": "beta"}
 
 
-def _learning(layer: LayerState) -> list[tuple[str, nn.Parameter]]:
+def _learning(layer: LayerState) -> list[tuple[str, Tensor]]:
     """Gamma and beta, by their names in the layer, where they learn."""
     if layer.module is None or (layer.ours is not None and layer.ours.frozen.affine):
         return []
     both = (("weight", layer.weight), ("bias", layer.bias))
-    return [(name, p) for name, p in both if isinstance(p, nn.Parameter) and p.requires_grad]
+    return [(name, p) for name, p in both if p is not None and not is_lazy(p) and p.requires_grad]
 
 
 def _groups(subject: Subject) -> dict[int, list[dict[str, Any]]]:

@@ -22,9 +22,12 @@ GAMMA_MATTERS = 1e-2
 # The largest scale of a channel that varies, in 34 healthy networks, was 168; 1e3 turns float32's rounding, 6e-8, into
 # 6e-5 and bfloat16's into 4.
 LARGEST_SCALE = 1e3
-# A constant input that is further from 0 than this, in units of the output: what differs a little from it is far off.
-# Channels behind a ReLU that lets next to nothing through are constant too, at 0, and do no harm.
+# An input without variance that is further from 0 than this, in units of the output: what differs a little from it is
+# far off. Channels behind a ReLU that lets next to nothing through are at 0.
 FAR_FROM_ZERO = 1.0
+# A channel whose values are all equal up to float32's rounding is a constant, and comes out as beta. Healthy networks
+# have some: behind channels that are dead, the sum of several branches is their betas' (timm's mobileone_s0).
+CONSTANT = torch.finfo(torch.float32).eps ** 2
 # BN006. An output that varies by less, beside others of order 1, is constant.
 ZERO_GAMMA = 1e-12
 
@@ -153,10 +156,11 @@ def eps_decides(subject: Subject) -> Iterator[Finding]:
         matters = sane & (gamma > GAMMA_MATTERS)
         bound = max(float(var[sane].median()) * OUTLIER, layer.eps * OUTLIER)
         small = matters & (var < layer.eps * OF_EPS) & (var <= bound)
-        zeros = (mean == 0) & (var <= FADED) & (layer.eps > 0)  # nothing else comes in: the scale has no effect
-        large = matters & (scale > LARGEST_SCALE) & ~zeros
-        started = small & (mean == 0) & ~zeros  # at 0, where averages begin, with a variance on its way down
-        far = small & (mean.abs() * scale >= FAR_FROM_ZERO)
+        # Nothing else comes in: the scale has no effect.
+        constant = (var <= (mean.square() * CONSTANT).clamp(min=FADED)) & (layer.eps > 0)
+        large = matters & (scale > LARGEST_SCALE) & ~constant
+        started = small & (mean == 0) & ~constant  # at 0, where averages begin, with a variance on its way down
+        far = small & (mean.abs() * scale >= FAR_FROM_ZERO) & ~constant
         harmful = large | far | started
         found = harmful if bool(harmful.any()) else small
         if not bool(found.any()):
@@ -177,7 +181,7 @@ def _eps_finding(
         )
     else:
         what = f"{count_of(count, layer)} have a scale beyond {LARGEST_SCALE:g}"
-    harm = f"their input is multiplied by {largest:.3g}" if severity == "warning" else "next to nothing comes in there"
+    harm = f"their input is multiplied by {largest:.3g}" if severity == "warning" else "what comes in there does not vary"
     return Finding(
         "BN003",
         severity,
@@ -296,7 +300,7 @@ CHECKS = (
         "warning",
         "state",
         "channels have so small a running variance that eps sets their scale, or a scale beyond 1000; an information "
-        "where next to nothing comes into them",
+        "where their inputs are constant, or next to 0",
         "recalibrate where the data do vary, else prune these channels or set their gamma to 0",
         fixed=False,
         run=eps_decides,
