@@ -15,8 +15,8 @@ from batchnorm.diagnosis.finding import Finding
 from batchnorm.diagnosis.subject import LayerState, Subject
 from batchnorm.report.document import Table
 
-# BN404. Initial weights of usual networks differ by less: torchvision's ResNet-18 by 23 in lr / norm^2, MobileNetV2 by 37
-# but for the deepest depthwise convolutions. 50 is a factor of 7 in the norm.
+# BN404. Initial weights of usual networks differ by less in lr / norm^2: torchvision's ResNet-18 by 23, MobileNetV2 by
+# 37 but for the deepest depthwise convolutions. 50 is a factor of 7 in the norm.
 APART = 50.0
 SHOWN = 8  # rows of a table
 

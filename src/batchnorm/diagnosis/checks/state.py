@@ -181,7 +181,9 @@ def _eps_finding(
         )
     else:
         what = f"{count_of(count, layer)} have a scale beyond {LARGEST_SCALE:g}"
-    harm = f"their input is multiplied by {largest:.3g}" if severity == "warning" else "what comes in there does not vary"
+    harm = (
+        f"their input is multiplied by {largest:.3g}" if severity == "warning" else "what comes in there does not vary"
+    )
     return Finding(
         "BN003",
         severity,
