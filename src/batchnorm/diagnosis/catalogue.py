@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib.resources
 from collections.abc import Iterable
 
-from batchnorm.diagnosis.checks import configuration, inference
+from batchnorm.diagnosis.checks import configuration, inference, learning, state
 from batchnorm.diagnosis.definition import Check
 from batchnorm.errors import OptionError
 
-CHECKS: dict[str, Check] = {check.code: check for group in (configuration, inference) for check in group.CHECKS}
+GROUPS = (state, configuration, inference, learning)
+CHECKS: dict[str, Check] = {
+    check.code: check for check in sorted((c for group in GROUPS for c in group.CHECKS), key=lambda check: check.code)
+}
 
 NEEDS = {
     "state": "nothing but the layers",

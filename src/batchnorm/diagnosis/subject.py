@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from batchnorm._torch import buffers_of, parameters_of
 from batchnorm.diagnosis.observation import Observation, ObservedLayer
@@ -49,8 +50,8 @@ class LayerState:
 
     @property
     def num_channels(self) -> int:
-        """C; 0 of a layer that has neither statistics nor parameters and does not say."""
-        known = [t for t in (self.mean, self.var, self.weight, self.bias) if t is not None]
+        """C; 0 of a layer that has neither statistics nor parameters and does not say, or waits for its first input."""
+        known = [t for t in (self.mean, self.var, self.weight, self.bias) if t is not None and not is_lazy(t)]
         return int(known[0].numel() if known else getattr(self.module, "num_features", 0))
 
     @property
@@ -134,7 +135,7 @@ def subject_of_state_dict(state: Mapping[str, Any]) -> Subject:
     for key, mean in state.items():
         prefix, dot, name = key.rpartition(".")
         var = state.get(f"{prefix}{dot}running_var")
-        if name != "running_mean" or not isinstance(mean, Tensor) or not isinstance(var, Tensor):
+        if name != "running_mean" or not isinstance(mean, Tensor) or not isinstance(var, Tensor) or is_lazy(mean):
             continue
         weight, bias = (_vector(state.get(f"{prefix}{dot}{name}"), mean) for name in ("weight", "bias"))
         tracked = state.get(f"{prefix}{dot}num_batches_tracked")
