@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib.resources
 from collections.abc import Iterable
 
-from batchnorm.diagnosis.checks import configuration
+from batchnorm.diagnosis.checks import batches, configuration, data, structure
 from batchnorm.diagnosis.definition import Check
 from batchnorm.errors import OptionError
 
-CHECKS: dict[str, Check] = {check.code: check for group in (configuration,) for check in group.CHECKS}
+GROUPS = (configuration, structure, batches, data)
+CHECKS: dict[str, Check] = {
+    check.code: check for check in sorted((c for group in GROUPS for c in group.CHECKS), key=lambda check: check.code)
+}
 
 NEEDS = {
     "state": "nothing but the layers",

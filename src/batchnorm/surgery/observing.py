@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,8 +65,14 @@ def forward(model: nn.Module, example_inputs: Any) -> Any:  # noqa: ANN401 - wha
     )
 
 
-def observe(model: nn.Module, example_inputs: Any) -> tuple[Calls, Any]:  # noqa: ANN401 - as `forward`
-    """Every module's calls in one inference pass, in order; and what the model returned."""
+def observe(model: nn.Module, example_inputs: Any, run: Callable[[nn.Module, Any], Any] = forward) -> tuple[Calls, Any]:  # noqa: ANN401 - as `forward`
+    """Every module's calls in one inference pass, in order; and what the model returned.
+
+    Args:
+        model: any module.
+        example_inputs: what `run` takes.
+        run: what calls the model.
+    """
     calls: Calls = {}
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -74,4 +80,4 @@ def observe(model: nn.Module, example_inputs: Any) -> tuple[Calls, Any]:  # noqa
         calls.setdefault(module, []).append(ModuleCall(args, kwargs))
 
     with inference(model), forward_hooks(model.modules(), before=note):
-        return calls, forward(model, example_inputs)
+        return calls, run(model, example_inputs)
