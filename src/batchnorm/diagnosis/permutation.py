@@ -11,7 +11,7 @@ from torch import Tensor
 PERMUTATIONS = 500
 CHANNELS = 16  # of each layer: more say the same again
 SAMPLES = 2048  # at most, in whole batches
-_CHUNK = 1 << 24  # values that are permuted at once
+_CHUNK = 1 << 22  # values that are permuted at once
 
 
 class Between(NamedTuple):
@@ -29,7 +29,9 @@ class Between(NamedTuple):
     significant: bool
 
 
-def between_batches(layers: Sequence[Tensor], batch_of: Tensor, *, permutations: int = PERMUTATIONS) -> list[Between]:
+def between_batches(
+    layers: Sequence[Tensor], batch_of: Tensor, *, least: float = 0.0, permutations: int = PERMUTATIONS
+) -> list[Between]:
     r"""Variance components of samples' means, between batches and within, against permuted samples.
 
     With channels at unit variance, and sums over channels, SSB = \sum_b n_b |mean_b|^2 and SSW = SST - SSB,
@@ -43,6 +45,8 @@ def between_batches(layers: Sequence[Tensor], batch_of: Tensor, *, permutations:
     Args:
         layers: (N, K) samples' means of each layer, K may differ.
         batch_of: (N,) the batch of each sample.
+        least: a share that does not matter: a layer with less is not significant, and if all have less, nothing is
+            permuted, and scores are 0.
         permutations: how many.
 
     Returns:
@@ -63,23 +67,32 @@ def between_batches(layers: Sequence[Tensor], batch_of: Tensor, *, permutations:
     together = torch.cat(columns, 1).float()
     ends = sizes.cumsum(0).long()
     observed = _squares_between(together.unsqueeze(0), sizes, ends, widths)[0]
-    generator = torch.Generator().manual_seed(0)
-    permuted, at_once = [], max(1, _CHUNK // together.numel())
-    for done in range(0, permutations, at_once):
-        orders = torch.rand(min(at_once, permutations - done), total, generator=generator).argsort(1)
-        permuted.append(_squares_between(together[orders], sizes, ends, widths))
-    chance = torch.cat(permuted)
+    n = (total - float(sizes.square().sum()) / total) / (batches - 1)
+    shares = []
+    for width, squares in zip(widths, observed.tolist(), strict=True):
+        between, within = squares / (batches - 1), (width * total - squares) / (total - batches)
+        below = between + (n - 1) * within
+        shares.append((between - within) / below if below > 0 else 0.0)
+    if max(shares) <= least:
+        return [Between(share, 0.0, False) for share in shares]
+    chance = _permuted(together, sizes, ends, widths, permutations)
     spread = chance.std(0).clamp(min=1e-12)
     score = (observed - chance.mean(0)) / spread
     most = float(((chance - chance.mean(0)) / spread).max())
-    n = (total - float((sizes.square()).sum()) / total) / (batches - 1)
-    found = []
-    for width, squares, beyond in zip(widths, observed.tolist(), score.tolist(), strict=True):
-        between, within = squares / (batches - 1), (width * total - squares) / (total - batches)
-        below = between + (n - 1) * within
-        share = (between - within) / below if below > 0 else 0.0
-        found.append(Between(share, beyond, bool(width) and beyond > most))
-    return found
+    return [
+        Between(share, beyond, share > least and beyond > most)
+        for share, beyond in zip(shares, score.tolist(), strict=True)
+    ]
+
+
+def _permuted(together: Tensor, sizes: Tensor, ends: Tensor, widths: Sequence[int], permutations: int) -> Tensor:
+    """(R, L) SSB of samples in R random orders."""
+    generator = torch.Generator().manual_seed(0)
+    found, at_once = [], max(1, _CHUNK // together.numel())
+    for done in range(0, permutations, at_once):
+        orders = torch.rand(min(at_once, permutations - done), len(together), generator=generator).argsort(1)
+        found.append(_squares_between(together[orders], sizes, ends, widths))
+    return torch.cat(found)
 
 
 def _some(batch_of: Tensor) -> tuple[Tensor, Tensor]:

@@ -133,7 +133,7 @@ def batches_not_alike(subject: Subject) -> Iterator[Finding]:
     fit = [(layer, seen) for layer, seen in subject.observed() if len(seen.sample_means) == data.samples]
     if not fit:
         return
-    found = between_batches([seen.sample_means for _, seen in fit], fit[0][1].batch_of)
+    found = between_batches([seen.sample_means for _, seen in fit], fit[0][1].batch_of, least=BETWEEN)
     large = [
         (one, layer) for (layer, _), one in zip(fit, found, strict=True) if one.significant and one.share > BETWEEN
     ]
