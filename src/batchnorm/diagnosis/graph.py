@@ -97,7 +97,9 @@ def _made(subject: Subject, model: nn.Module) -> Graph:
     if observed is None:
         _assume_ranks(model, flow, calls)
     operations: dict[nn.Module, list[Operation]] = {}
-    for region, node, module in regions(model, call_of, modes=(True,)).nodes():
+    whole = any(region.module is model for region in found.traced)
+    in_training = found if whole else regions(model, call_of, modes=(True,))
+    for region, node, module in in_training.nodes():
         operations.setdefault(module, []).append(operation(region, node))
     names: dict[nn.Module, str] = {}
     for name, module in (subject.model or model).named_modules():

@@ -75,6 +75,8 @@ def samples_of_a_batch(layer: ObservedLayer) -> float:
 def chi_square_quantile(probability: float, degrees: int) -> float:
     """The value that a chi-square variable stays below with this probability, by Wilson and Hilferty's approximation.
 
+    Far out with few degrees it is too large, by 15 % at 1 - 1e-6 with one.
+
     Source: Wilson and Hilferty, "The Distribution of Chi-Square", 1931.
     """
     z = float(torch.special.ndtri(torch.tensor(probability, dtype=torch.float64)))

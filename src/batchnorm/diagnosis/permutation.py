@@ -106,10 +106,12 @@ def _some(batch_of: Tensor) -> tuple[Tensor, Tensor]:
 def _standardised(means: Tensor) -> Tensor:
     """Channels at mean 0 and variance 1, without those that do not vary, and not more than some spread evenly."""
     spread = means.std(0, correction=0)
-    means = means[:, spread > 1e-9 * means.abs().amax(0)]
+    varies = spread > 1e-9 * means.abs().amax(0)
+    means, spread = means[:, varies], spread[varies]
     if means.shape[1] > CHANNELS:
-        means = means[:, torch.linspace(0, means.shape[1] - 1, CHANNELS).long()]
-    return (means - means.mean(0)) / means.std(0, correction=0)
+        some = torch.linspace(0, means.shape[1] - 1, CHANNELS).long()
+        means, spread = means[:, some], spread[some]
+    return (means - means.mean(0)) / spread
 
 
 def _squares_between(samples: Tensor, sizes: Tensor, ends: Tensor, widths: Sequence[int]) -> Tensor:

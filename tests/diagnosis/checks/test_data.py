@@ -144,6 +144,14 @@ def test_no_padding(batches: list[Tensor]) -> None:
     assert found(data.padding_counted, nn.BatchNorm1d(batches[0].shape[1]), batches) == {}
 
 
+def test_a_mask_says_what_counts() -> None:
+    norm = bn.BatchNorm1d(5)
+    mask = torch.arange(20) < (torch.arange(8) % 5 + 8).view(-1, 1)
+    batches = [{"input": x, "mask": mask} for x in padded(8)]
+    given = subject_of_model(norm, data=observe(norm, batches))
+    assert list(data.padding_counted(given)) == []
+
+
 def test_black_borders_are_no_padding() -> None:
     x = draw(16, 3, 12, 12)
     x[:, :, 7:] = 0

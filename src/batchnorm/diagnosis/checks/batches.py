@@ -27,9 +27,9 @@ NOISE = 0.1
 SCATTER, EXCESS = 0.1, 2.0
 # One false alarm in ten thousand networks, if all channels of a layer were one.
 FALSE_SCATTER = 1e-4
-# Between batches lies a twentieth of the variance of samples' means: with 20 samples a batch or more, it doubles what
-# a batch mean scatters by.
-BETWEEN = 0.05
+# The share of the variance of samples' means that lies between batches: with 32 samples a batch, it doubles the
+# variance of a batch's mean.
+BETWEEN = 0.03
 
 
 def few_values(subject: Subject) -> Iterator[Finding]:

@@ -114,7 +114,7 @@ def padding_counted(subject: Subject) -> Iterator[Finding]:
     for layer, seen in subject.observed():
         shape, axis = seen.input.shape, seen.input.channel_dim
         # Images have borders of one colour, which are data.
-        if seen.padding is None or len(shape) != 3 or axis not in (1, 2):
+        if seen.padding is None or len(shape) != 3 or axis not in (1, 2) or _masked(layer, seen):
             continue
         if shape[3 - axis] < SHORTEST or shape[axis] < FEWEST_CHANNELS or not PADDED < seen.padding < ALL_ALIKE:
             continue
@@ -128,6 +128,12 @@ def padding_counted(subject: Subject) -> Iterator[Finding]:
             f"{layer.path.replace('model', 'self', 1)}(x, mask=mask)",
             weight=seen.padding,
         )
+
+
+def _masked(layer: LayerState, seen: ObservedLayer) -> bool:
+    """Whether a layer of ours was told by a mask what counts: fewer values than came."""
+    count = None if seen.population is None else float(seen.population.count)
+    return layer.ours is not None and count is not None and count < len(seen.sample_means) * seen.sample_values
 
 
 def cancellation(subject: Subject) -> Iterator[Finding]:
