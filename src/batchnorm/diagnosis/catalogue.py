@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib.resources
 from collections.abc import Iterable
 
-from batchnorm.diagnosis.checks import configuration, inference, learning, state
+from batchnorm.diagnosis.checks import batches, configuration, data, inference, learning, state, structure
 from batchnorm.diagnosis.definition import Check
 from batchnorm.errors import OptionError
 
-GROUPS = (state, configuration, inference, learning)
+GROUPS = (state, configuration, structure, batches, data, inference, learning)
 CHECKS: dict[str, Check] = {
     check.code: check for check in sorted((c for group in GROUPS for c in group.CHECKS), key=lambda check: check.code)
 }

@@ -87,7 +87,7 @@ class Observation:
     """What one set of data showed.
 
     Attributes:
-        layers: by name, those that were called.
+        layers: by name, those that were called, in the order of their first calls.
         batches: how many batches were used.
         samples: how many samples these held; None where they have no tensor to count by.
         passes: how many forward passes over all of the data it took; a pass over half of it is a half.

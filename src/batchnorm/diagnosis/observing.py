@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -82,7 +82,9 @@ def _padding(x: Tensor) -> float:
 class _Record:
     """What is gathered of one layer, by batches' indices: a pass that begins again writes over what it wrote."""
 
-    def __init__(self) -> None:
+    def __init__(self, turn: Iterator[int]) -> None:
+        self._turn = turn
+        self.turn = -1  # the order in which layers were first called
         self.input: Input | None = None
         self.calls: dict[int, list[Moments]] = {}
         self.sample_means: dict[int, Tensor] = {}
@@ -96,6 +98,8 @@ class _Record:
     ) -> Moments:
         """The call of that number in that batch's pass: the moments of its input."""
         measured = _measure(module, args, kwargs, padding=self.input is None)
+        if self.input is None:
+            self.turn = next(self._turn)
         calls = self.calls.setdefault(batch, [])
         del calls[number:]
         calls.append(measured.moments)
@@ -287,7 +291,8 @@ class _Seen:
         self._names: dict[nn.Module, str] = {module: display_name(path) for path, module in named_norm_layers(model)}
         self._paths: dict[nn.Module, str] = {module: path for path, module in named_norm_layers(model)}
         self._watched = [module for module in self._names if module not in solved]
-        self._records = {name: _Record() for name in self._names.values()}
+        turn = itertools.count()
+        self._records = {name: _Record(turn) for name in self._names.values()}
         self._numbers: dict[int, Counter[nn.Module]] = {}
         self._outputs: dict[int, Any] = {}
         self._contents: dict[int, Any] = {}
@@ -341,7 +346,7 @@ class _Seen:
         non_finite = {**self._lockstep.non_finite, **self._not_finite_where_watched()}
         layers = {
             self._paths[module]: observed
-            for module, name in self._names.items()
+            for module, name in sorted(self._names.items(), key=lambda item: self._records[item[1]].turn)
             if (observed := self._records[name].observed(dropped, exact)) is not None
         }
         paths = {name: self._paths[module] for module, name in self._names.items()}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
 from batchnorm._torch import buffers_of, parameters_of
@@ -52,7 +53,9 @@ class LayerState:
     def num_channels(self) -> int:
         """C; 0 of a layer that has neither statistics nor parameters and does not say, or waits for its first input."""
         known = [t for t in (self.mean, self.var, self.weight, self.bias) if t is not None and not is_lazy(t)]
-        return int(known[0].numel() if known else getattr(self.module, "num_features", 0))
+        if known or self.module is None:
+            return int(known[0].numel()) if known else 0
+        return int(vars(self.module).get("num_features", 0))
 
     @property
     def ours(self) -> BatchNorm | None:
@@ -62,12 +65,7 @@ class LayerState:
     @property
     def path(self) -> str:
         """An expression that leads to the layer, for remedies: `model.layer1[0].bn1`."""
-        path = "model"
-        for part in filter(None, self.name.split(".")):
-            path += (
-                f"[{part}]" if part.isdigit() else f".{part}" if part.isidentifier() else f'.get_submodule("{part}")'
-            )
-        return path
+        return expression(self.name)
 
 
 @dataclass(eq=False)
@@ -108,6 +106,14 @@ class Subject:
         return [(layer, self.data.layers[layer.name]) for layer in self.layers if layer.name in self.data.layers]
 
 
+def expression(name: str) -> str:
+    """An expression that leads to the module of a name: `model.layer1[0].conv1`."""
+    path = "model"
+    for part in filter(None, name.split(".")):
+        path += f"[{part}]" if part.isdigit() else f".{part}" if part.isidentifier() else f'.get_submodule("{part}")'
+    return path
+
+
 def subject_of_model(model: nn.Module, **rest: Any) -> Subject:  # noqa: ANN401 - Subject's other attributes
     """A model's layers, torch.nn's and ours, each once."""
     return Subject([_layer(name, module) for name, module in named_norm_layers(model)], model, **rest)
@@ -115,6 +121,8 @@ def subject_of_model(model: nn.Module, **rest: Any) -> Subject:  # noqa: ANN401 
 
 def _layer(name: str, module: NormLayer) -> LayerState:
     buffers, parameters = buffers_of(module), parameters_of(module)
+    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        buffers, parameters = {}, {}  # they say nothing yet, and refuse to be asked
     tracked = buffers.get("num_batches_tracked")
     return LayerState(
         name,
@@ -124,7 +132,7 @@ def _layer(name: str, module: NormLayer) -> LayerState:
         parameters.get("weight"),
         parameters.get("bias"),
         None if tracked is None or tracked.is_meta else int(tracked),
-        module.eps,
+        vars(module).get("eps", EPS),  # where it is: `layer.eps` of ours may refuse
         module.momentum,
     )
 

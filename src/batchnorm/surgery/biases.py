@@ -17,7 +17,7 @@ from batchnorm.surgery.linear import LinearLayer
 from batchnorm.surgery.observing import observe
 from batchnorm.surgery.recognising import linear_layers
 from batchnorm.surgery.report import Entry, attach, check_free
-from batchnorm.surgery.tracing import regions, seen_call
+from batchnorm.surgery.tracing import Regions, regions, seen_call
 
 
 def remove_dead_biases(model: nn.Module, example_inputs: Any) -> nn.Module:  # noqa: ANN401 - what the model takes
@@ -56,20 +56,11 @@ def remove_dead_biases(model: nn.Module, example_inputs: Any) -> nn.Module:  # n
         calls, returned = observe(model, example_inputs)
     found = regions(model, lambda module: seen_call(calls, module), modes=(True, False))
     flow = Flow(model, found, calls, known, training=True)
-    why: dict[str, str] = {}
-    dead: dict[str, tuple[LinearLayer, NormLayer]] = {}
-    paths = [path for path, _ in named_norm_layers(model)]
-    for path, norm in named_norm_layers(model):
-        if norm not in flow.sites:
-            why[path] = found.reason(path)
-        elif isinstance(answer := _dead_before(flow, norm), str):
-            why[path] = answer
-        else:
-            dead[path] = answer, norm
-    done = {
-        path: f"the bias of {flow.where(layer.module)} is part of the running mean" for path, (layer, _) in dead.items()
-    }
-    undo = [_remove(layer, norm) for layer, norm in dead.values()]
+    answers, norms = dead_biases(model, found, flow), dict(named_norm_layers(model))
+    why = {path: answer for path, answer in answers.items() if isinstance(answer, str)}
+    dead = {path: answer for path, answer in answers.items() if isinstance(answer, LinearLayer)}
+    done = {path: f"the bias of {flow.where(layer.module)} is part of the running mean" for path, layer in dead.items()}
+    undo = [_remove(layer, norms[path]) for path, layer in dead.items()]
     error, tolerance = difference(outputs(model, example_inputs), list(tensors(returned)))
     if not error <= ALTOGETHER * tolerance:
         for step in undo:
@@ -77,8 +68,22 @@ def remove_dead_biases(model: nn.Module, example_inputs: Any) -> nn.Module:  # n
         why |= dict.fromkeys(done, f"without their biases, the model is off by {error:.1e} on the example inputs")
         done, error = {}, 0.0
     return attach(
-        model, "freed of a bias", (Entry(path, path in done, done.get(path) or why[path]) for path in paths), error
+        model, "freed of a bias", (Entry(path, path in done, done.get(path) or why[path]) for path in norms), error
     )
+
+
+def dead_biases(model: nn.Module, found: Regions, flow: Flow) -> dict[str, LinearLayer | str]:
+    """By the paths of a model's batch-norm layers: the linear layer whose bias the layer takes away, or why none.
+
+    Args:
+        model: nothing of it is changed.
+        found: its graphs, the same in both modes.
+        flow: of these graphs, in training.
+    """
+    return {
+        path: _dead_before(flow, norm) if norm in flow.sites else found.reason(path)
+        for path, norm in named_norm_layers(model)
+    }
 
 
 def _dead_before(flow: Flow, norm: NormLayer) -> LinearLayer | str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from batchnorm._torch import parameters_of
 
-_TORCH_LAYERS = (
+TORCH_LAYERS = (
     nn.Linear,
     nn.Conv1d,
     nn.Conv2d,
@@ -76,7 +76,14 @@ class LinearLayer:
 
 def is_of_torch(module: nn.Module) -> bool:
     """Whether a module is exactly a convolution, its transpose or Linear: a subclass may do more."""
-    return type(module) in _TORCH_LAYERS
+    return type(module) in TORCH_LAYERS
+
+
+def of_torch(module: nn.Module) -> LinearLayer:
+    """What one of torch's layers is, from its class alone."""
+    transposed = isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
+    groups = 1 if isinstance(module, nn.Linear) else vars(module)["groups"]
+    return LinearLayer(module, "weight", "bias", transposed, groups, "what comes into it has not been seen")
 
 
 def weights(layer: LinearLayer) -> Weights:

@@ -23,6 +23,8 @@ from batchnorm.models.norm_layers import NormLayer
 from batchnorm.surgery.observing import Calls, ModuleCall, Spec
 from batchnorm.surgery.signatures import signature
 
+# What a module is called with, or None and why that cannot be said.
+CallOf = Callable[[nn.Module], tuple[ModuleCall | None, str]]
 _WITH_OPTIONS = "called_with_optional_arguments"  # of a node: modules of its graph
 
 
@@ -219,7 +221,7 @@ def seen_call(calls: Calls, module: nn.Module) -> tuple[ModuleCall | None, str]:
 
 def regions(
     model: nn.Module,
-    call_of: Callable[[nn.Module], tuple[ModuleCall | None, str]],
+    call_of: CallOf,
     modes: Collection[bool],
     *,
     leaf: Callable[[nn.Module], bool] = is_leaf,
@@ -259,7 +261,7 @@ def regions(
 
 def in_modes(
     module: nn.Module,
-    call_of: Callable[[nn.Module], tuple[ModuleCall | None, str]],
+    call_of: CallOf,
     modes: Collection[bool],
     *,
     leaf: Callable[[nn.Module], bool] = is_leaf,
