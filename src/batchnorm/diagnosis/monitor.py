@@ -127,8 +127,9 @@ class Monitor:
 
     def _attach(self, attached: ExitStack) -> None:
         """See the model's forward passes."""
-        hooks = forward_hooks([self._model], Uncopied(self._begin), Uncopied(self._end), first=True)
-        attached.enter_context(hooks)
+        # Several monitors begin in one order and end in the other, so that each finds torch.compile as it left it.
+        attached.enter_context(forward_hooks([self._model], before=Uncopied(self._begin)))
+        attached.enter_context(forward_hooks([self._model], after=Uncopied(self._end), first=True))
 
     def _close(self) -> None:
         self._abandon()
