@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from diagnosis.training import LAYERS, batch, hooks, loss, network, sgd, state, train
 from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
@@ -17,7 +18,6 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 import batchnorm as bn
 from batchnorm.diagnosis.records import LayerRecord
 from batchnorm.errors import OptionError, UsageError
-from diagnosis.training import LAYERS, batch, hooks, loss, network, sgd, state, train
 from support.comparison import close
 
 
@@ -297,11 +297,13 @@ def test_a_model_that_is_compiled_from_outside_says_so(in_place: bool) -> None:
 
 def test_a_model_that_is_not_trained_says_so() -> None:
     model = network().eval()
-    with pytest.warns(
-        UserWarning, match="saw no step of the Sequential; it needs calls of the model itself, in training"
+    with (
+        pytest.warns(
+            UserWarning, match="saw no step of the Sequential; it needs calls of the model itself, in training"
+        ),
+        bn.Monitor(model),
     ):
-        with bn.Monitor(model):
-            model(batch(0))
+        model(batch(0))
 
 
 def test_a_monitor_may_start_again() -> None:

@@ -87,7 +87,7 @@ class Monitor:
         Raises:
             OptionError: it is attached already.
         """
-        if self._writer is not None:
+        if self.started:
             raise OptionError("got a monitor that has been started; stop() it first")
         self._writer = writer_for(self._destination, self.records)
         self._probe = self._choose_probe()
@@ -113,6 +113,16 @@ class Monitor:
             )
             warnings.warn(f"the monitor saw no step of the {type(self._model).__name__}; {how}", stacklevel=2)
 
+    def abandon(self) -> None:
+        """Detach without looking at anything: after an exception; `with` does it. The record that waits is dropped."""
+        self._waiting = None
+        self._attached.close()
+
+    @property
+    def started(self) -> bool:
+        """Whether it is attached."""
+        return self._writer is not None
+
     def __enter__(self) -> Self:
         return self.start()
 
@@ -122,8 +132,7 @@ class Monitor:
         if kind is None:
             self.stop()
         else:
-            self._waiting = None
-            self._attached.close()
+            self.abandon()
 
     def _attach(self, attached: ExitStack) -> None:
         """See the model's forward passes."""
@@ -204,3 +213,18 @@ class Monitor:
         """The parameter that tells of gradients and changes: a gamma, if any learns."""
         parameters = [layer.weight for _, layer in named_norm_layers(self._model)] + list(self._model.parameters())
         return next((p for p in parameters if isinstance(p, nn.Parameter) and p.requires_grad), None)
+
+
+class GuidedMonitor(Monitor):
+    """A monitor that is told when forward passes begin and end: for trainers that may call parts of the model only."""
+
+    def _attach(self, attached: ExitStack) -> None:
+        """Attach nothing: it is told."""
+
+    def begin(self) -> None:
+        """A forward pass of training begins."""
+        self._begin()
+
+    def end(self) -> None:
+        """It has ended; not so where an exception ended it."""
+        self._end()
