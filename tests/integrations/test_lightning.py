@@ -129,9 +129,10 @@ class Logger(CSVLogger):
 def test_training_is_monitored(accumulate: int, tmp_path: Path) -> None:
     """Through parts of the module too: the trainer does not call it."""
     callback, options = Monitor(every=2, writer=tmp_path / "run.jsonl"), {"accumulate_grad_batches": accumulate}
-    model, plain = Regression(), Regression()
-    model.training_step = lambda batch, index: (model.net(batch[0]) - 1).square().mean()
+    model = Regression()
+    model.training_step = lambda batch, batch_idx: (model.net(batch[0]) - 1).square().mean()
     trainer(callback, **options).fit(model, loader(3), validation())
+    plain = Regression()
     trainer(**options).fit(plain, loader(3), validation())
     assert values(model) == values(plain)
     records, _ = curves.read(tmp_path / "run.jsonl")
@@ -145,7 +146,7 @@ def test_training_is_monitored(accumulate: int, tmp_path: Path) -> None:
 
 def test_the_trainers_logger_gets_the_numbers(tmp_path: Path) -> None:
     logger = Logger(tmp_path)
-    trainer(Monitor(every=7), logger=logger).fit(Regression(), loader(3), validation())
+    trainer(Monitor(every=7), logger=logger, log_every_n_steps=7).fit(Regression(), loader(3), validation())
     logged = [(step, metrics) for step, metrics in logger.kept if "batchnorm/net.1/shift/max" in metrics]
     assert len(logged) == 2
     assert {"batchnorm/net.5/noise", "batchnorm/net.5/dead"} <= logged[1][1].keys()
@@ -153,7 +154,7 @@ def test_the_trainers_logger_gets_the_numbers(tmp_path: Path) -> None:
 
 def test_training_that_fails_leaves_no_hooks() -> None:
     model, callback = Regression(), Monitor(every=1)
-    model.training_step = lambda batch, index: model.net(batch[0][:, :2]).sum()
+    model.training_step = lambda batch, batch_idx: model.net(batch[0][:, :2]).sum()
     with pytest.raises(RuntimeError, match="shapes"):
         trainer(callback).fit(model, loader(3), validation())
     assert callback.monitor is not None
