@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
@@ -264,6 +265,20 @@ def test_a_wrapped_model(inner: bool) -> None:
     with bn.Monitor(model if inner else wrapped, every=1) as monitor, bn.Monitor(plain, every=1) as expected:
         train(wrapped, sgd(model), 2)
         train(plain, sgd(plain), 2)
+    assert monitor.records == expected.records
+
+
+def test_a_model_in_several_processes() -> None:
+    """One process is enough to see that the wrapper is called, and the model inside named."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model, plain = network(), network()
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        with bn.Monitor(wrapped, every=1) as monitor, bn.Monitor(plain, every=1) as expected:
+            train(wrapped, sgd(model), 2)
+            train(plain, sgd(plain), 2)
+    finally:
+        dist.destroy_process_group()
     assert monitor.records == expected.records
 
 
