@@ -199,3 +199,12 @@ def test_hooks_of_all_modules_are_known() -> None:
     assert _torch.any_global_hook()
     handle.remove()
     assert not _torch.any_global_hook()
+
+
+def test_changes_in_place_are_counted() -> None:
+    x = torch.zeros(3)
+    before = _torch.version(x)
+    x + 1
+    assert _torch.version(x) == before
+    x.add_(1)
+    assert _torch.version(x) > before

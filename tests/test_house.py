@@ -127,6 +127,7 @@ def test_the_public_names() -> None:
         "LazyBatchNorm2d",
         "LazyBatchNorm3d",
         "Moments",
+        "Monitor",
         "Pending",
         "Recalibration",
         "Renorm",

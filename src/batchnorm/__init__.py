@@ -3,6 +3,7 @@
 from batchnorm import errors, functional
 from batchnorm.deferral import Pending, deferred
 from batchnorm.diagnosis.check import check
+from batchnorm.diagnosis.monitor import Monitor
 from batchnorm.errors import BatchNormError
 from batchnorm.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 from batchnorm.modules import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
@@ -30,6 +31,7 @@ __all__ = [
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
     "Moments",
+    "Monitor",
     "Pending",
     "Recalibration",
     "Renorm",

@@ -64,6 +64,14 @@ def in_backward_recompute() -> bool:
     return not torch.compiler.is_compiling() and current_backward() != -1
 
 
+def version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place.
+
+    Torch documents it, under this private name. Without it, steps of optimizers that are not torch's are not noticed.
+    """
+    return tensor._version
+
+
 def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """`function.apply` without its preparations for transforms, which must not be at work.
 

@@ -125,6 +125,8 @@ class BatchNorm(Rebuilding):
     _bn_momentum_patched: ClassVar[bool] = True
     # Where proposals go instead of being committed: `deferred` sets it for a while.
     _receiver: Callable[[Moments], None] | None = None
+    # Who is told of proposals, whatever becomes of them: monitors, for the time of one forward pass.
+    _listeners: tuple[Callable[[BatchNorm, Moments], None], ...] = ()
 
     def __init__(
         self,
@@ -270,7 +272,7 @@ class BatchNorm(Rebuilding):
                 counter, momentum = running.num_batches_tracked, running.momentum
                 check_running(mean, var, counter, momentum, self._num_features, input.device)
                 plain = self.renorm is None and self.virtual_batch_size is None and not self.sync
-                if plain and self._receiver is None:
+                if plain and self._receiver is None and not self._listeners:
                     return functional.normalize_and_commit(call, running)
             output, moments = functional.normalize(call, self._statistics())
             if moves:
@@ -307,6 +309,8 @@ class BatchNorm(Rebuilding):
     def _propose(self, proposal: Moments) -> None:
         """Commit, or hand the proposal to whoever collects them; a pass that a backward pass repeats does neither."""
         if not in_backward_recompute():
+            for listener in self._listeners:
+                listener(self, proposal)
             (self._receiver or self._commit)(proposal)
 
     def _commit(self, proposal: Moments) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from diagnosis.networks import healthy, labelled
 from torch import nn
 
 import batchnorm as bn
 from batchnorm.diagnosis.check import check_state_dict
 from batchnorm.errors import CountError, OptionError
+from diagnosis.networks import healthy, labelled
 
 
 def traces(model: nn.Module) -> list[Any]:

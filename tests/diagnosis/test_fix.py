@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from diagnosis.networks import healthy, labelled
 from torch import nn
 
 import batchnorm as bn
 from batchnorm.diagnosis import fix
 from batchnorm.diagnosis.catalogue import CHECKS
+from diagnosis.networks import healthy, labelled
 
 
 def test_a_remedy_for_every_check_that_promises_one() -> None:

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from diagnosis.networks import healthy, labelled
 
 import batchnorm as bn
 from batchnorm.diagnosis import gap
 from batchnorm.diagnosis.observing import observe
 from batchnorm.diagnosis.subject import Subject, subject_of_model
 from batchnorm.errors import OptionError
+from diagnosis.networks import healthy, labelled
 from support.comparison import close
 
 

@@ -6,11 +6,11 @@ import copy
 
 import torch
 import torch.nn.functional as F
-from diagnosis.networks import healthy, labelled
 from torch import nn
 
 from batchnorm.diagnosis.gradients import training_gradients
 from batchnorm.diagnosis.subject import subject_of_model
+from diagnosis.networks import healthy, labelled
 from support.comparison import close
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diagnosis.networks import convolutional, labelled
 from torch import Tensor, nn
 
 import batchnorm as bn
@@ -16,6 +15,7 @@ from batchnorm.diagnosis.observation import Observation
 from batchnorm.diagnosis.observing import MOST_CHANNELS, observe
 from batchnorm.errors import CountError
 from batchnorm.population.batches import default_forward
+from diagnosis.networks import convolutional, labelled
 from support import oracle, tolerances
 from support.comparison import close
 

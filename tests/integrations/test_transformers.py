@@ -10,7 +10,8 @@ import pytest
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from batchnorm.integrations.transformers import Recalibrate
+from batchnorm.integrations.transformers import Monitor, Recalibrate
+from diagnosis.training import hooks
 from integrations.trainees import counted, is_consistent, network, samples, values
 
 
@@ -94,3 +95,27 @@ def test_at_the_end(tmp_path: Path) -> None:
     assert not any(map(is_consistent, witness.seen))
     assert is_consistent(model.net)
     assert values(model) == values(trained(tmp_path, **options))
+
+
+def test_training_is_monitored(tmp_path: Path) -> None:
+    callback = Monitor(every=3)
+    model, plain = trained(tmp_path, callback), trained(tmp_path)
+    assert values(model) == values(plain)
+    assert callback.monitor is not None
+    assert [(r.step, r.layer) for r in callback.monitor.records] == [
+        (step, layer) for step in (3, 6) for layer in ("net.1", "net.5")
+    ], "of 8 steps, in two passes each"
+    assert all(record.weight_gradient and record.effective_learning_rate for record in callback.monitor.records)
+    assert not hooks(model)
+
+
+def test_the_trainers_log_gets_the_numbers(tmp_path: Path) -> None:
+    logged: list[dict[str, float]] = []
+
+    class Host:
+        def log(self, numbers: dict[str, float]) -> None:
+            logged.append(numbers)
+
+    trained(tmp_path, Monitor(every=4, trainer=Host()))
+    assert len(logged) == 2
+    assert {"batchnorm/net.1/shift/max", "batchnorm/net.5/noise"} <= logged[1].keys()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
-from batchnorm.models.hooks import forward_hooks, has_hooks, without_hooks
+from batchnorm.models.hooks import Uncopied, forward_hooks, has_hooks, without_hooks
 
 
 @pytest.mark.parametrize(
@@ -72,3 +76,32 @@ def test_hooks_go_after_an_error() -> None:
     with pytest.raises(RuntimeError), forward_hooks(model.modules(), lambda *_: None, lambda *_: None):
         model(torch.ones(3))
     assert not has_hooks(model)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_copies_lose_a_hook_that_is_not_copied(copied: Any) -> None:
+    calls: list[int] = []
+    layer = nn.ReLU()
+    layer.register_forward_pre_hook(Uncopied(lambda *_: calls.append(1)), with_kwargs=True)
+    layer.register_forward_hook(Uncopied(lambda *_: calls.append(2)))
+    other = copied(copied(layer))
+    for _ in range(2):
+        other(torch.zeros(1))
+    assert not calls
+    assert not has_hooks(other)
+    layer(torch.zeros(1))
+    assert calls == [1, 2]
+
+
+def test_hooks_that_come_first() -> None:
+    layer, calls = nn.ReLU(), []
+    layer.register_forward_pre_hook(lambda *_: calls.append("old before"))
+    layer.register_forward_hook(lambda *_: calls.append("old after"))
+    hooks = {"before": lambda *_: calls.append("before"), "after": lambda *_: calls.append("after")}
+    for first in (True, False):
+        with forward_hooks([layer], **hooks, first=first):
+            layer(torch.zeros(1))
+    assert calls == [
+        *("before", "old before", "after", "old after"),
+        *("old before", "before", "old after", "after"),
+    ]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import nn
 
 import batchnorm as bn
-from batchnorm.models.norm_layers import display_name, named_norm_layers, split_by_origin
+from batchnorm.models.norm_layers import display_name, named_norm_layers, split_by_origin, unwrapped
 
 
 class Own(nn.BatchNorm2d):
@@ -28,3 +29,16 @@ def test_the_model_may_be_a_layer(layer: nn.Module) -> None:
 
 def test_names() -> None:
     assert [display_name(path) for path in ("", "a.b")] == ["the model itself", "a.b"]
+
+
+def test_the_model_inside() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(2))
+    compiled = torch.compile(model, backend="eager")
+    for wrapped in (
+        model,
+        compiled,
+        nn.DataParallel(model),
+        nn.DataParallel(compiled),
+        torch.compile(nn.DataParallel(model)),
+    ):
+        assert unwrapped(wrapped) is model

@@ -118,3 +118,6 @@ QUANTIZED_TWICE = 3 / 127
 # A quantized network's mean error relative to its largest output: the input, two or three activations and the weights
 # are rounded to 8 bits, 7 for x86, and what is outside of the ranges seen so far is cut off; 0.8 % each.
 QUANTIZED = 2e-2
+
+# Numbers in six digits, or in float32 as TensorBoard keeps them: relative.
+SIX_DIGITS = 1e-5

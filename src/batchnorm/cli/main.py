@@ -13,6 +13,7 @@ from batchnorm.cli import output
 from batchnorm.cli.bench import bench
 from batchnorm.cli.fold import fold
 from batchnorm.cli.kernels import kernels
+from batchnorm.cli.monitor import monitor
 from batchnorm.cli.recalibrate import recalibrate
 from batchnorm.cli.study import study
 from batchnorm.errors import BatchNormError
@@ -31,7 +32,7 @@ def _commands(context: click.Context) -> None:
         context.exit(2)
 
 
-for _command in (recalibrate, fold, study, kernels, bench):
+for _command in (recalibrate, fold, monitor, study, kernels, bench):
     _commands.add_command(_command)
 
 

@@ -25,6 +25,14 @@ def uncompiled(module: nn.Module) -> nn.Module:
     return module if inner is None or type(module).__name__ != "OptimizedModule" else uncompiled(inner)
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside what runs it on several devices or in several processes, or compiled; any other itself."""
+    inner = uncompiled(model)
+    if isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        inner = inner.module
+    return model if inner is model else unwrapped(inner)
+
+
 def display_name(path: str) -> str:
     """A module's path, in words where it is empty."""
     return path or "the model itself"

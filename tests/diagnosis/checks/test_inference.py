@@ -7,13 +7,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from diagnosis.networks import healthy, labelled
 from torch import nn
 
 import batchnorm as bn
 from batchnorm.diagnosis.checks.inference import gap_severity, is_far
 from batchnorm.diagnosis.gap import Far, Gap
 from batchnorm.diagnosis.result import Mode
+from diagnosis.networks import healthy, labelled
 
 
 def found(model: nn.Module, batches: object, **options: object) -> list[tuple[str, str]]:
