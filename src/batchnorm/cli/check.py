@@ -110,8 +110,8 @@ def _check_options(model: str | None, output: Path | None, options: dict[str, An
         raise UsageError(f"got --{given[0]} without MODEL; it goes with a model of yours. Name it first")
     if model is not None and _of_weights(model) and (given or options["fix"]):
         raise UsageError(
-            f"got {'--' + given[0] if given else '--fix'} and MODEL {model}, a file of weights; it needs the model. Name "
-            f"what returns it, and give the file as --weights"
+            f"got {'--' + given[0] if given else '--fix'} and MODEL {model}, a file of weights; it needs the model. "
+            f"Name what returns it, and give the file as --weights"
         )
     if options["fix"] != (output is not None):
         raise UsageError("got one of --fix and --output; they go together: --fix --output FILE")
