@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from batchnorm.errors import UsageError
 from batchnorm.files import check_writable
 from batchnorm.loading import state_dict
-from batchnorm.loading.state_dict import check_state_dict, check_state_dict_path, load_state_dict, save_state_dict
+from batchnorm.loading.state_dict import (
+    check_state_dict,
+    check_state_dict_path,
+    load_state_dict,
+    read_state_dict,
+    save_state_dict,
+)
 
 
 class Tied(nn.Module):
@@ -238,3 +244,21 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
     torch.save({3: torch.zeros(1), "weight": torch.zeros(1, 1), "bias": torch.zeros(1)}, tmp_path / "w.pt")
     with pytest.raises(UsageError, match=r"w\.pt"):
         load_state_dict(nn.Linear(1, 1), tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pt", "w.pth"])
+def test_weights_without_a_model(name: str, tmp_path: Path) -> None:
+    content = {"a.running_mean": torch.arange(3.0), "a.num_batches_tracked": torch.tensor(7)}
+    written(tmp_path / name, content)
+    read = read_state_dict(tmp_path / name)
+    assert read.keys() == content.keys()
+    assert all(torch.equal(read[key], value) for key, value in content.items())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("w.pt", "cannot load"), ("w.bin", "must end with"), ("x.pt", "cannot read")]
+)
+def test_weights_without_a_model_that_cannot_be_read(name: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "w.pt").write_bytes(b"{ no weights }")
+    with pytest.raises(UsageError, match=words):
+        read_state_dict(tmp_path / name)

@@ -11,6 +11,8 @@ import click
 import batchnorm
 from batchnorm.cli import output
 from batchnorm.cli.bench import bench
+from batchnorm.cli.check import check
+from batchnorm.cli.explain import explain
 from batchnorm.cli.fold import fold
 from batchnorm.cli.kernels import kernels
 from batchnorm.cli.monitor import monitor
@@ -32,7 +34,7 @@ def _commands(context: click.Context) -> None:
         context.exit(2)
 
 
-for _command in (recalibrate, fold, monitor, study, kernels, bench):
+for _command in (check, explain, monitor, recalibrate, fold, study, kernels, bench):
     _commands.add_command(_command)
 
 
@@ -43,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; None for those of this process.
 
     Returns:
-        The exit code: 0; 2 for wrong use, and for every other error; 130 after Ctrl-C; 1 where the reader of our output
-        went away.
+        The exit code: 0; 1 where `check` found what it is to fail on, and where the reader of our output went away; 2
+        for wrong use, and for every other error; 130 after Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     output.prepare()

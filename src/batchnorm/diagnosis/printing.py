@@ -17,6 +17,7 @@ from batchnorm.diagnosis.grouping import Group, counted, grouped, layer_name, sc
 from batchnorm.diagnosis.report import Report
 from batchnorm.messages import one_line
 from batchnorm.report import text as report_text
+from batchnorm.report.document import Table
 
 STYLES: dict[Severity, str] = {"error": "bold red", "warning": "bold yellow", "info": "bold blue"}
 SKIPPED = 5  # lines
@@ -24,17 +25,17 @@ SKIPPED = 5  # lines
 _ENDLESS = 100_000
 
 
-def text(report: Report) -> str:
-    """The report without colour, whatever the environment says."""
+def plain(part: Report | Table) -> str:
+    """A report, or a table, as text without colour, whatever the environment says."""
     stream = io.StringIO()
-    show(report, Console(file=stream, width=_ENDLESS, color_system=None, force_terminal=False, legacy_windows=False))
+    show(part, Console(file=stream, width=_ENDLESS, color_system=None, force_terminal=False, legacy_windows=False))
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
 
 
-def show(report: Report, console: Console) -> None:
-    """Print to a console."""
-    for part in _parts(report):
-        console.print(part, crop=False, highlight=False)
+def show(part: Report | Table, console: Console) -> None:
+    """Print a report, or a table, to a console."""
+    for piece in _parts(part) if isinstance(part, Report) else [report_text.table(part)]:
+        console.print(piece, crop=False, highlight=False)
 
 
 def _parts(report: Report) -> Iterator[RenderableType]:

@@ -65,9 +65,9 @@ class Report:
         return tuple(f for f in self.findings if SEVERITIES.index(f.severity) <= SEVERITIES.index(severity))
 
     def __str__(self) -> str:
-        from batchnorm.diagnosis.printing import text
+        from batchnorm.diagnosis.printing import plain
 
-        return text(self)
+        return plain(self)
 
     def __repr__(self) -> str:
         from batchnorm.diagnosis.grouping import verdict

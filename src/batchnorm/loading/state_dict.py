@@ -25,12 +25,14 @@ class _Format(NamedTuple):
     Attributes:
         load: puts a file's weights into a model; returns the names that the file lacks, and those that the model lacks.
         save: writes a model's weights.
+        read: a file's weights.
         refuses: why a value of a state_dict cannot be written; None if it can.
         needs: the packages of the extra "files" for it.
     """
 
     load: Callable[[nn.Module, Path], tuple[Iterable[str], Iterable[str]]]
     save: Callable[[nn.Module, Path], None]
+    read: Callable[[Path], Mapping[str, object]]
     refuses: Callable[[object], str | None]
     needs: tuple[str, ...] = ()
 
@@ -48,6 +50,17 @@ def load_state_dict(model: nn.Module, path: Path) -> None:
     lists += [f"the model has no {_listed(unexpected)}"] if unexpected else []
     if lists:
         raise UsageError(f"{path} does not fit the model: {'; '.join(lists)}. Give the weights of this model")
+
+
+def read_state_dict(path: Path) -> Mapping[str, object]:
+    """A file's weights, without a model.
+
+    Raises:
+        UsageError: the file cannot be read, holds more than tensors, or no state_dict; or its suffix is unknown.
+    """
+    form = _format(path)
+    with reading(path, verb="load"):
+        return form.read(path)
 
 
 def check_state_dict_path(path: Path) -> None:
@@ -133,7 +146,7 @@ def _check_archive(path: Path) -> None:
         raise ValueError(f"it is damaged: the checksum of its part {damaged} is another. Get the file again")
 
 
-def _load_torch(model: nn.Module, path: Path) -> tuple[list[str], list[str]]:
+def _read_torch(path: Path) -> Mapping[str, object]:
     _check_archive(path)
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
@@ -144,7 +157,11 @@ def _load_torch(model: nn.Module, path: Path) -> tuple[list[str], list[str]]:
         ) from error
     if not isinstance(state, Mapping):
         raise ValueError(f"it holds an object of type {type(state).__name__}; it must be a state_dict")
-    missing, unexpected = model.load_state_dict(state, strict=False)
+    return state
+
+
+def _load_torch(model: nn.Module, path: Path) -> tuple[list[str], list[str]]:
+    missing, unexpected = model.load_state_dict(_read_torch(path), strict=False)
     return missing, unexpected
 
 
@@ -160,6 +177,12 @@ def _load_safetensors(model: nn.Module, path: Path) -> tuple[list[str], list[str
     return sorted(missing), unexpected
 
 
+def _read_safetensors(path: Path) -> Mapping[str, object]:
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
 def _save_safetensors(model: nn.Module, path: Path) -> None:
     from safetensors.torch import save_model
 
@@ -167,10 +190,14 @@ def _save_safetensors(model: nn.Module, path: Path) -> None:
 
 
 _FORMATS = {
-    ".safetensors": _Format(_load_safetensors, _save_safetensors, _not_for_safetensors, ("safetensors",)),
-    ".pt": _Format(_load_torch, _save_torch, _anything),
-    ".pth": _Format(_load_torch, _save_torch, _anything),
+    ".safetensors": _Format(
+        _load_safetensors, _save_safetensors, _read_safetensors, _not_for_safetensors, ("safetensors",)
+    ),
+    ".pt": _Format(_load_torch, _save_torch, _read_torch, _anything),
+    ".pth": _Format(_load_torch, _save_torch, _read_torch, _anything),
 }
+
+SUFFIXES = tuple(_FORMATS)
 
 
 def _format(path: Path, otherwise: str | None = None) -> _Format:
