@@ -263,6 +263,16 @@ def test_channels_of_zeros_do_no_harm() -> None:
     assert severities("BN003", model) == {"": "info"}
 
 
+def test_an_average_on_its_way_down_over_zeros_is_not_yet_the_data_s() -> None:
+    x = draw(64, 3)
+    x[:, 2] = 0.0
+    model = nn.BatchNorm1d(3)
+    for _ in range(200):
+        model(x)
+    assert 1e-10 < float(model.running_var[2]) < 1e-8
+    assert severities("BN003", model) == {"": "warning"}
+
+
 def test_without_eps_a_channel_of_zeros_is_nan() -> None:
     model = nn.BatchNorm1d(3, eps=0.0)
     bn.recalibrate(model, [draw(64, 3) * torch.tensor([1.0, 1.0, 0.0])])
