@@ -263,6 +263,16 @@ def test_channels_of_zeros_do_no_harm() -> None:
     assert severities("BN003", model) == {"": "info"}
 
 
+def test_an_average_on_its_way_down_over_zeros_is_not_yet_the_data_s() -> None:
+    x = draw(64, 3)
+    x[:, 2] = 0.0
+    model = nn.BatchNorm1d(3)
+    for _ in range(200):
+        model(x)
+    assert 1e-10 < float(model.running_var[2]) < 1e-8
+    assert severities("BN003", model) == {"": "warning"}
+
+
 def test_without_eps_a_channel_of_zeros_is_nan() -> None:
     model = nn.BatchNorm1d(3, eps=0.0)
     bn.recalibrate(model, [draw(64, 3) * torch.tensor([1.0, 1.0, 0.0])])
@@ -284,6 +294,9 @@ def test_small_variances_of_a_whole_layer_beside_a_usual_eps_are_fine() -> None:
     bn.recalibrate(model, [draw(8, 64, 4, 4) * 0.01 * torch.linspace(0.3, 2, 64).view(1, -1, 1, 1)])
     assert float(model.running_var.min()) < 0.01 * model.eps
     assert not found("BN003", model)
+    model.running_var.fill_(1e-9)  # all of them alike: BN103's
+    model.running_mean.fill_(0.5)
+    assert severities("BN003", model) == {"": "info"}
 
 
 # BN004

@@ -25,6 +25,9 @@ LARGEST_SCALE = 1e3
 # An input without variance that is further from 0 than this, in units of the output: what differs a little from it is
 # far off. Channels behind a ReLU that lets next to nothing through are at 0.
 FAR_FROM_ZERO = 1.0
+# That takes a scale of its own: ten times the median of the layer's, and ten at least. Where all channels are alike,
+# the layer's inputs are small, as in networks with small initial weights (transformers' MobileViT).
+OWN_SCALE = 10.0
 # A channel whose values are all equal up to float32's rounding is a constant, and comes out as beta. Healthy networks
 # have some: behind channels that are dead, the sum of several branches is their betas' (timm's mobileone_s0).
 CONSTANT = torch.finfo(torch.float32).eps ** 2
@@ -160,7 +163,8 @@ def eps_decides(subject: Subject) -> Iterator[Finding]:
         constant = (var <= (mean.square() * CONSTANT).clamp(min=FADED)) & (layer.eps > 0)
         large = matters & (scale > LARGEST_SCALE) & ~constant
         started = small & (mean == 0) & ~constant  # at 0, where averages begin, with a variance on its way down
-        far = small & (mean.abs() * scale >= FAR_FROM_ZERO) & ~constant
+        own = scale >= OWN_SCALE * max(1.0, float(scale[matters].median()) if bool(matters.any()) else 1.0)
+        far = small & own & (mean.abs() * scale >= FAR_FROM_ZERO) & ~constant
         harmful = large | far | started
         found = harmful if bool(harmful.any()) else small
         if not bool(found.any()):
