@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diagnosis.observed import draw
 from torch import nn
 
 from batchnorm.diagnosis.dropout import dropout_ratio
 from batchnorm.diagnosis.observation import Observation
 from batchnorm.diagnosis.subject import Subject, subject_of_model
+from diagnosis.observed import draw
 
 
 def given(*layers: nn.Module, kept: int = 4) -> Subject:

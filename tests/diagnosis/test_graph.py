@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from diagnosis.observed import draw
 from torch import Tensor, nn
 
 import batchnorm as bn
@@ -14,6 +13,7 @@ from batchnorm.diagnosis.graph import Graph, graph
 from batchnorm.diagnosis.observation import Observation
 from batchnorm.diagnosis.subject import Subject, subject_of_model, subject_of_state_dict
 from batchnorm.surgery.linear import LinearLayer
+from diagnosis.observed import draw
 from support.networks import Calls, Untraceable
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diagnosis.observed import batches_of, draw, observe
 from scipy.stats import chi2
 
 from batchnorm.diagnosis.noise import (
@@ -17,6 +16,7 @@ from batchnorm.diagnosis.noise import (
 )
 from batchnorm.diagnosis.observation import Input, ObservedLayer
 from batchnorm.moments import Moments
+from diagnosis.observed import batches_of, draw, observe
 
 EMPTY = ObservedLayer(Input((1, 1), torch.float32, False, 1))
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from diagnosis.observed import draw
 from torch import Tensor
 
 from batchnorm.diagnosis.permutation import between_batches
+from diagnosis.observed import draw
 
 
 def planted(share: float, *, samples: int = 320, size: int = 16, seed: int = 0) -> tuple[Tensor, Tensor]:

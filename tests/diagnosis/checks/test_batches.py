@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from diagnosis.observed import batches_of, draw, found, observe, subject
 from torch import Tensor, nn
 
 import batchnorm as bn
 from batchnorm.diagnosis.checks import batches
 from batchnorm.diagnosis.subject import subject_of_model
+from diagnosis.observed import batches_of, draw, found, observe, subject
 
 N = 64
 

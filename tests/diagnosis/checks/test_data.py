@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from diagnosis.observed import batches_of, draw, found, observe, subject
 from torch import Tensor, nn
 
 import batchnorm as bn
 from batchnorm.diagnosis.checks import data
 from batchnorm.diagnosis.observation import NonFinite, Observation
 from batchnorm.diagnosis.subject import subject_of_model
+from diagnosis.observed import batches_of, draw, found, observe, subject
 from support.networks import Block, Calls
 
 

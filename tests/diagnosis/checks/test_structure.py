@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from diagnosis.observed import batches_of, draw, found, subject
 from torch import Tensor, nn
 
 import batchnorm as bn
 from batchnorm.diagnosis.checks import structure
+from diagnosis.observed import batches_of, draw, found, subject
 from support.networks import Block, Calls, Untraceable
 
 IMAGES = [draw(8, 3, 6, 6, seed=seed) for seed in range(4)]
