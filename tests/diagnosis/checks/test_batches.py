@@ -88,8 +88,18 @@ def test_a_last_batch_of_one_is_a_warning() -> None:
 
 
 def test_ghost_batches_are_what_counts() -> None:
-    norm = bn.BatchNorm1d(6, virtual_batch_size=4)
-    assert found(batches.few_values, norm, batches_of(draw(N, 6), 64)) == {"": "warning"}
+    model = nn.Sequential(bn.BatchNorm1d(6, virtual_batch_size=4))
+    (finding,) = batches.few_values(subject(model, batches_of(draw(N, 6), 64)))
+    assert finding.message.startswith("4 values a channel in a batch of 4 samples")
+    exec(finding.remedy, {"model": model})
+    assert found(batches.few_values, model, batches_of(draw(N, 6), 64)) == {}
+
+
+def test_the_remedy_without_running_statistics() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(6, track_running_stats=False))
+    (finding,) = batches.few_values(subject(model, batches_of(draw(N, 6), 4)))
+    exec(finding.remedy, {"model": model, "bn": bn})
+    assert found(batches.few_values, model, batches_of(draw(N, 6), 4)) == {}
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,10 @@ def _scale_noise(seen: ObservedLayer) -> float:
 def _larger(layer: LayerState, single: bool) -> str:
     if single:
         return "bn.freeze(bn.convert(model))  # or larger batches; drop_last=True in the DataLoader"
+    if layer.ours is not None and layer.ours.virtual_batch_size is not None:
+        return f"{layer.path}.virtual_batch_size = None  # or larger ghost batches"
+    if layer.mean is None:  # nothing to renormalise by
+        return "bn.convert(model, sync=True)  # over several processes; or larger batches"
     return f"bn.convert(model); {layer.path}.renorm = bn.Renorm()  # or larger batches, sync=True, bn.freeze"
 
 
@@ -119,7 +123,7 @@ def noisy_statistics(subject: Subject) -> Iterator[Finding]:
                 layer.name,
                 f"means of batches scatter by {scatter:.2g} SD; of {typical:,.0f} independent values it would be "
                 f"{law:.2g}: they are worth {typical / excess:.1f}",
-                f"bn.convert(model); {layer.path}.renorm = bn.Renorm()  # or larger batches, sync=True, shuffled data",
+                _larger(layer, single=False),
                 weight=scatter,
             )
 
