@@ -112,7 +112,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(
-        "| network | monitor | ms a step, median | least | ratio of a round, median (least to largest) |\n|---|---|---|---|---|"
+    print("| network | monitor | ms a step, median | least | ratio of a round, median (least to largest) |")
+    print("|---|---|---|---|---|")
     )
     for name in arguments.network:
         torch.manual_seed(0)
