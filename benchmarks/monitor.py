@@ -111,10 +111,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    print(
     print("| network | monitor | ms a step, median | least | ratio of a round, median (least to largest) |")
     print("|---|---|---|---|---|")
-    )
     for name in arguments.network:
         torch.manual_seed(0)
         images = torch.randn(arguments.batch, 3, arguments.size, arguments.size)
