@@ -90,12 +90,12 @@ def measured(net: nn.Module, images: torch.Tensor, labels: torch.Tensor, rounds:
 
 
 def table(name: str, times: dict[str, list[float]]) -> list[str]:
-    """Medians, and the median, least and largest of the rounds' ratios to the one without."""
+    """Medians, the least, and the median, least and largest of the rounds' ratios to the one without."""
     lines = []
     for way, values in times.items():
         ratios = [value / plain for value, plain in zip(values, times["without"], strict=True)]
         lines.append(
-            f"| {name} | {way} | {statistics.median(values):.1f} | {statistics.median(ratios):.3f} "
+            f"| {name} | {way} | {statistics.median(values):.1f} | {min(values):.1f} | {statistics.median(ratios):.3f} "
             f"({min(ratios):.3f} to {max(ratios):.3f}) |"
         )
     return lines
@@ -111,7 +111,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    print("| network | monitor | ms a step | ratio of a round, median (least to largest) |\n|---|---|---|---|")
+    print("| network | monitor | ms a step, median | least | ratio of a round, median (least to largest) |")
+    print("|---|---|---|---|---|")
     for name in arguments.network:
         torch.manual_seed(0)
         images = torch.randn(arguments.batch, 3, arguments.size, arguments.size)

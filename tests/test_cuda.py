@@ -213,3 +213,24 @@ def test_population_statistics(method: str) -> None:
     for a, b in zip(there.cpu().buffers(), here.buffers(), strict=True):
         if method != "average" or a.shape != (5,):  # after dropout, for which each device draws numbers of its own
             close(a, b, tolerances.CONVOLVED)
+
+
+def test_a_monitor_waits_for_the_device_in_recorded_steps_only() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), bn.BatchNorm(4), nn.Flatten()).cuda()
+    there = copy.deepcopy(model).cpu()
+    x = draw(4, 3, 8, 8)
+
+    def step(model: nn.Module, x: torch.Tensor) -> None:
+        model(x).square().mean().backward()
+        model.zero_grad()
+
+    with bn.Monitor(model, every=3) as monitor, bn.Monitor(there, every=3) as expected:
+        for i in range(1, 6):
+            torch.cuda.set_sync_debug_mode("default" if i % 3 in (0, 1) else "error")  # a record is written after it
+            step(model, x)
+            torch.cuda.set_sync_debug_mode("default")
+            step(there, x.cpu())
+    assert [(r.step, r.layer) for r in monitor.records] == [(3, "1"), (3, "3")]
+    for one, other in zip(monitor.records, expected.records, strict=True):
+        close(one.batch_mean, other.batch_mean, tolerances.CONVOLVED)

@@ -58,7 +58,7 @@ def test_other_files_are_refused(content: bytes, message: str, tmp_path: Path) -
 def test_the_document(tmp_path: Path) -> None:
     records, _ = curves.read(written(tmp_path / "run.jsonl"))
     document = curves.document(records, "run.jsonl")
-    assert [section.title for section in document.sections] == list(LAYERS)
+    assert [section.title for section in document.sections] == [f"layer {name}" for name in LAYERS]
     first = document.sections[0]
     chart = next(chart for chart in first.charts if chart.title == "The batch and the running mean")
     shift, drift = chart.curves

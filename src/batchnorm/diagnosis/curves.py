@@ -96,7 +96,7 @@ def _extreme(spread: Spread) -> float:
 
 
 def _section(number: int, layer: str, rows: Sequence[LayerRecord]) -> Section:
-    name = display_name(layer)
+    name = f"layer {layer}" if layer else display_name(layer)
     charts = [chart for title, unit, names in _CHARTS if (chart := _chart(name, title, unit, names, rows)) is not None]
     return Section(f"layer-{number}", name, [f"At step {rows[-1].step}: {summary(rows[-1])}."], charts=charts)
 
