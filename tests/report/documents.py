@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import math
 
-from batchnorm.report.document import Chart, Curve, Document, Judged, Outcome, Section, Table
+from batchnorm.report.document import (
+    LEVELS,
+    Cell,
+    Chart,
+    Curve,
+    Document,
+    Histogram,
+    Judged,
+    Outcome,
+    Profile,
+    Section,
+    Strip,
+    Table,
+)
 
 VERDICTS: dict[Outcome, str] = {"yes": "supported", "no": "not supported", "open": "inconclusive"}
 STEPS = list(range(0, 600, 5))
@@ -68,6 +81,20 @@ LAW = Chart(
     log_x=True,
     log_y=True,
 )
+STRIP = Strip(
+    "Forty layers, each as high as it is off",
+    [Cell(f"layer {i}: {i / 8}", None if i == 39 else i % LEVELS, f"profile-{i % 3}") for i in range(40)],
+    ["below 0.1", "0.1 to 0.3", "0.3 to 1", "1 to 3", "3 and more"],
+)
+LEVELS_OF_BINS = [4, 4, 3, 2, 1, 0, 0, 0, 1, 2, 3, 4, 4]
+HISTOGRAM = Histogram(
+    "Shift",
+    "150 channels from -3 to 3",
+    [1, 3, 6, 10, 15, 25, 30, 25, 15, 10, 6, 3, 1],
+    LEVELS_OF_BINS,
+    [(3.0, "-1"), (6.5, "0"), (10.0, "1")],
+)
+PROFILES = [Profile(f"profile-{i}", f"layer {i}", "64 channels", [HISTOGRAM, HISTOGRAM]) for i in range(3)]
 NARROW = Table("Ten seeds each", ("network", "steps"), [("batch norm", "85"), ("plain", "210")])
 WIDE = Table(
     "Accuracy in % of 360 test images, mean and 95 % interval of ten seeds, at eleven learning rates",
@@ -125,6 +152,8 @@ def rich(statements: int = 34) -> Document:
             tables=[NARROW, WIDE] if i % 2 else [NARROW],
             charts=[[TRAINING, GRID], [POINTS], [LAW, TRAINING, GRID]][i % 3],
             notes=NOTES,
+            strips=[STRIP] if i == 0 else [],
+            profiles=PROFILES if i == 0 else [],
             code=CODE if i % 2 else "batchnorm study --data digits.npz --out report",
         )
         for i, title in enumerate(titles)

@@ -90,6 +90,7 @@ FAULTS = {
     "a region out of reach": ('class="wide" role="region"', 'class="wide" data-x', browser.keyboard_reaches_everything),
     "faint text": ("</style>", ".evidence { color: #bbb !important; }</style>", browser.contrast_is_enough),
     "a faint curve": ("</style>", ":root { --curve-0: #f0e8d0 !important; }</style>", browser.contrast_is_enough),
+    "a faint level": ("</style>", ":root { --level-0: #f0e8d0 !important; }</style>", browser.contrast_is_enough),
     "a flat drawing": ("</style>", "figure svg { width: 100px !important; }</style>", browser.drawings_are_legible),
     "a long summary": (
         "</style>",

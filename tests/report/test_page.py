@@ -9,13 +9,14 @@ from html.parser import HTMLParser
 
 import pytest
 
-from batchnorm.report.document import Chart, Curve, Document, Judged, Section, Table
+from batchnorm.report.document import Cell, Chart, Curve, Document, Histogram, Judged, Profile, Section, Strip, Table
 from batchnorm.report.page import page, typeset
 
 HOSTILE = """<script>alert("x")</script> & '{{ 7 * 7 }}' https://example.org"""
 PARTS = (
     *("heading", "introduction", "question", "answer", "claim", "verdict", "criterion", "evidence", "caption"),
-    *("column", "cell", "title", "note", "code", "command", "fact"),
+    *("column", "cell", "title", "note", "code", "command", "fact", "strip", "legend", "thing", "about", "histogram"),
+    "purpose",
 )
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 
@@ -71,11 +72,20 @@ def document(words: str = "words", sections: int = 2) -> Document:
         charts=[chart, chart],
         notes=[f"note {words}"],
         code=f"code {words}",
+        code_title=f"purpose {words}",
     )
+    strip = Strip(
+        f"strip {words}", [Cell(f"label {words}", level, "key-0") for level in (0, 4, None)], [f"legend {words}"]
+    )
+    histogram = Histogram(f"histogram {words}", f"numbers {words}", [3, 0, 1], [0, 1, 2], [(1.0, f"tick {words}")])
+    drawn = [Profile(f"thing-{i}", f"thing {words}", f"about {words}", [histogram]) for i in range(2)]
     return Document(
         f"heading {words}",
         f"introduction {words}",
-        [replace(section, key=f"key-{i}") for i in range(sections)],
+        [
+            replace(section, key=f"key-{i}", strips=[strip] if i == 0 else [], profiles=drawn if i == 0 else [])
+            for i in range(sections)
+        ],
         f"command {words}",
         [("name", f"fact {words}")],
     )
@@ -86,7 +96,7 @@ def test_the_page_is_well_formed(sections: int) -> None:
     reader = read(page(document(sections=sections)))
     assert reader.count["html"] == reader.count["h1"] == reader.count["main"] == 1
     drawings = [value for name, value in reader.attributes if (name, value) == ("role", "img")]
-    assert len(drawings) == reader.count["figure"] == reader.count["figcaption"] == 2 * sections
+    assert len(drawings) == reader.count["figure"] == reader.count["figcaption"] == 2 * sections + 2 * bool(sections)
     assert reader.count["table"] == 2 * sections
 
 
@@ -103,7 +113,14 @@ def test_hostile_text_stays_text() -> None:
     text = "".join(reader.text)
     for part in PARTS:
         assert f"{part} {HOSTILE}" in text
-    assert ("aria-label", f"description {HOSTILE}") in reader.attributes
+    for name, value in (
+        ("aria-label", "description"),
+        ("aria-label", "numbers"),
+        ("aria-label", "label"),
+        ("title", "label"),
+    ):
+        assert (name, f"{value} {HOSTILE}") in reader.attributes
+    assert f"tick {HOSTILE}" in text
 
 
 def test_nothing_is_loaded_from_anywhere() -> None:
@@ -157,6 +174,24 @@ def test_two_sections_of_one_key_are_refused() -> None:
     twice = document(sections=1)
     with pytest.raises(ValueError, match=r"a key of its own.*key-0"):
         page(replace(twice, sections=[*twice.sections, *twice.sections]))
+
+
+def test_a_cell_is_as_high_as_its_level_and_leads_to_its_thing() -> None:
+    html = page(document(sections=1))
+    assert re.findall(r'<li><a class="(level-\w+)" href="#([\w-]+)"', html) == [
+        (f"level-{level}", "key-0") for level in (0, 4, "none")
+    ]
+
+
+def test_a_tally_of_its_own_takes_the_place_of_the_statements() -> None:
+    html = page(replace(document(), tally=[("no", 3, "errors"), ("note", 1200, "info")]))
+    assert re.findall(r"<b>(\d+)</b> (\w+)", html) == [("3", "errors"), ("1200", "info")]
+
+
+def test_a_profile_with_the_key_of_a_section_is_refused() -> None:
+    section = document(sections=1).sections[0]
+    with pytest.raises(ValueError, match="a key of its own"):
+        page(replace(document(), sections=[replace(section, profiles=[Profile(section.key, "a", "b")])]))
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,9 @@ def contrast_is_enough(page: Page) -> None:
                 look(element, style.stroke, "graphics", "line");
             }
         }
+        for (const element of document.querySelectorAll(".cells i, .legend i, .histogram path:not(.axis)")) {
+            look(element.parentElement, getComputedStyle(element).color, "graphics", "level");
+        }
         return found;
     }"""
     )

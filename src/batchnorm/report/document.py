@@ -136,7 +136,7 @@ class Histogram:
         description: the same in numbers, for those who cannot see it.
         counts: in the bins, from left to right.
         levels: the level of each bin, as of a cell: its colour.
-        ticks: positions, in bins from the left end, and what stands there.
+        ticks: positions, in bins from the left end, and what stands there; far enough from the ends for the words.
     """
 
     title: str
