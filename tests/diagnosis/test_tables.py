@@ -59,7 +59,7 @@ def test_before_and_after() -> None:
     assert after.before is not None
     rows = {row[0]: row[1:] for row in tables.changes(after.before, after).rows}
     assert rows["BN101 momentum-convention"] == ("12", "0")
-    assert rows["BN201"] == ("1", "1")
+    assert rows["BN201 dead-bias"] == ("1", "1")
     distances = tables.distances(after.before, after)
     assert distances is not None
     assert len(distances.rows) == 12, "what had no numbers before is not compared"

@@ -26,7 +26,8 @@ def training_gradients(subject: Subject, content: Any) -> dict[str, Tensor | Non
     assert loss is not None
     learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
     home = device(model)
-    with transaction(model, (), device_types(model)), torch.enable_grad():
+    content = map_tensors(content, lambda t: t.clone() if t.is_inference() else t)  # those cannot be differentiated
+    with torch.inference_mode(False), transaction(model, (), device_types(model)), torch.enable_grad():
         for module in model.modules():
             set_training(module, True)
         try:

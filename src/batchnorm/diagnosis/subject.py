@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
 from batchnorm._torch import buffers_of, parameters_of
 from batchnorm.diagnosis.observation import Observation, ObservedLayer
-from batchnorm.models.norm_layers import NormLayer, named_norm_layers
+from batchnorm.models.norm_layers import NormLayer, named_norm_layers, uninitialized
 from batchnorm.modules import BatchNorm
 from batchnorm.population.batches import Forward, default_forward
 
@@ -121,7 +120,7 @@ def subject_of_model(model: nn.Module, **rest: Any) -> Subject:  # noqa: ANN401 
 
 def _layer(name: str, module: NormLayer) -> LayerState:
     buffers, parameters = buffers_of(module), parameters_of(module)
-    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+    if uninitialized(module):
         buffers, parameters = {}, {}  # they say nothing yet, and refuse to be asked
     tracked = buffers.get("num_batches_tracked")
     return LayerState(

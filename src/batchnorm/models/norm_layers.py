@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from batchnorm._torch import BatchNormBase, children_of
 from batchnorm.modules import BatchNorm
@@ -17,6 +18,11 @@ def named_norm_layers(model: nn.Module) -> Iterator[tuple[str, NormLayer]]:
     for path, module in model.named_modules():
         if isinstance(module, NormLayer):
             yield path, module
+
+
+def uninitialized(module: nn.Module) -> bool:
+    """Whether a module waits for its first input to know its sizes."""
+    return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
 
 
 def uncompiled(module: nn.Module) -> nn.Module:

@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.lazy import LazyModuleMixin
 
 from batchnorm import functional, layout
 from batchnorm._torch import buffers_of, in_functorch
 from batchnorm.call import Call
 from batchnorm.errors import BatchNormError, NonFiniteError, OptionError, OrderError
 from batchnorm.models.hooks import forward_hooks
-from batchnorm.models.norm_layers import NormLayer, display_name, named_norm_layers
+from batchnorm.models.norm_layers import NormLayer, display_name, named_norm_layers, uninitialized
 from batchnorm.modules import BatchNorm
 from batchnorm.moments import Moments
 from batchnorm.population.result import SkippedLayer
@@ -114,7 +113,7 @@ def select_layers(model: nn.Module) -> tuple[list[Layer], list[SkippedLayer]]:
             skipped.append(SkippedLayer(name, "frozen"))
         elif mean is None or var is None:
             skipped.append(SkippedLayer(name, "no running statistics"))
-        elif _uninitialized(module):
+        elif uninitialized(module):
             skipped.append(SkippedLayer(name, "not initialised yet"))
         elif mean.is_meta:
             raise OptionError(
@@ -149,13 +148,13 @@ class CallHooks:
     def on(self, model: nn.Module, layers: Sequence[Layer]) -> Iterator[None]:
         """Inside, `receive(layer, args, kwargs)` is called before each layer's forward, after all other hooks."""
         by_module: dict[nn.Module, Layer] = {layer.module: layer for layer in layers}
-        uninitialized = [module for module in model.modules() if _uninitialized(module)]
+        waiting = [module for module in model.modules() if uninitialized(module)]
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._called(by_module[module], args, kwargs)
 
         # First of all hooks: the module's own would initialise it.
-        with forward_hooks(uninitialized, _refuse_uninitialized, first=True), forward_hooks(by_module, before):
+        with forward_hooks(waiting, _refuse_uninitialized, first=True), forward_hooks(by_module, before):
             yield
 
     def _called(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -175,10 +174,6 @@ class CallHooks:
         """Raise what was refused."""
         if self.refused is not None:
             raise self.refused
-
-
-def _uninitialized(module: nn.Module) -> bool:
-    return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
 
 
 def _refuse_uninitialized(module: nn.Module, *_: object) -> None:

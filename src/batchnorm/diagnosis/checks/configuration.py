@@ -10,6 +10,7 @@ from batchnorm.diagnosis.channels import FADED, Channels
 from batchnorm.diagnosis.definition import Check
 from batchnorm.diagnosis.finding import Finding
 from batchnorm.diagnosis.subject import LayerState, Subject
+from batchnorm.models.norm_layers import uninitialized
 
 # Torch's default is 0.1, Keras's 0.99 and Flax's 0.99 in the other convention; nobody averages over fewer than two.
 OTHER_CONVENTION = 0.5
@@ -102,7 +103,9 @@ def eps_size(subject: Subject) -> Iterator[Finding]:
 def batch_statistics_at_inference(subject: Subject) -> Iterator[Finding]:
     """Layers that have nothing to normalise by but the batch."""
     for layer in subject.layers:
-        if layer.module is None or (layer.mean is not None and layer.var is not None):
+        if layer.module is None or uninitialized(layer.module):
+            continue
+        if layer.mean is not None and layer.var is not None:
             continue
         yield Finding(
             "BN104",
