@@ -1,7 +1,7 @@
-"""Tests in this folder run under Triton's interpreter, on the CPU, in one process of their own.
+"""Tests in this folder run under Triton's interpreter, on the CPU, in processes of their own.
 
 The interpreter has to be chosen before Triton is imported, so a process that has other tests, too, cannot. It starts
-one that runs the tests of this folder that it was asked for, and reports what that one found as its own.
+some that run the tests of this folder that it was asked for, and reports what these found as its own.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ FOLDER = Path(__file__).parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 REPORT = "BATCHNORM_INTERPRETED_REPORT"  # where the process of its own writes
 TIMEOUT = 600
+PROCESSES = min(2, os.cpu_count() or 1)  # nothing else runs meanwhile
 
 if not kernels.AVAILABLE:
     collect_ignore_glob = ["*"]
@@ -38,16 +40,28 @@ def pytest_report_header() -> str:
 
 @pytest.fixture(scope="session")
 def interpreted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What the process of its own found of each test: "", or how it failed."""
+    """What the processes of their own found of each test: "", or how it failed."""
     asked = [item.nodeid for item in request.session.items if item.path.is_relative_to(FOLDER)]
     folder = tmp_path_factory.mktemp("interpreted")
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        parts = pool.map(
+            lambda i: _found(request.config.rootpath, folder / str(i), asked[i::PROCESSES]), range(PROCESSES)
+        )
+        return {name: how for part in parts for name, how in part.items()}
+
+
+def _found(root: Path, folder: Path, asked: list[str]) -> dict[str, str]:
+    """What one process found of some tests."""
+    if not asked:
+        return {}
+    folder.mkdir()
     (folder / "asked").write_text("\n".join(asked))
     # The interpreter's arithmetic is NumPy's, which warns of what a device computes silently.
     options = ["-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", *options, f"@{folder / 'asked'}"],
         env=os.environ | {"TRITON_INTERPRET": "1", REPORT: str(folder / "found"), "OMP_NUM_THREADS": "1"},
-        cwd=request.config.rootpath,
+        cwd=root,
         capture_output=True,
         text=True,
         timeout=TIMEOUT,

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -32,12 +34,30 @@ LAUNCHES = {
 }
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_120", "gfx942"])
-def test_no_spills_and_wide_loads(architecture: str) -> None:
+ARCHITECTURES = ("sm_90", "gfx942", "sm_80", "sm_120")
+
+
+def run_script(architecture: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(SCRIPT), architecture]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500, check=False)
+
+
+Runs = dict[str, Future[subprocess.CompletedProcess[str]]]
+
+
+@pytest.fixture(scope="module")
+def runs(request: pytest.FixtureRequest) -> Iterator[Runs]:
+    """The script's runs for all architectures that are asked for, as many at once as there are cores."""
+    asked = [name for name in ARCHITECTURES if any(name in item.nodeid for item in request.session.items)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {name: pool.submit(run_script, name) for name in asked}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_spills_and_wide_loads(architecture: str, runs: Runs) -> None:
+    run = runs[architecture].result()
     assert run.returncode == 0, run.stderr
     rows = [line.split() for line in run.stdout.splitlines()]
     assert Counter(kernel for _, kernel, *_ in rows) == LAUNCHES
