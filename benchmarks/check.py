@@ -32,7 +32,7 @@ from surgery_networks import architectures
 CLASSES = 10
 BATCH, BATCHES = 16, 4
 STEPS, LEARNING_RATE = 8, 0.01
-LARGEST = 3e7  # parameters
+LARGEST = 1.2e7  # parameters
 MOST_PIXELS = 128 * 128  # of an image: larger ones take minutes and show nothing new
 PLANTED = (0.3, 3.0)  # standard deviations
 

@@ -1,11 +1,11 @@
 """Compile every kernel for a device that is not here, with the arguments that the operations start it with.
 
-    python compiled.py {sm_80,sm_90,sm_120,gfx942}
+    python compiled.py {sm_80,sm_90,sm_120,gfx942} [steps]
 
 Prints a line for each: case, kernel, registers, bytes of stack, loads of 16 bytes, stores of 16 bytes.
 
 - A training step, and a backward pass, on each of the four paths in float32, bfloat16 and float16, with ReLU and a
-  residual.
+  residual. With "steps", nothing else:
 - On two of them, in bfloat16: without a residual, and masks of bool and float32; the other operations, and commits.
 - Every other activation on one path, in float32, where its arithmetic is nearest to all there are of registers.
 - Unaligned tensors on one path.
@@ -124,7 +124,7 @@ class Case:
             operations.commit(self.v, self.v, self.tracked, self.skipped, *counted, momentum)
 
 
-def cases() -> list[tuple[str, Callable[[], None]]]:
+def cases(*, steps: bool) -> list[tuple[str, Callable[[], None]]]:
     """A name without spaces for each, and what starts its kernels."""
     found: list[tuple[str, Callable[[], None]]] = []
 
@@ -135,6 +135,8 @@ def cases() -> list[tuple[str, Callable[[], None]]]:
         for dtype in kernels.DTYPES:
             case = Case(path, dtype)
             add(case, "", case.step)
+    if steps:
+        return found
     for path in ("first", "last", "whole_last"):
         case = Case(path, torch.bfloat16)
         for dtype in (torch.bool, torch.float32):
@@ -155,7 +157,7 @@ def cases() -> list[tuple[str, Callable[[], None]]]:
     return found
 
 
-def main(architecture: str) -> None:
+def main(architecture: str, *, steps: bool) -> None:
     kind, number = re.match(r"(sm_|gfx)(.+)", architecture).groups()
     driver.set_active(
         FakeDriver(GPUTarget("cuda", int(number), 32) if kind == "sm_" else GPUTarget("hip", architecture, 64))
@@ -171,7 +173,7 @@ def main(architecture: str) -> None:
         started.append((name, compiled))
 
     passes.launch = compile_only
-    for case, start in cases():
+    for case, start in cases(steps=steps):
         started.clear()
         start()
         for name, compiled in started:
@@ -179,4 +181,4 @@ def main(architecture: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], steps="steps" in sys.argv[2:])

@@ -34,6 +34,11 @@ if INTERPRETED:
     interpreter.take_numbers_for_float64()
 
 
+def is_long(item: pytest.Item) -> bool:
+    """Whether it is a long test: these compile, and interpret nothing."""
+    return item.get_closest_marker("long") is not None
+
+
 def pytest_report_header() -> str:
     return "" if kernels.AVAILABLE else f"not run: tests of the kernels in Triton, as {kernels.UNAVAILABLE_REASON}"
 
@@ -41,7 +46,7 @@ def pytest_report_header() -> str:
 @pytest.fixture(scope="session")
 def interpreted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What the processes of their own found of each test: "", or how it failed."""
-    asked = [item.nodeid for item in request.session.items if item.path.is_relative_to(FOLDER)]
+    asked = [item.nodeid for item in request.session.items if item.path.is_relative_to(FOLDER) and not is_long(item)]
     folder = tmp_path_factory.mktemp("interpreted")
     with ThreadPoolExecutor(PROCESSES) as pool:
         parts = pool.map(
@@ -82,7 +87,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    if INTERPRETED:
+    if INTERPRETED or is_long(pyfuncitem):
         return None
     found = pyfuncitem._request.getfixturevalue("interpreted").get(pyfuncitem.nodeid, "was not run")
     if found:
