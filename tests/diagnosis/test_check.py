@@ -167,3 +167,15 @@ def test_inside_of_no_grad_and_inference_mode() -> None:
     for mode in (torch.no_grad(), torch.inference_mode()):
         with mode:
             assert bn.check(model, batches, loss=F.cross_entropy).ok
+
+
+def test_dropout_before_a_recalibrated_layer_is_an_information() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 8), nn.BatchNorm1d(8))
+    batches = [torch.randn(64, 4) for _ in range(8)]
+    for _ in range(30):
+        for x in batches:
+            model(x)
+    for severity in ("warning", "info"):
+        assert [(f.layer, f.severity) for f in bn.check(model, batches, select="BN202").findings] == [("4", severity)]
+        bn.recalibrate(model, batches)

@@ -62,6 +62,11 @@ def dead_bias(subject: Subject) -> Iterator[Finding]:
         )
 
 
+# Statistics that are as near to inference's, in the logarithm of the variance, are recalibrated ones: dropout moves
+# them by more wherever it matters. Inference is then right, and only training on would make it wrong again.
+STATISTICS_OF_INFERENCE = 0.02
+
+
 def dropout_before(subject: Subject) -> Iterator[Finding]:
     """Dropout upstream, and nothing but linear operations between."""
     found = graph(subject)
@@ -83,9 +88,11 @@ def dropout_before(subject: Subject) -> Iterator[Finding]:
             continue
         sources = list(dict.fromkeys(f"{found.where(met)} (p={met.probability:g})" for met in above))
         measured = "" if typical is None else f": in training the variance is {typical:.2f} times that in inference"
+        far = subject.far.get(layer.name)
+        right = far is not None and far.moved < STATISTICS_OF_INFERENCE
         yield Finding(
             "BN202",
-            "warning",
+            "info" if right else "warning",
             layer.name,
             f"only linear operations between it and dropout, {', '.join(sources)}{measured}",
             _move(found, layer, above),
@@ -328,7 +335,8 @@ CHECKS = (
         "dropout-before",
         "warning",
         "model",
-        "dropout is upstream with only linear operations between: the variance in training is not that in inference",
+        "dropout is upstream with only linear operations between: the variance in training is not that in inference; "
+        "an information where data show that the running statistics are those of inference",
         "move it behind the layer",
         fixed=False,
         run=dropout_before,
