@@ -22,8 +22,9 @@ ROWS = 8  # of a table of evidence
 
 # A channel whose SD is below a thousandth of its mean and of sqrt(eps) is a constant: eps alone sets its scale.
 CONSTANT = 1e-3
-# A scale of less magnifies nothing: sqrt(var + eps) of a constant channel gives 316 with torch's eps.
-LARGE_SCALE = 1.0
+# sqrt(var + eps) of a constant channel gives 316 with torch's eps and a gamma of 1. A scale of a tenth of that turns
+# rounding in float32 into 2e-6 of the values, and what comes in one day into no more than other channels know.
+LARGE_SCALE = 30.0
 # With a tenth of the positions, the mean moves by a tenth of the distance to the padding's values.
 PADDED = 0.1
 # Chance runs of equal positions at the ends are a large part of very short samples only; and of one channel, silence.
@@ -220,8 +221,8 @@ def data_have_moved(subject: Subject) -> Iterator[Finding]:
         f"{math.exp(log_ratio):.2f}; it is the first of {len(moved)} layers that moved",
         "bn.recalibrate(model, second)",
         Table(
-            "the second data against the first, rms over channels, in the order of calling",
-            ("layer", "mean, SD", "log variance ratio"),
+            "the second data against the first, in the order of calling",
+            ("layer", "mean, SD (rms)", "log variance ratio (median)"),
             [(display_name(layer.name), f"{s:.3f}", f"{r:.3f}") for layer, s, r in moved[:ROWS]],
         ),
         weight=max(shift, log_ratio),
@@ -233,7 +234,9 @@ def _moved(layer: LayerState, first: ObservedLayer, second: ObservedLayer) -> tu
     shares = share_of_samples(first), share_of_samples(second)
     if first.population is None or second.population is None or None in shares:
         return None
-    shift, log_ratio = (rms(value) for value in difference(first.population, second.population, layer.eps))
+    apart = difference(first.population, second.population, layer.eps)
+    # Of variances the median: a channel that hardly varies but for one odd sample is anywhere in other data.
+    shift, log_ratio = rms(apart.shift), float(apart.log_ratio.abs().median())
     noise = sum(share / len(seen.sample_means) for share, seen in zip(shares, (first, second), strict=True) if share)
     # A variance is as noisy as a mean, twice, of normal values; of those with heavy tails more.
     if shift > max(MOVED_MEAN, math.sqrt(BEYOND_NOISE * noise)):
