@@ -179,3 +179,30 @@ def test_dropout_before_a_recalibrated_layer_is_an_information() -> None:
     for severity in ("warning", "info"):
         assert [(f.layer, f.severity) for f in bn.check(model, batches, select="BN202").findings] == [("4", severity)]
         bn.recalibrate(model, batches)
+
+
+def test_layers_that_wait_for_their_first_input_stay_as_they_are() -> None:
+    model = nn.Sequential(nn.LazyLinear(3), nn.LazyBatchNorm1d())
+    assert bn.check(model).findings == ()
+    with pytest.raises(OptionError, match='got a model whose "0" has not been initialised yet'):
+        bn.check(model, [torch.randn(8, 4)])
+    assert isinstance(model[1], nn.LazyBatchNorm1d)
+
+
+def test_layers_that_cannot_be_seen_are_listed() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)))
+    for model, name in ((scripted, "1"), (nn.Sequential(scripted), "0.1")):
+        for batches in (None, [torch.randn(8, 4)]):
+            report = bn.check(model, batches)
+            assert [layer.name for layer in report.skipped] == [name]
+            assert "TorchScript" in report.skipped[0].reason
+            assert report.layers == ()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_data_without_a_finite_batch(value: float) -> None:
+    model = healthy()
+    before = traces(model)
+    report = bn.check(model, [torch.full((4, 3, 8, 8), value)])
+    assert same(traces(model), before)
+    assert [(f.code, f.layer) for f in report.findings if f.severity == "error"] == [("BN305", "1")]

@@ -7,7 +7,9 @@ import weakref
 import torch
 from torch import Tensor, nn
 
+from batchnorm import recalibrate
 from batchnorm.population.storages import Storages, storages, watch_storages
+from support.comparison import close
 
 
 def test_storages_of_plain_tensors() -> None:
@@ -42,3 +44,14 @@ def test_watching() -> None:
     assert len(seen) == 2
     assert not net.linear._forward_hooks
     assert not net._forward_pre_hooks
+
+
+def test_what_takes_no_hooks_is_seen_where_it_comes_out() -> None:
+    net = nn.Sequential(nn.Linear(2, 3), torch.jit.script(nn.Sequential(nn.Linear(3, 3), nn.ReLU())), nn.BatchNorm1d(3))
+    seen: Storages = weakref.WeakSet()
+    x = torch.randn(5, 2)
+    with watch_storages(net, seen.update), torch.no_grad():
+        y = net(x)
+    assert y.untyped_storage() in set(seen)
+    recalibrate(net, [x])
+    close(net[2].running_mean, net[1](net[0](x)).detach().mean(0))

@@ -21,8 +21,9 @@ from batchnorm.diagnosis.report import Report
 from batchnorm.diagnosis.result import ReportedLayer
 from batchnorm.diagnosis.subject import LayerState, Subject, subject_of_model, subject_of_state_dict
 from batchnorm.errors import OptionError
-from batchnorm.models.norm_layers import uncompiled
+from batchnorm.models.norm_layers import display_name, uncompiled
 from batchnorm.population.batches import Forward, default_forward
+from batchnorm.population.result import SkippedLayer
 
 Codes = Iterable[str] | str | None
 
@@ -141,7 +142,7 @@ def _report(subject: Subject, checks: Sequence[Check], again: Callable[[], Repor
     report = Report(
         findings,
         [_reported(layer, observed.get(layer.name), subject.far.get(layer.name)) for layer in subject.layers],
-        skipped=() if data is None else data.skipped,
+        skipped=[*_unseen(subject.model), *(() if data is None else data.skipped)],
         batches=0 if data is None else data.batches,
         samples=None if data is None else data.samples,
         passes=0.0 if data is None else data.passes,
@@ -154,6 +155,18 @@ def _report(subject: Subject, checks: Sequence[Check], again: Callable[[], Repor
     model = subject.model
     with_fix: Report = replace(report, fixer=lambda: fix(model, subject, with_fix, again))
     return with_fix
+
+
+def _unseen(model: nn.Module | None) -> list[SkippedLayer]:
+    """Layers that run without calling Python, so that nothing can be seen of them."""
+    if model is None:
+        return []
+    scripted = [(path, module) for path, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
+    return [
+        SkippedLayer(display_name(path), "TorchScript, whose layers cannot be seen: check the model as it was before")
+        for path, module in scripted
+        if "running_mean" in dict(module.named_buffers(recurse=False))
+    ]
 
 
 def _reported(layer: LayerState, observed: ObservedLayer | None, far: gap.Far | None) -> ReportedLayer:

@@ -20,12 +20,12 @@ from batchnorm import functional, ghost, layout
 from batchnorm.call import Call
 from batchnorm.diagnosis.observation import Input, NonFinite, Observation, ObservedLayer
 from batchnorm.distributed import Group
-from batchnorm.errors import NonFiniteError, OrderError
+from batchnorm.errors import NonFiniteError, OptionError, OrderError
 from batchnorm.models.devices import device_types
 from batchnorm.models.hooks import forward_hooks
 from batchnorm.models.modes import set_training
 from batchnorm.models.nested import map_tensors
-from batchnorm.models.norm_layers import display_name, named_norm_layers
+from batchnorm.models.norm_layers import display_name, named_norm_layers, uninitialized
 from batchnorm.modules import BatchNorm
 from batchnorm.moments import Moments, pool
 from batchnorm.population.batches import Batch, Batches, Forward, cut, nothing_to_learn_from, samples
@@ -214,9 +214,16 @@ def observe(
         progress: called with the layer calls done, and all of them where that is known.
 
     Raises:
+        OptionError: a module has not been initialised yet, or statistics hold no data.
         CountError: there are no samples.
         Anything that `batches`, the model or `forward` raises.
     """
+    for path, module in model.named_modules():
+        if uninitialized(module):  # a pass would initialise it
+            raise OptionError(
+                f'got a model whose "{display_name(path)}" has not been initialised yet; data are looked at by models '
+                f"that are ready. Run one batch through the model first"
+            )
     selected, _ = select_layers(model)
     contents: list[Any] = []
     source = Batches(_remembered(batches, contents), None)

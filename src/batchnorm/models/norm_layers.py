@@ -27,8 +27,10 @@ def uninitialized(module: nn.Module) -> bool:
 
 def uncompiled(module: nn.Module) -> nn.Module:
     """What `torch.compile` was given to make a module; any other module itself."""
+    if type(module).__name__ != "OptimizedModule":
+        return module
     inner = children_of(module).get("_orig_mod")
-    return module if inner is None or type(module).__name__ != "OptimizedModule" else uncompiled(inner)
+    return module if inner is None else uncompiled(inner)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -45,4 +45,6 @@ def watch_storages(
     def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
         note(storages(output))
 
-    return forward_hooks(model.modules(), before, after)
+    # TorchScript takes no hooks: what it holds is seen where it comes out.
+    hooked = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    return forward_hooks(hooked, before, after)
