@@ -17,7 +17,7 @@ from batchnorm.diagnosis.result import Fix, Fixed
 from batchnorm.diagnosis.subject import Subject
 from batchnorm.models.buffers import SavedBuffers
 from batchnorm.models.modes import set_training
-from batchnorm.models.norm_layers import named_norm_layers
+from batchnorm.models.norm_layers import NormLayer, named_norm_layers
 from batchnorm.modules import BatchNorm
 from batchnorm.population.batches import default_forward
 from batchnorm.population.interrupts import shielded
@@ -67,9 +67,9 @@ class _Work:
         self.model = model
         self.subject = subject
         self.freed: set[str] | None = None
-        self.settled: set[str] = set()
+        self.settled: dict[str, float] | None = None
 
-    def layer(self, name: str) -> nn.Module:
+    def layer(self, name: str) -> NormLayer:
         """The layer of that name, by now."""
         return dict(named_norm_layers(self.model))[name]
 
@@ -83,18 +83,28 @@ class _Work:
 
 
 def _settle(work: _Work, finding: Finding) -> str | None:
-    """The exact statistics that the data have shown already; without data there are none."""
-    data, module = work.subject.data, work.layer(finding.layer)
-    observed = None if data is None else data.layers.get(finding.layer)
+    """Exact statistics in all layers, as `recalibrate` sets them: the data have shown them already.
+
+    Not without data, and not where it is only said that a model is fresh.
+    """
+    if finding.severity == "info":
+        return None
+    if work.settled is None:
+        work.settled = {name: count for name in work.subject.far if (count := _set_exact(work, name)) is not None}
+    count = work.settled.get(finding.layer)
+    return None if count is None else f"statistics set to those of {count:.0f} values"
+
+
+def _set_exact(work: _Work, name: str) -> float | None:
+    """How many values a layer's statistics are of now; None where it keeps those that it has."""
+    assert work.subject.data is not None
+    observed, module = work.subject.data.layers[name], work.layer(name)
     mean, var = buffers_of(module).get("running_mean"), buffers_of(module).get("running_var")
-    if observed is None or not observed.exact or observed.population is None or mean is None or var is None:
+    frozen = isinstance(module, BatchNorm) and module.frozen.statistics
+    if frozen or observed.population is None or mean is None or var is None:
         return None
-    if float(observed.population.count) <= 1:
-        return None
-    if finding.layer not in work.settled:
-        work.settled.add(finding.layer)
-        Layer(finding.layer, module, mean, var).settle(observed.population.mean, observed.variance)  # type: ignore[arg-type]  # a norm layer
-    return f"statistics set to those of {float(observed.population.count):.0f} values"
+    Layer(name, module, mean, var).settle(observed.population.mean, observed.variance)
+    return float(observed.population.count)
 
 
 def _widen(work: _Work, finding: Finding) -> str:
