@@ -206,3 +206,27 @@ def test_data_without_a_finite_batch(value: float) -> None:
     report = bn.check(model, [torch.full((4, 3, 8, 8), value)])
     assert same(traces(model), before)
     assert [(f.code, f.layer) for f in report.findings if f.severity == "error"] == [("BN305", "1")]
+
+
+def test_a_training_pass_that_fails_is_listed() -> None:
+    model, batches = healthy(), labelled()
+    before = traces(model)
+
+    class TwoOutputs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = model
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return (self.net(x), None) if self.training else self.net(x)
+
+    report = bn.check(TwoOutputs(), batches, loss=F.cross_entropy)
+    assert report.ok
+    ((name, reason),) = report.skipped
+    assert name == "the model itself"
+    assert reason.startswith("no gradients, because a training pass raised TypeError: ")
+    assert same(traces(model), before)
+    model[1].eps = 0.0
+    report = bn.check(model, batches, loss=F.cross_entropy)
+    assert [f.code for f in report.findings if f.severity != "info"] == ["BN103"]
+    assert "eps must be positive" in report.skipped[0].reason

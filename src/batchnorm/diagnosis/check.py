@@ -21,6 +21,7 @@ from batchnorm.diagnosis.report import Report
 from batchnorm.diagnosis.result import ReportedLayer
 from batchnorm.diagnosis.subject import LayerState, Subject, subject_of_model, subject_of_state_dict
 from batchnorm.errors import OptionError
+from batchnorm.messages import described
 from batchnorm.models.norm_layers import display_name, uncompiled
 from batchnorm.population.batches import Forward, default_forward
 from batchnorm.population.result import SkippedLayer
@@ -123,7 +124,11 @@ def _look(subject: Subject, data: Observation, codes: set[str]) -> None:
     if "BN301" in codes and not is_fresh(subject) and any(map(is_far, subject.far.values())):
         subject.gap = gap.measure(subject, subject.far, is_worth_it=lambda found: gap_severity(found) is not None)
     if subject.loss is not None and "BN403" in codes and data.kept:
-        subject.gradients = training_gradients(subject, data.kept[0])
+        try:
+            subject.gradients = training_gradients(subject, data.kept[0])
+        except Exception as error:  # in training a model may return something else, or need more
+            why = f"no gradients, because a training pass raised {type(error).__name__}: {described(error)}"
+            data.skipped = [*data.skipped, SkippedLayer(display_name(""), why)]
         data.passes += 1 / max(data.batches, 1)
 
 

@@ -20,6 +20,9 @@ def training_gradients(subject: Subject, content: Any) -> dict[str, Tensor | Non
     """The gradients of the loss of one batch, by the names of the parameters that learn; None for none.
 
     Empty where the batch has too few values to train on: another check is about that.
+
+    Raises:
+        Anything that the model in training, or the loss of what it returns there, raises.
     """
     model, loss = subject.model, subject.loss
     assert model is not None
