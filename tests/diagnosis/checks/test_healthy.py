@@ -13,7 +13,11 @@ from batchnorm.diagnosis.subject import Subject, subject_of_model, subject_of_st
 from diagnosis.healthy import SMALL, TIMM, TORCHVISION, healthy, made
 
 LARGE = pytest.mark.filterwarnings("ignore")  # timm's and torchvision's own, at import
-NAMES = [*SMALL, *(pytest.param(name, marks=(pytest.mark.long, LARGE)) for name in (*TORCHVISION, *TIMM))]
+NAMES = [
+    *((name, kind) for name in SMALL for kind in ("digits", "noise")),
+    *(pytest.param(name, "digits", marks=(pytest.mark.long, LARGE)) for name in TORCHVISION),
+    *(pytest.param(name, "noise", marks=(pytest.mark.long, LARGE)) for name in TIMM),
+]
 CODES = [code for code in CHECKS if code[2] in "014"]
 
 
@@ -22,8 +26,7 @@ def above_info(subject: Subject) -> Iterator[Finding]:
         yield from (finding for finding in CHECKS[code].run(subject) if finding.severity != "info")
 
 
-@pytest.mark.parametrize("kind", ["digits", "noise"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "kind"), NAMES)
 def test_nothing_above_an_information(name: str, kind: str) -> None:
     torch.manual_seed(0)
     model, size = made(name)
