@@ -103,14 +103,14 @@ ORDERS: dict[str, Callable[[Tensor, int, torch.Generator], list[Tensor]]] = {
 def seen_by(model: nn.Module, images: Tensor) -> dict[str, Seen]:
     """What comes into the layers: it depends on no order, as the statistics are those of all images."""
     batchnorm.recalibrate(model, [images])
-    names = {layer: name for name, layer in named_norm_layers(model)}
+    names: dict[nn.Module, str] = {layer: name for name, layer in named_norm_layers(model)}
     found: dict[str, Seen] = {}
 
     def note(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         values = args[0].double().flatten(2) if args[0].dim() > 2 else args[0].double().unsqueeze(2)
         mean = values.mean(2)
         m2 = (values - mean.unsqueeze(2)).square().sum(2)
-        found[names[module]] = Seen(tuple(args[0].shape), values.shape[2], mean, m2)  # type: ignore[index]
+        found[names[module]] = Seen(tuple(args[0].shape), values.shape[2], mean, m2)
 
     with inference(model), forward_hooks(names, before=note):
         model(images)

@@ -89,19 +89,26 @@ def trained(model: nn.Module, batches: list[Batch]) -> torch.optim.Optimizer:
     return optimizer
 
 
-def healthy(build: Callable[[], Any]) -> dict[str, Any] | None:
-    """What a check of a network that was trained a little says; None of one that is too large to be tried here."""
+def healthy(build: Callable[[], Any], largest: float = LARGEST, *, unseen: bool = False) -> dict[str, Any] | None:
+    """What a check of a network that was trained a little says; None of one that is too large to be tried here.
+
+    Args:
+        build: makes the network and its inputs.
+        largest: the most parameters.
+        unseen: check with two data sets that it was not trained on.
+    """
     torch.manual_seed(0)
     model, inputs = build()
     pixels = max(math.prod(t.shape[2:]) for t in inputs.values() if isinstance(t, Tensor))
-    if sum(p.numel() for p in model.parameters()) > LARGEST or pixels > MOST_PIXELS:
+    if sum(p.numel() for p in model.parameters()) > largest or pixels > MOST_PIXELS:
         return None
     if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
         return None
     batches = batches_like(inputs, 0)
     optimizer = trained(model, batches)
     start = time.perf_counter()
-    report = bn.check(model, batches, second=batches_like(inputs, 1), forward=forward, loss=loss, optimizer=optimizer)
+    data, second = batches_like(inputs, 2) if unseen else batches, batches_like(inputs, 1)
+    report = bn.check(model, data, second=second, forward=forward, loss=loss, optimizer=optimizer)
     found = Counter(f.code for f in report.findings if f.severity == "info")
     above = [f"{f.code} {f.layer}: {f.message}" for f in report.findings if f.severity != "info"]
     return {
@@ -113,7 +120,7 @@ def healthy(build: Callable[[], Any]) -> dict[str, Any] | None:
     }
 
 
-def all_healthy(results: Path | None, only: str, seconds: float) -> None:
+def all_healthy(results: Path | None, only: str, seconds: float, largest: float = LARGEST, *, unseen: bool) -> None:
     """A table of all of them."""
     rows: dict[str, Any] = json.loads(results.read_text()) if results is not None and results.exists() else {}
     end = time.monotonic() + seconds
@@ -122,7 +129,7 @@ def all_healthy(results: Path | None, only: str, seconds: float) -> None:
         if only in key and key not in rows and time.monotonic() < end:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                row = healthy(build)
+                row = healthy(build, largest, unseen=unseen)
             if row is None:
                 continue
             rows[key] = row
@@ -220,10 +227,12 @@ def main() -> None:
     )
     parser.add_argument("--only", default="", help="of --healthy: names that contain this")
     parser.add_argument("--seconds", type=float, default=math.inf, help="of --healthy: begin no other after these")
+    parser.add_argument("--largest", type=float, default=LARGEST, help="of --healthy: the most parameters")
+    parser.add_argument("--unseen", action="store_true", help="of --healthy: with data that it was not trained on")
     parser.add_argument("--repeats", type=int, default=5, help="of --cost")
     options = parser.parse_args()
     if options.healthy:
-        all_healthy(options.json, options.only, options.seconds)
+        all_healthy(options.json, options.only, options.seconds, options.largest, unseen=options.unseen)
     if options.attribution:
         attribution()
     if options.cost:

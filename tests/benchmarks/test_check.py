@@ -34,6 +34,7 @@ def test_a_healthy_network() -> None:
     row = check.healthy(build)
     assert row is not None
     assert (row["layers"], row["above"], row["skipped"]) == (2, [], 0)
+    assert check.healthy(build, largest=100) is None
     assert check.healthy(lambda: (nn.Linear(2, 2), {"x": torch.randn(2, 2)})) is None
 
 
@@ -50,8 +51,8 @@ def test_batches_have_the_inputs_shapes_and_a_pattern_for_each_class() -> None:
 def test_the_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(check, "architectures", lambda: [("mine", "small", build), ("mine", "other", build)])
     file = tmp_path / "rows.json"
-    check.all_healthy(file, "small", 1000.0)
+    check.all_healthy(file, "small", 1000.0, unseen=True)
     assert capsys.readouterr().out.rstrip().endswith("1 networks, 0 with a finding above info: none")
-    monkeypatch.setattr(check, "healthy", lambda _: pytest.fail("measured again"))
-    check.all_healthy(file, "small", 1000.0)
+    monkeypatch.setattr(check, "healthy", lambda *_, **__: pytest.fail("measured again"))
+    check.all_healthy(file, "small", 1000.0, unseen=True)
     assert "| mine: small | 2 | 0 |" in capsys.readouterr().out

@@ -41,7 +41,7 @@ class Clock(Protocol):
     def mark(self) -> Any:  # noqa: ANN401 - torch's event, or a test's
         """A mark after all that was started so far."""
 
-    def seconds(self, first: Any, second: Any) -> float:  # noqa: ANN401
+    def seconds(self, first: Any, second: Any) -> float:  # noqa: ANN401 - likewise
         """From one mark to a later one; waits for it."""
 
 

@@ -60,7 +60,7 @@ def _codes(context: click.Context, parameter: click.Parameter, value: str | None
     "--memory-limit", callback=number_of_bytes, metavar="BYTES", help="Of suspended passes: 2GB, say; half of the free."
 )
 @click.pass_context
-def check(context: click.Context, /, model: str | None, fail_on: str, output: Path | None, **options: Any) -> None:  # noqa: ANN401
+def check(context: click.Context, /, model: str | None, fail_on: str, output: Path | None, **options: Any) -> None:  # noqa: ANN401 - what click makes of the other options
     """Say what is wrong with MODEL's batch norm, where, by how much, and what to type.
 
     MODEL is package.module:callable or path/file.py:callable, and returns the model; or a file of weights, .safetensors

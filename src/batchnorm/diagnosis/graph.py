@@ -35,11 +35,15 @@ class Graph:
         operations: the calls of each batch-norm layer, in training.
         dead_biases: by the paths of the layers: the linear layer whose bias the layer takes away, or why none.
         names: the paths of modules.
+        flow: who feeds whom, the same in both modes.
+        seen: whether an example showed how modules are called; otherwise that is assumed.
     """
 
     operations: dict[nn.Module, list[Operation]]
     dead_biases: dict[str, LinearLayer | str]
     names: dict[nn.Module, str]
+    flow: Flow
+    seen: bool
 
     def upstream(self, call: Operation, *through: Kind) -> Iterator[Operation]:
         """What a call gets its input from, and further up through operations of some kinds, each once."""
@@ -106,7 +110,7 @@ def _made(subject: Subject, model: nn.Module) -> Graph:
         names[module] = name
     dead = dead_biases(model, found, flow)
     inside = {path: names[module] for path, module in named_norm_layers(model)}
-    return Graph(operations, {inside[path]: answer for path, answer in dead.items()}, names)
+    return Graph(operations, {inside[path]: answer for path, answer in dead.items()}, names, flow, observed is not None)
 
 
 def _observed(subject: Subject, model: nn.Module) -> tuple[Calls, LinearLayers] | None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from batchnorm.diagnosis.definition import Check
-from batchnorm.diagnosis.finding import Finding
+from batchnorm.diagnosis.finding import Finding, Severity
 from batchnorm.diagnosis.noise import chi_square_quantile, samples_of_a_batch, values_in_effect
 from batchnorm.diagnosis.observation import ObservedLayer
 from batchnorm.diagnosis.permutation import between_batches
@@ -47,8 +47,8 @@ def few_values(subject: Subject) -> Iterator[Finding]:
         if single:
             some = "a batch" if typical == 1 else f"{counts.count(1)} of {len(counts)} batches"
             message = f"one value a channel in {some}: it has no variance, and training cannot normalise it"
-            severity = "error" if typical == 1 else "warning"
-            yield Finding("BN205", severity, layer.name, message, _larger(layer, typical == 1), weight=1.0)  # type: ignore[arg-type]
+            severity: Severity = "error" if typical == 1 else "warning"
+            yield Finding("BN205", severity, layer.name, message, _larger(layer, typical == 1), weight=1.0)
             continue
         ghost = layer.ours.virtual_batch_size if layer.ours is not None else None
         if ghost is not None and samples > ghost:
