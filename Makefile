@@ -1,19 +1,20 @@
 # Every target does its own set-up: Python 3.10 or newer, make and a C++ compiler are all that a machine needs,
 # and Chromium for the long tests.
+SHELL := bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard src/batchnorm/kernels/cpu/*/*.?pp)
 
-.PHONY: demo test test-long test-torch cuda check sanitize bench peers clean
+.PHONY: demo test test-long test-torch cuda check sanitize bench wheel peers clean
 
-demo: $(VENV)/installed ## the study's quick form, on real data
+demo: $(VENV)/package ## the study's quick form, on real data
 	$(BIN)/batchnorm study --quick
 
-test: $(VENV)/installed ## the tests that take seconds each
+test: $(VENV)/tests ## the tests that take seconds each
 	$(BIN)/python -m pytest -m "not long"
 
-test-long: $(VENV)/installed ## the others: wheels, the study, scripts, large inputs, reports in Chromium
+test-long: $(VENV)/dev ## the others: wheels, the study, scripts, large inputs, reports in Chromium
 	$(BIN)/python -m pytest -m long
 
 # Everything is .venv's, the extension too, but torch and what torch needs: their folder comes first on the path. Left out
@@ -21,7 +22,7 @@ test-long: $(VENV)/installed ## the others: wheels, the study, scripts, large in
 TORCH ?= 2.10.0
 OTHER := .torch/$(TORCH)
 IGNORED := compatibility integrations bench benchmarks study report
-test-torch: $(VENV)/installed $(OTHER)/installed ## the tests with another torch: TORCH=2.14.1
+test-torch: $(VENV)/tests $(OTHER)/installed ## the tests with another torch: TORCH=2.14.1
 	PYTHONPATH=$(abspath $(OTHER)) $(BIN)/python -c \
 	  'import torch, batchnorm; print(torch.__version__, batchnorm.kernels()); assert torch.__version__.split("+")[0] == "$(TORCH)"'
 	PYTHONPATH=$(abspath $(OTHER)) $(BIN)/python -m pytest -m "not long" $(IGNORED:%=--ignore tests/%) $(TESTS)
@@ -30,10 +31,10 @@ $(OTHER)/installed:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(OTHER) --upgrade torch==$(TORCH)
 	touch $@
 
-cuda: $(VENV)/installed ## on a GPU, in under ten minutes: its tests, sanitizers, measurements, into build/cuda
+cuda: $(VENV)/dev ## on a GPU, in under ten minutes: its tests, sanitizers, measurements, into build/cuda
 	PYTHON=$(BIN)/python benchmarks/gpu_session.sh build/cuda
 
-check: $(VENV)/installed ## format, lint and types
+check: $(VENV)/dev ## format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -41,7 +42,7 @@ check: $(VENV)/installed ## format, lint and types
 CASES ?= 2000
 SEED ?= $(shell date +%Y%m%d)
 # One build for each sanitizer. Its runtime comes before everything else, and torch, which has none, is not looked at.
-sanitize: $(VENV)/installed ## random calls of the operators under the address, undefined-behaviour and thread sanitizers
+sanitize: $(VENV)/tests ## random calls of the operators under the address, undefined-behaviour and thread sanitizers
 	for sanitizer in address,undefined thread; do \
 	  $(BIN)/cmake -S . -B build/$$sanitizer -G Ninja -DCMAKE_BUILD_TYPE=Release -DBATCHNORM_SANITIZE=$$sanitizer \
 	    -DBATCHNORM_FIRST_LEVEL=ON -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
@@ -58,8 +59,17 @@ sanitize: $(VENV)/installed ## random calls of the operators under the address, 
 	      --library $(abspath build)/thread/_native.so; \
 	else echo "left out: the thread sanitizer needs fixed addresses, and this machine forbids setarch -R"; fi
 
-bench: $(VENV)/installed ## ours beside torch, in one run
+bench: $(VENV)/package ## ours beside torch, in one run
 	$(BIN)/batchnorm bench
+
+DIST ?= dist
+# Nobody compiles again what an environment has compiled. LibTorch is the user's own, whatever its version.
+wheel: $(VENV)/dev ## the wheel for this kind of machine: every Python, every torch from 2.10 on
+	rm -rf build/wheel
+	$(PIP) wheel --quiet --no-deps --no-build-isolation -w build/wheel .
+	if [ "$$(uname)" = Linux ]; then \
+	  PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --exclude libtorch_cpu.so -w $(DIST) build/wheel/*.whl; \
+	else mkdir -p $(DIST) && cp build/wheel/*.whl $(DIST)/; fi
 
 peers: ## environments for `batchnorm bench --peers`
 	for peer in jax tensorflow; do test -d .peers/$$peer || $(PYTHON) -m venv .peers/$$peer; done
@@ -67,13 +77,54 @@ peers: ## environments for `batchnorm bench --peers`
 	.peers/tensorflow/bin/python -m pip install --quiet --disable-pip-version-check tensorflow-cpu numpy
 
 clean: ## everything that the targets made
-	rm -rf $(VENV) .torch build study-report
+	rm -rf $(VENV) .torch build dist study-report
 
+# What is in the environment, a stamp for each step: a target asks for the steps that it needs, a later one adds to them.
+# Modules are compiled to bytecode when they are first imported: most never are.
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --no-compile -c constraints.txt
 TOOLS := tests/compatibility/requirements.txt
-# Torch comes first and the build uses it, so the extension is compiled against the torch it is tested with.
-$(VENV)/installed: pyproject.toml constraints.txt CMakeLists.txt $(TOOLS) $(NATIVE)
-	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch scikit-build-core cmake ninja
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[dev]"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps --target $(VENV)/tools -r $(TOOLS)
-	touch $@
+# Make has a value of its own for CXX, which is no one's wish; what comes from the user, cmake finds in the environment.
+COMPILER := $(firstword $(foreach name,$(if $(filter default,$(origin CXX)),c++ g++ clang++,$(firstword $(CXX))),$(shell command -v $(name))))
+ifneq ($(shell command -v ccache),)
+export CMAKE_CXX_COMPILER_LAUNCHER ?= ccache
+endif
+pinned = $(1) $(shell sed -n 's/^$(1)==//p' constraints.txt)
+
+$(VENV)/torch: constraints.txt
+	@echo "making an environment in $(VENV) (seconds)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing $(call pinned,torch) and what the build needs (about half a minute, and the download)"
+	@$(INSTALL) torch scikit-build-core cmake ninja
+	@touch $@
+
+# Torch is there already, and the build uses it: the extension is compiled against the torch that it is tested with. The
+# compiler's own lines are many: seen are those of finished files, and where it fails, the end of everything it said.
+PACKAGE := -v --no-compile -c constraints.txt --no-build-isolation --log build/install.log
+COMPILED := s|^ *\[\([0-9]*/[0-9]*\)\] Building CXX object .*/\([^/]*\)\.o$$|  compiled \1: \2|p
+$(VENV)/package: $(VENV)/torch pyproject.toml CMakeLists.txt $(NATIVE)
+	@mkdir -p build && rm -f build/install.log
+	@set -o pipefail; if [ -n "$(COMPILER)" ]; then \
+	  echo "installing the package and what the study needs, compiling its kernels (one to two minutes)"; \
+	  $(PIP) install $(PACKAGE) -e ".[study]" | sed -un '$(COMPILED)' || { \
+	    tail -n 40 build/install.log; \
+	    echo "The package could not be installed: see above, all of it is in build/install.log. Where the compiler is at" \
+	      "fault, another one may do: make CXX=clang++ (GCC 11 and newer, Clang 14 and newer)." >&2; exit 1; }; \
+	else \
+	  echo "no C++ compiler: installing the package without its kernels; all works, slower, but for the tests of" \
+	    "the kernels. For the kernels install one (Debian: apt-get install g++), then: rm $(VENV)/package"; \
+	  $(INSTALL) --no-build-isolation --config-settings=wheel.cmake=false -e ".[study]"; \
+	fi
+	@touch $@
+
+# The package is there: pip installs what its extras name, and nothing is built again.
+$(VENV)/tests: pyproject.toml constraints.txt | $(VENV)/package
+	@echo "installing what the tests need (about a minute)"
+	@$(INSTALL) "batchnorm[test]"
+	@touch $@
+
+$(VENV)/dev: pyproject.toml constraints.txt $(TOOLS) | $(VENV)/tests
+	@echo "installing what the other developers' commands need (about a minute)"
+	@$(INSTALL) "batchnorm[dev]"
+	@$(INSTALL) --upgrade --no-deps --target $(VENV)/tools -r $(TOOLS)
+	@touch $@

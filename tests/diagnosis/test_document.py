@@ -6,10 +6,10 @@ import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from playwright.sync_api import Browser
 
 from batchnorm.diagnosis.document import document
 from batchnorm.diagnosis.report import Report
@@ -18,6 +18,9 @@ from batchnorm.report.page import page
 from diagnosis.reports import finding, fixed, full, not_finite
 from report.test_page import read
 from support import browser
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 
 def test_the_summary_has_the_findings_themselves_not_their_lines() -> None:

@@ -6,15 +6,18 @@ import io
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from playwright.sync_api import Browser
 from rich.console import Console
 
 from batchnorm.study.experiments import EXPERIMENTS
 from batchnorm.study.runner import study
 from study.plans import TINY
 from support import browser
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 pytestmark = pytest.mark.long
 LIMIT = 2_000_000  # bytes

@@ -1,6 +1,7 @@
 """A page as Chromium shows it, and what has to hold of every page of ours.
 
-Chromium is the system's own; Playwright only drives it, and downloads none.
+Chromium is the system's own; Playwright only drives it, and downloads none. It is imported where a browser starts: the
+files that use it have tests for `make test` too, which does without.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
 
 # In pixels of CSS.
 DESK, PHONE, PAPER = (1280, 800), (360, 740), (680, 960)  # the last is A4 without its margins, at 96 to the inch
@@ -35,6 +39,8 @@ def executable() -> str:
 @contextmanager
 def chromium() -> Iterator[Browser]:
     """A headless browser."""
+    from playwright.sync_api import sync_playwright
+
     # Root has no sandbox, and containers often have no large /dev/shm.
     arguments = ["--disable-dev-shm-usage", *(["--no-sandbox"] if os.geteuid() == 0 else [])]
     with sync_playwright() as playwright:
