@@ -34,10 +34,12 @@ $(OTHER)/installed:
 cuda: $(VENV)/dev ## on a GPU, in under ten minutes: its tests, sanitizers, measurements, into build/cuda
 	PYTHON=$(BIN)/python benchmarks/gpu_session.sh build/cuda
 
-check: $(VENV)/dev ## format, lint and types
+check: $(VENV)/dev ## format, lint and types; the workflows
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/zizmor --offline --no-progress --quiet .github/workflows
 
 CASES ?= 2000
 SEED ?= $(shell date +%Y%m%d)
@@ -82,7 +84,7 @@ clean: ## everything that the targets made
 # What is in the environment, a stamp for each step: a target asks for the steps that it needs, a later one adds to them.
 # Modules are compiled to bytecode when they are first imported: most never are.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-INSTALL := $(PIP) install --quiet --no-compile -c constraints.txt
+INSTALL := $(PIP) install -qq --no-compile -c constraints.txt
 TOOLS := tests/compatibility/requirements.txt
 # Make has a value of its own for CXX, which is no one's wish; what comes from the user, cmake finds in the environment.
 COMPILER := $(firstword $(foreach name,$(if $(filter default,$(origin CXX)),c++ g++ clang++,$(firstword $(CXX))),$(shell command -v $(name))))
@@ -106,7 +108,7 @@ $(VENV)/package: $(VENV)/torch pyproject.toml CMakeLists.txt $(NATIVE)
 	@mkdir -p build && rm -f build/install.log
 	@set -o pipefail; if [ -n "$(COMPILER)" ]; then \
 	  echo "installing the package and what the study needs, compiling its kernels (one to two minutes)"; \
-	  $(PIP) install $(PACKAGE) -e ".[study]" | sed -un '$(COMPILED)' || { \
+	  $(PIP) install $(PACKAGE) -e ".[study]" 2>&1 | sed -un '$(COMPILED)' || { \
 	    tail -n 40 build/install.log; \
 	    echo "The package could not be installed: see above, all of it is in build/install.log. Where the compiler is at" \
 	      "fault, another one may do: make CXX=clang++ (GCC 11 and newer, Clang 14 and newer)." >&2; exit 1; }; \
