@@ -4,6 +4,8 @@ SHELL := bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# A process for each core, up to eight, that computes in one thread; a file of tests stays together, with what it shares.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 NATIVE := $(wildcard src/batchnorm/kernels/cpu/*/*.?pp)
 
 .PHONY: demo test test-long test-torch cuda check sanitize bench wheel peers clean
@@ -12,10 +14,10 @@ demo: $(VENV)/package ## the study's quick form, on real data
 	$(BIN)/batchnorm study --quick
 
 test: $(VENV)/tests ## the tests that take seconds each
-	$(BIN)/python -m pytest -m "not long"
+	$(PYTEST) -m "not long"
 
 test-long: $(VENV)/dev ## the others: wheels, the study, scripts, large inputs, reports in Chromium
-	$(BIN)/python -m pytest -m long
+	$(PYTEST) -m long
 
 # Everything is .venv's, the extension too, but torch and what torch needs: their folder comes first on the path. Left out
 # are what needs other people's tools in versions made for .venv's torch, the scripts of benchmarks/, the study and the reports.
@@ -25,7 +27,7 @@ IGNORED := compatibility integrations bench benchmarks study report
 test-torch: $(VENV)/tests $(OTHER)/installed ## the tests with another torch: TORCH=2.14.1
 	PYTHONPATH=$(abspath $(OTHER)) $(BIN)/python -c \
 	  'import torch, batchnorm; print(torch.__version__, batchnorm.kernels()); assert torch.__version__.split("+")[0] == "$(TORCH)"'
-	PYTHONPATH=$(abspath $(OTHER)) $(BIN)/python -m pytest -m "not long" $(IGNORED:%=--ignore tests/%) $(TESTS)
+	PYTHONPATH=$(abspath $(OTHER)) $(PYTEST) -m "not long" $(IGNORED:%=--ignore tests/%) $(TESTS)
 
 $(OTHER)/installed:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(OTHER) --upgrade torch==$(TORCH)

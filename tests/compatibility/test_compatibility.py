@@ -43,6 +43,7 @@ def test_a_row_is_true(row: Row, runs: dict[str, Future[Run]]) -> None:
     assert f"true: {row}" in done.stdout
 
 
+@pytest.mark.long
 def test_the_document_has_every_row() -> None:
     assert table.table() in table.DOCUMENT.read_text()
     assert len({row.tool for row in ROWS}) == len(ROWS)

@@ -30,4 +30,4 @@ def make_importable() -> None:
 
 def _check() -> None:
     if not FOLDER.is_dir():
-        raise FileNotFoundError(f"{FOLDER} is not there: the Makefile installs it. Run `make test`")
+        raise FileNotFoundError(f"{FOLDER} is not there: the Makefile installs it. Run `make test-long`")
