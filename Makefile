@@ -4,8 +4,8 @@ SHELL := bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# A process for each core, up to eight, that computes in one thread; a file of tests stays together, with what it shares.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
+# A process for each core, up to eight, that computes in one thread. What shares them out is in tests/conftest.py.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8
 NATIVE := $(wildcard src/batchnorm/kernels/cpu/*/*.?pp)
 
 .PHONY: demo test test-long test-torch cuda check sanitize bench wheel peers clean
