@@ -370,7 +370,7 @@ def test_a_lazy_layer_is_converted_once_it_has_its_shape() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("forward", torch.relu),
+        pytest.param("forward", torch.relu, id="forward-relu"),  # whose own name has its address
         ("activation", "relu"),
         ("activation", nn.ReLU()),
         ("channel_dim", nn.Parameter(torch.ones(1))),
