@@ -133,6 +133,7 @@ def test_the_sources_without_a_compiler_are_plain_python(tmp_path: Path) -> None
     needed = {str(path.relative_to(ROOT)) for path in (ROOT / "src").rglob("*.?pp")}
     assert needed
     assert {*SOURCES, *needed} <= inside
+    assert not [name for name in inside if name.endswith(".so")]
     no_compiler = ["--no-build-isolation", "--config-settings=wheel.cmake=false"]
     site = tmp_path / "site"
     pip(
