@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard src/batchnorm/kernels/cpu/*/*.?pp)
 
-.PHONY: demo test test-long test-torch cuda check sanitize bench peers clean
+.PHONY: demo test test-long test-torch cuda check docs sanitize bench peers clean
 
 demo: $(VENV)/installed ## the study's quick form, on real data
 	$(BIN)/batchnorm study --quick
@@ -37,6 +37,9 @@ check: $(VENV)/installed ## format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(VENV)/installed ## the site, into build/docs/index.html; broken links and undocumented public names are errors
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --doctree-dir build/doctrees docs build/docs
 
 CASES ?= 2000
 SEED ?= $(shell date +%Y%m%d)
