@@ -37,6 +37,7 @@ napoleon_use_ivar = True
 napoleon_custom_sections = [("Shapes", "params_style")]
 toc_object_entries_show_parents = "hide"
 python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 80
 
 # What has no page here. Nothing is fetched from the network while the site is built, so other people's names cannot be
 # looked up.
@@ -47,6 +48,9 @@ nitpick_ignore_regex = [
     ("py:class", r"Tensor|Console|Correction"),  # the same, and an alias, as annotations that stay text write them
     ("py:class", r"(batchnorm\.distributed\.)?Group|batchnorm\.report\.document\.Table"),  # internal
 ]
+
+# Two classes are called Report, of `check` and of surgery; an annotation that stays text does not say which.
+suppress_warnings = ["ref.python"]
 
 html_theme = "furo"
 html_static_path = ["static"]

@@ -12,9 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 from sphinx.application import Sphinx
+from sphinx.domains.python import PyObject
 
 SECTION = re.compile(r"(Args|Attributes|Raises|Returns|Shapes|Yields):$")
 FIELDS = {"Raises:": ":Raises:", "Returns:": ":returns:"}
+NAME = re.compile(r"`\w[\w.]*(\(\))?`")
 ERRORS = re.compile(r"    (\w+(?:, \w+)*): ")
 MARKS = re.compile(r"(`[^`]*`)|(?<!\*)\*(?=S\b)|\|")  # code, which stays; the star of (N, C, *S); bars of |x|
 
@@ -40,7 +42,7 @@ def _return(line: str) -> str:
 
 def _raise(line: str) -> str:
     if line.startswith("     ") or not line:
-        return f"  {line}" if line else line
+        return f"      {line.strip()}".rstrip()
     named = ERRORS.match(line)
     if not named:
         return f"    * {line[4:]}"
@@ -65,8 +67,17 @@ def with_fields(lines: list[str]) -> list[str]:
 
 
 def with_escapes(lines: list[str]) -> list[str]:
-    """The same lines, with what Markdown prints as it is, and reStructuredText does not, escaped."""
-    return [MARKS.sub(lambda mark: mark[1] or f"\\{mark[0]}", line) for line in lines]
+    """The same lines, with what Markdown prints as it is, and reStructuredText does not, escaped.
+
+    Code that is no name, and so cannot be a link, becomes a literal.
+    """
+
+    def escaped(mark: re.Match[str]) -> str:
+        if mark[1]:
+            return mark[1] if NAME.fullmatch(mark[1]) else f"`{mark[1]}`"
+        return f"\\{mark[0]}"
+
+    return [MARKS.sub(escaped, line) for line in lines]
 
 
 def _process(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
@@ -78,4 +89,7 @@ def _process(app: Sphinx, what: str, name: str, obj: object, options: object, li
 def setup(app: Sphinx) -> dict[str, Any]:
     """Before napoleon, which has the priority 500."""
     app.connect("autodoc-process-docstring", _process, priority=400)
+    for field in PyObject.doc_field_types:
+        if field.name == "variable":
+            field.label = "Attributes"  # Sphinx says Variables
     return {"parallel_read_safe": True}
