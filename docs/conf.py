@@ -53,6 +53,7 @@ nitpick_ignore_regex = [
 suppress_warnings = ["ref.python"]
 
 html_theme = "furo"
+pygments_dark_style = "github-dark"
 html_static_path = ["static"]
 html_css_files = ["site.css"]
 html_copy_source = False
