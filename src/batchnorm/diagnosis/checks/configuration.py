@@ -212,7 +212,7 @@ CHECKS = (
         "eps-too-large / too-small",
         "warning",
         "state",
-        "eps is more than a tenth of the median running variance, an info while it is 1e-3 at most, as in many "
+        "eps is more than a tenth of the median running variance, an information while it is 1e-3 at most, as in many "
         "architectures; or it is 0, or lost when it is added",
         "set the usual eps, then train or recalibrate",
         fixed=False,

@@ -284,7 +284,7 @@ CHECKS = (
         "untrained-statistics",
         "error",
         "state",
-        "running statistics are still exactly 0 and 1, although the network was trained; an info in a model "
+        "running statistics are still exactly 0 and 1, although the network was trained; an information in a model "
         "that is fresh altogether",
         "recalibrate",
         fixed=True,
@@ -305,7 +305,7 @@ CHECKS = (
         "eps-decides",
         "warning",
         "state",
-        "channels have so small a running variance that eps sets their scale, or a scale beyond 1000; an info "
+        "channels have so small a running variance that eps sets their scale, or a scale beyond 1000; an information "
         "where their inputs are constant, or next to 0",
         "recalibrate where the data do vary, else prune these channels or set their gamma to 0",
         fixed=False,

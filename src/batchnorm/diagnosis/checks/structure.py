@@ -336,7 +336,7 @@ CHECKS = (
         "warning",
         "model",
         "dropout is upstream with only linear operations between: the variance in training is not that in inference; "
-        "an info where data show that the running statistics are those of inference",
+        "an information where data show that the running statistics are those of inference",
         "move it behind the layer",
         fixed=False,
         run=dropout_before,
