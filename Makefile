@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8
 NATIVE := $(wildcard src/batchnorm/kernels/cpu/*/*.?pp)
 
-.PHONY: demo test test-long test-torch cuda check sanitize bench wheel peers clean
+.PHONY: demo test test-long test-torch cuda check docs sanitize bench wheel peers clean
 
 demo: $(VENV)/package ## the study's quick form, on real data
 	$(BIN)/batchnorm study --quick
@@ -42,6 +42,9 @@ check: $(VENV)/dev ## format, lint and types; the workflows
 	$(BIN)/mypy
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/zizmor --offline --no-progress --quiet .github/workflows
+
+docs: $(VENV)/dev ## the site, into build/docs/index.html; broken links and undocumented public names are errors
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --doctree-dir build/doctrees docs build/docs
 
 CASES ?= 2000
 SEED ?= $(shell date +%Y%m%d)

@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md, from what `batchnorm bench --json FILE` wrote.
+"""The tables of docs/numbers/performance.md, from what `batchnorm bench --json FILE` wrote.
 
 batchnorm bench --peers --json bench.json && python benchmarks/performance.py bench.json
 """

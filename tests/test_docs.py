@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+CHECKS = sorted((DOCS / "checks").glob("*.md"))  # made from a table; their snippets are tests/diagnosis/test_pages.py's
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(set(DOCS.rglob("*.md")) - set(CHECKS))]
 MAKE_TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
 
 
@@ -39,8 +41,9 @@ def named(page: Path) -> str:
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("page", PAGES, ids=named)
-def test_python_snippets(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A page's snippets share their names, in order, as a reader would type them."""
+def test_python_snippets(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page's snippets share their names, in order, as a reader would type them; files go where they are run."""
+    monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for block in blocks(page, "python"):
         exec(compile(block, str(page), "exec"), names)
@@ -74,7 +77,7 @@ def test_commands(command: str, tmp_path: Path) -> None:
     assert run.stdout.strip()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=named)
+@pytest.mark.parametrize("page", [*PAGES, *CHECKS], ids=named)
 def test_links_between_pages(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         if not target.startswith("http"):

@@ -320,7 +320,10 @@ class BatchNorm(Rebuilding):
             functional.commit(proposal, self._running(mean, var))
 
     def reset_running_stats(self) -> None:
-        """torch's, and the counter of what was skipped. Frozen statistics stay: `update_bn` begins with this."""
+        """Reset running statistics and counters, `num_batches_skipped` too, as torch's layers do.
+
+        Frozen statistics stay: `torch.optim.swa_utils.update_bn` begins with this.
+        """
         if "frozen" in vars(self) and self.frozen.statistics:  # torch's constructor comes here before ours is done
             return
         super().reset_running_stats()
@@ -370,7 +373,7 @@ class BatchNorm(Rebuilding):
             )
 
     def extra_repr(self) -> str:
-        """torch's, and what differs from its defaults."""
+        """What torch prints of its layer, and our options that are not at their defaults."""
         torchs: str = super().extra_repr()  # type: ignore[no-untyped-call]  # torch's has no annotation
         return torchs + "".join(f", {name}={value}" for name, value in self.options().items())
 

@@ -1,8 +1,8 @@
-r"""Moments: the one object that batch, running and population statistics are made of.
+"""Moments: the one object that batch, running and population statistics are made of.
 
 The moments of a set of activations are its count, its mean and its sum of squared deviations, per channel:
 
-    n,    mean = 1/n \sum x,    m2 = \sum (x - mean)^2
+    n,    mean = 1/n Σ x,    m2 = Σ (x - mean)^2
 
 Moments of disjoint sets add up to the moments of their union, so they form a commutative monoid.
 """
@@ -49,9 +49,9 @@ class Moments:
 
     @classmethod
     def of(cls, x: Tensor, *, channel_dim: int = 1, mask: Tensor | None = None) -> Moments:
-        r"""The moments of one tensor.
+        """The moments of one tensor.
 
-        With sample weights w: count = \sum w, mean = \sum w x / count, m2 = \sum w (x - mean)^2. What a mask leaves out
+        With sample weights w: count = Σ w, mean = Σ w x / count, m2 = Σ w (x - mean)^2. What a mask leaves out
         has no influence whatever its value is, NaN included. Differentiable.
 
         Args:

@@ -25,13 +25,13 @@ class Trap:
         title: what happens.
         check: from a kit to what was observed; an AssertionError that says so where the trap springs.
         torch_fails: whether it springs in torch.
-        page: the page of docs that has its row.
+        section: which of the two tables of docs/traps.md has its row.
     """
 
     title: str
     check: Callable[[Kit], str]
     torch_fails: bool
-    page: str = "statistics"
+    section: str = "statistics"
 
 
 TRAPS = [
@@ -94,11 +94,11 @@ def observed(trap: Trap, kit: Kit) -> str:
 def main() -> None:
     """Print the table."""
     print(f"torch {torch.__version__}; bold is where the trap springs")
-    for page in dict.fromkeys(trap.page for trap in TRAPS):
+    for section in dict.fromkeys(trap.section for trap in TRAPS):
         print("\n| trap | torch.nn | batchnorm |")
         print("|---|---|---|")
         for trap in TRAPS:
-            if trap.page == page:
+            if trap.section == section:
                 print(f"| {trap.title} | {observed(trap, TORCH)} | {observed(trap, OURS)} |")
 
 

@@ -33,10 +33,11 @@ def _index() -> str:
     lines = ["| " + " | ".join(cell.replace("|", BAR) for cell in row) + " |" for row in table]
     return (
         "# The checks\n\n"
-        "What `batchnorm.check` and `batchnorm check` look for. `select` and `ignore` take these codes, and their\n"
-        "beginnings: `BN3` stands for all that begin so. `batchnorm explain CODE` prints one of these pages.\n\n"
+        "What `batchnorm.check` and `batchnorm check` look for. `select` and `ignore` take these codes or prefixes of\n"
+        "them: `BN3` means all codes that begin with it. `batchnorm explain CODE` prints one of these pages.\n\n"
         + "\n".join(lines)
-        + "\n\n\\* `report.fix()` and `batchnorm check --fix --output FILE` do it.\n"
+        + "\n\n\\* `report.fix()` and `batchnorm check --fix --output FILE` do it.\n\n"
+        "```{toctree}\n:hidden:\n:glob:\n\nBN*\n```\n"  # where the site's menu has the pages
     )
 
 

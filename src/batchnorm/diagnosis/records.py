@@ -30,7 +30,7 @@ class LayerRecord:
     Attributes:
         step: the number of the step, from 1.
         layer: its path in the model; "" is the model itself.
-        channels: C.
+        channels: the number of channels, C.
         calls: how often the forward pass called it; its batch is all that came in.
         count: values of each channel in the batch; a float where a mask weighed them.
         batch_mean: of the batch, in the activations' unit.

@@ -59,9 +59,9 @@ def recalibrate(
     progress: Callable[[int, int | None], object] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> Recalibration:
-    r"""Set every batch-norm layer's running statistics to those of data, in place.
+    """Set every batch-norm layer's running statistics to those of data, in place.
 
-        mean = 1/n \sum x,    var = 1/n \sum (x - mean)^2
+        mean = 1/n Σ x,    var = 1/n Σ (x - mean)^2
 
     over all values x of a channel that come into the layer from all batches. What comes in depends on what the layers
     upstream normalise by, and there the methods differ:

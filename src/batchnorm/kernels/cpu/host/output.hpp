@@ -20,7 +20,7 @@ namespace {
 
 // Whether 2 MiB pages help. Not in a virtual machine that reports free pages to its host: the host takes a free 2 MiB
 // page away, and giving it back costs several times what was saved, as soon as the memory of a training step lies
-// unused for a second (docs/performance.md).
+// unused for a second (docs/numbers/performance.md).
 bool huge_pages_help() {
 #if defined(__linux__)
   static const bool help = [] {
