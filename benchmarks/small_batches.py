@@ -17,7 +17,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -100,8 +100,8 @@ def judged(model: nn.Module, data: Data, batch_size: int) -> dict[str, tuple[flo
     return scores
 
 
-def trained(data: Data, batch_size: int, seed: int) -> list[Result]:
-    """One network's training, and what it comes to at both moments."""
+def training(data: Data, batch_size: int, seed: int) -> Iterator[tuple[int, int, nn.Module]]:
+    """Train one network: after each step its number, how many there will be, and the network."""
     torch.manual_seed(seed)
     model = network()
     order = batches(len(data.train.labels), batch_size, torch.Generator().manual_seed(seed))
@@ -109,14 +109,20 @@ def trained(data: Data, batch_size: int, seed: int) -> list[Result]:
     rate = LEARNING_RATE * batch_size / 16
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 2 * (1 - step / steps)))
-    images, results = data.train.inputs, []
     for step in range(1, steps + 1):
         chosen = next(order)
         optimizer.zero_grad()
-        loss = F.cross_entropy(model.train()(images[chosen]), data.train.labels[chosen])
+        loss = F.cross_entropy(model.train()(data.train.inputs[chosen]), data.train.labels[chosen])
         loss.backward()
         optimizer.step()
         decay.step()
+        yield step, steps, model
+
+
+def trained(data: Data, batch_size: int, seed: int) -> list[Result]:
+    """One network's training, and what it comes to at both moments."""
+    results = []
+    for step, steps, model in training(data, batch_size, seed):
         if step in (steps // 2, steps):
             moment = MOMENTS[step == steps]
             scores = judged(model, data, batch_size)

@@ -83,8 +83,8 @@ def test_other_libraries_modules_are_recognised_without_them(name: str) -> None:
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
-        (nn.Softplus(), "Softplus is none of our activations"),
-        (nn.Hardtanh(0.0, 6.0), "Hardtanh is none of our activations"),
+        (nn.Softplus(), "Softplus is not one of our activations"),
+        (nn.Hardtanh(0.0, 6.0), "Hardtanh is not one of our activations"),
         (nn.LeakyReLU(0.2), "LeakyReLU has negative_slope=0.2, ours 0.01"),
         (nn.ELU(2.0), "ELU has alpha=2.0, ours 1.0"),
         (nn.GELU("tanh"), "GELU has approximate=tanh, ours none"),

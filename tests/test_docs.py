@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 CHECKS = sorted((DOCS / "checks").glob("*.md"))  # made from a table; their snippets are tests/diagnosis/test_pages.py's
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(set(DOCS.rglob("*.md")) - set(CHECKS))]
+TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "examples/README.md")]
+PAGES = [*TOP, *sorted(set(DOCS.rglob("*.md")) - set(CHECKS))]
 MAKE_TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
 
 

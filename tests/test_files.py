@@ -160,7 +160,7 @@ def test_a_folder_that_only_seems_to_take_files() -> None:
 
 
 def test_devices_are_left_alone() -> None:
-    with pytest.raises(UsageError, match="no regular file"):
+    with pytest.raises(UsageError, match="not a regular file"):
         check_writable(Path(os.devnull))
     assert not Path(os.devnull).is_file()
 
@@ -218,7 +218,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(pipe)
     link.symlink_to(pipe)
     for path in (pipe, link):
-        with pytest.raises(UsageError, match="no regular file"), reading(path):
+        with pytest.raises(UsageError, match="not a regular file"), reading(path):
             raise AssertionError("it would be opened now")
 
 

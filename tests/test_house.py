@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import yaml
+
 import batchnorm
 
 ROOT = Path(__file__).parents[1]
@@ -86,6 +88,19 @@ def test_only_one_file_uses_private_names_of_torch() -> None:
 def test_there_is_one_autograd_function() -> None:
     users = [path.name for path in SOURCES if "autograd.Function)" in path.read_text()]
     assert users == ["autograd.py"]
+
+
+def test_the_citation_is_of_this_version() -> None:
+    """The fields are those that the format's version 1.2.0 requires, and the ones that say what is cited."""
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["version"] == batchnorm.__version__
+    assert f'license = "{citation["license"]}"' in (ROOT / "pyproject.toml").read_text()
+    assert citation["authors"] == [{"name": "The batchnorm developers"}]
+    (article,) = citation["references"]
+    assert [author["family-names"] for author in article["authors"]] == ["Ioffe", "Szegedy"]
+    assert article["year"] == 2015
 
 
 def test_no_file_is_long() -> None:

@@ -170,11 +170,11 @@ _BY_FUNCTION = {function: row for row in ACTIVATIONS.values() for function in ro
 
 
 def of_module(module: nn.Module) -> tuple[str | None, str]:
-    """The name of what a module computes; None and the reason where it is none of our activations."""
+    """The name of what a module computes; None and the reason where it is not one of our activations."""
     cls = type(module)
     row = _BY_MODULE.get(qualified_name(cls))
     if row is None:
-        return None, f"{cls.__qualname__} is none of our activations"
+        return None, f"{cls.__qualname__} is not one of our activations"
     return _with_defaults(row, cls.__qualname__, vars(module))
 
 

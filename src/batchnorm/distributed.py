@@ -83,7 +83,7 @@ class Group:
             where = "; ".join(f"{_ranks(ranks)} at {there}" for there, ranks in labels.items())
             raise OrderError(
                 f"got processes at different places: {where}; all must call the same layers in the same order. Give "
-                f"every process the same model, and batches that take the same way through it"
+                f"every process the same model, and batches that take the same path through it"
             )
         return next(iter(labels), None), [message.tensors for message in messages]
 

@@ -199,7 +199,7 @@ def _no_file(mode: int) -> str:
     """What something is that is no regular file; "" for one that is."""
     if stat.S_ISREG(mode):
         return ""
-    return "a folder" if stat.S_ISDIR(mode) else "no regular file"
+    return "a folder" if stat.S_ISDIR(mode) else "not a regular file"
 
 
 @contextmanager

@@ -42,9 +42,9 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b"", "without a record"),
-        (b"{}\n", "cannot read line 1 of .*: it is no object of version 1"),
-        (b"what\n", "cannot read line 1 of .*: it is no JSON"),
-        (b"[" * 100_000 + b"\n", "cannot read line 1 of .*: it is no JSON"),
+        (b"{}\n", "cannot read line 1 of .*: it is not an object of version 1"),
+        (b"what\n", "cannot read line 1 of .*: it is not JSON"),
+        (b"[" * 100_000 + b"\n", "cannot read line 1 of .*: it is not JSON"),
         (b"\xff\n", "cannot read .*utf-8"),
     ],
     ids=["empty", "another object", "no JSON", "deep", "no text"],

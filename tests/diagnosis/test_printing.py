@@ -56,7 +56,7 @@ def test_details_are_evidence_remedies_and_tables() -> None:
         'model.layer1.0.bn.momentum = 0.01',
         "The same batches in inference",
         "62.0 %",
-        "Whose the gap in the loss is",
+        "Which layers the gap in the loss comes from",
         "93.0 %",
         "How far the running statistics are",
         "skipped: aux.bn (never called)",

@@ -68,8 +68,10 @@ CHANGES: dict[str, Any] = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_other_lines_are_refused(name: str) -> None:
     content = json.loads(records()[0].to_json("run"))
-    with pytest.raises(ValueError, match="it is no object of version 1" if name == "version" else f"its {name} is"):
+    with pytest.raises(ValueError, match="it is not an object of version 1" if name == "version" else f"its {name} is"):
         from_json(json.dumps(content | {name: CHANGES[name]}))
     del content[name]
-    with pytest.raises(ValueError, match="it is no object of version 1" if name == "version" else f"it has no {name}"):
+    with pytest.raises(
+        ValueError, match="it is not an object of version 1" if name == "version" else f"it has no {name}"
+    ):
         from_json(json.dumps(content))

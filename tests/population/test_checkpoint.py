@@ -114,7 +114,7 @@ def test_other_statistics_do_not_matter_and_other_weights_do(tmp_path: Path) -> 
     with torch.no_grad():
         model[0].weight[0, 0, 0, 0] += 1
     before = everything(model)
-    with pytest.raises(OptionError, match=r"that does not fit: its model, weights, layers or processes are others"):
+    with pytest.raises(OptionError, match=r"that does not fit: its model, weights, layers or processes differ"):
         pooled(model, images(*SIZES), path)
     assert everything(model) == before
     with pytest.raises(OptionError, match="does not fit"):
@@ -134,7 +134,7 @@ def test_files_of_another_kind(tmp_path: Path, content: bytes) -> None:
         pooled(made("plain"), images(*SIZES), path)
     assert path.read_bytes() == content
     torch.save({"weights": torch.zeros(2)}, path)
-    with pytest.raises(OptionError, match=r"does not fit: it is no such file"):
+    with pytest.raises(OptionError, match=r"does not fit: it is not such a file"):
         pooled(made("plain"), images(*SIZES), path)
 
 
@@ -240,7 +240,7 @@ def test_statistics_that_were_edited(tmp_path: Path, field: str) -> None:
     content = torch.load(path, weights_only=True)
     content["moments"][0][("count", "mean", "m2").index(field)].add_(1)
     torch.save(content, path)
-    with pytest.raises(OptionError, match="its content is not what its checksum says"):
+    with pytest.raises(OptionError, match="its content does not match its checksum"):
         pooled(made("plain"), images(*SIZES), path)
     content["moments"][0][2].neg_()
     torch.save(_with_digest(content), path)

@@ -125,7 +125,7 @@ LEFT: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
     "frozen": (
         nn.Sequential(nn.Linear(4, 4), bn.freeze(bn.BatchNorm1d(4))),
         (5, 4),
-        "it is frozen and normalises by its running statistics, so that a bias counts",
+        "it is frozen and normalises by its running statistics, so that a bias matters",
     ),
     "another class": (nn.Sequential(nn.Linear(4, 4), Mine(4)), (5, 4), "Mine may do anything"),
     "hooks": (

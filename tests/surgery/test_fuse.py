@@ -209,7 +209,7 @@ LEFT: dict[str, tuple[nn.Module, dict[str, str]]] = {
     ),
     "one call does not fit": (
         Calls(lambda m, x: F.softplus(m.norm(F.relu(m.norm(x)))), norm=nn.BatchNorm2d(3)),
-        {"norm": "of its 2 calls, one does not fit: after it, softplus is none of our activations"},
+        {"norm": "of its 2 calls, one does not fit: after it, softplus is not one of our activations"},
     ),
     "another class": (nn.Sequential(Mine(3), nn.ReLU()), {"0": "Mine is none of ours"}),
     "depends on the mode": (

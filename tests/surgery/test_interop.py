@@ -191,8 +191,8 @@ def test_everything_that_has_values(kind: str) -> None:
 @pytest.mark.parametrize(
     ("gamma", "message"),
     [
-        (object(), "got gamma of object, of which no tensor can be made: .* Pass a tensor, an array or a list"),
-        (np.array(["a", "b", "c"], dtype=object), "got gamma of ndarray, of which no tensor can be made"),
+        (object(), "got gamma of object, from which no tensor can be made: .* Pass a tensor, an array or a list"),
+        (np.array(["a", "b", "c"], dtype=object), "got gamma of ndarray, from which no tensor can be made"),
         (2.0, r"got gamma of shape \(\); it must be \(C,\), one value a channel"),
         (np.ones((1, 3)), r"got gamma of shape \(1, 3\)"),
         ([1.0], "got gamma of 1 values beside moving_mean of 3; each has one value a channel"),

@@ -103,7 +103,7 @@ def test_what_is_exchanged_or_hooked_later_is_heeded(timm_class: Any) -> None:
     handle.remove()
     layer.drop = nn.Hardtanh()
     close(layer(x).detach(), normalised.clamp(-1, 1).relu())
-    with pytest.raises(OptionError, match="which calls Hardtanh behind the normalisation"):
+    with pytest.raises(OptionError, match="which calls Hardtanh after the normalisation"):
         layer(x, residual=x)
     with pytest.raises(OptionError, match=r"Set layer\.act"):
         layer.activation = None

@@ -92,7 +92,7 @@ def test_fuse_finds_nothing_and_changes_nothing(original: nn.Module) -> None:
     """Its activations come before batch norm, and pooling behind it; `embed` is an optional argument."""
     model = bn.fuse(copy.deepcopy(original))
     assert len(model.report) == 6
-    assert set(model.report.left.values()) == {"after it, max_pool2d is none of our activations"}
+    assert set(model.report.left.values()) == {"after it, max_pool2d is not one of our activations"}
     check(model, original)
     relative, absolute = tolerances.AGAINST_TORCH[torch.float32]
     y, expected = (m(tones(), embed=True).detach() for m in (model, original))

@@ -23,13 +23,13 @@ from batchnorm.files import check_writable, writing
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Of the inputs; by default the first two, on a GPU all.",
+    help="Dtype of the inputs; by default float32 and bfloat16, on a GPU all.",
 )
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where.")
 @click.option("--json", "json_file", type=FILE, metavar="FILE", help="Write every number there.")
 @click.option("--peers", is_flag=True, help="Measure JAX and TensorFlow too, from .peers (make peers).")
 @click.option("--compile/--no-compile", default=True, help="Measure torch.compile too (compiling takes minutes).")
-@click.option("--warm", is_flag=True, help="Outputs in memory that was used before, instead of fresh.")
+@click.option("--warm", is_flag=True, help="Write outputs to memory that was used before, instead of fresh pages.")
 def bench(
     suite: str, dtype: str | None, device: str, json_file: Path | None, peers: bool, compile: bool, warm: bool
 ) -> None:

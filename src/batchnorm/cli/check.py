@@ -48,16 +48,25 @@ def _codes(context: click.Context, parameter: click.Parameter, value: str | None
 @click.option("--loss", metavar="LOSS", help="A function of torch.nn.functional, such as cross_entropy, or a callable.")
 @click.option("--html", type=FILE, metavar="FILE", help="Write the report there, as one HTML file.")
 @click.option("--json", "json_file", type=FILE, metavar="FILE", help="Write every number there.")
-@click.option("--select", callback=_codes, metavar="CODES", help="Only these checks: BN301,BN1 (all that begin so).")
-@click.option("--ignore", callback=_codes, metavar="CODES", help="Not these.")
 @click.option(
-    "--fail-on", type=click.Choice(list(FAIL_ON)), default="error", show_default=True, help="Exit with 1 from where on."
+    "--select", callback=_codes, metavar="CODES", help="Run only these checks, such as BN301,BN1: all that begin so."
 )
-@click.option("--fix", is_flag=True, help="Put right what is safe to put right, and check again; needs --output.")
-@click.option("--output", type=FILE, metavar="FILE", help="Where the weights are written after --fix.")
-@click.option("--batch-size", type=COUNT, metavar="N", help="Of .npz files; 32 by default.")
+@click.option("--ignore", callback=_codes, metavar="CODES", help="Leave these checks out, as in --select.")
 @click.option(
-    "--memory-limit", callback=number_of_bytes, metavar="BYTES", help="Of suspended passes: 2GB, say; half of the free."
+    "--fail-on",
+    type=click.Choice(list(FAIL_ON)),
+    default="error",
+    show_default=True,
+    help="The lowest severity that makes the exit code 1.",
+)
+@click.option("--fix", is_flag=True, help="Fix what is safe to fix, and check again; needs --output.")
+@click.option("--output", type=FILE, metavar="FILE", help="Write the fixed weights there.")
+@click.option("--batch-size", type=COUNT, metavar="N", help="Batch size of .npz files; 32 by default.")
+@click.option(
+    "--memory-limit",
+    callback=number_of_bytes,
+    metavar="BYTES",
+    help="For suspended passes, such as 2GB; by default half of what is free.",
 )
 @click.pass_context
 def check(context: click.Context, /, model: str | None, fail_on: str, output: Path | None, **options: Any) -> None:  # noqa: ANN401 - what click makes of the other options

@@ -30,7 +30,7 @@ _SHAPE = re.compile(r"[0-9]+([,x][0-9]+)*")
 @click.argument("model", metavar="MODEL")
 @click.option("--output", type=FILE, required=True, metavar="FILE", help="Where the folded model is written.")
 @click.option("--example", required=True, metavar="SHAPE|DATA", help="An input's shape, such as 2,3,224,224; or data.")
-@click.option("--weights", type=FILE, metavar="FILE", help="Weights to begin with, instead of MODEL's own.")
+@click.option("--weights", type=FILE, metavar="FILE", help="Weights to load into MODEL first.")
 def fold(model: str, output: Path, example: str, weights: Path | None) -> None:
     """Fold MODEL's batch-norm layers into the linear layers beside them, for inference.
 
@@ -68,8 +68,8 @@ def _values(text: str) -> torch.Tensor:
     shape = [int(size) for size in sizes if len(size) < 19]
     needed, there = math.prod(shape) * torch.get_default_dtype().itemsize, available()
     if len(shape) < len(sizes) or (there is not None and needed > there):
-        raise UsageError(f"got --example {text}, and memory has no room for it. Give a smaller shape")
+        raise UsageError(f"got --example {text}, and there is not enough memory for it. Give a smaller shape")
     try:
         return torch.randn(shape, generator=torch.Generator().manual_seed(0))
     except (RuntimeError, MemoryError) as error:
-        raise UsageError(f"got --example {text}, of which no tensor can be made: {described(error)}") from error
+        raise UsageError(f"got --example {text}, from which no tensor can be made: {described(error)}") from error

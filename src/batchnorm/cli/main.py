@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         kind = type(error).__name__
         return _failed(
-            f"{kind}: {described(error)}. batchnorm did not expect this; {_TRACEBACK}=1 shows where it is from"
+            f"{kind}: {described(error)}. batchnorm did not expect this; {_TRACEBACK}=1 shows where it comes from"
         )
     return 0
 

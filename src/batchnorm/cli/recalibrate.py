@@ -27,18 +27,26 @@ from batchnorm.population.recalibrate import METHODS
 
 @click.command()
 @click.argument("model", metavar="MODEL")
-@click.option("--data", required=True, metavar="DATA", help="The data that the statistics are to be of.")
+@click.option("--data", required=True, metavar="DATA", help="The data to compute the statistics from.")
 @click.option("--output", type=FILE, required=True, metavar="FILE", help="Where the weights are written.")
-@click.option("--weights", type=FILE, metavar="FILE", help="Weights to begin with, instead of MODEL's own.")
+@click.option("--weights", type=FILE, metavar="FILE", help="Weights to load into MODEL first.")
 @click.option(
     "--method", type=click.Choice(list(METHODS)), default="exact", show_default=True, help="Which statistics."
 )
-@click.option("--batch-size", type=COUNT, metavar="N", help="Of a .npz file; 32 by default.")
-@click.option("--max-samples", type=COUNT, metavar="N", help="Use so many at most, in each process.")
+@click.option("--batch-size", type=COUNT, metavar="N", help="Batch size of a .npz file; 32 by default.")
+@click.option("--max-samples", type=COUNT, metavar="N", help="Use at most N samples in each process.")
 @click.option(
-    "--memory-limit", callback=number_of_bytes, metavar="BYTES", help='Of "exact": 2GB, say; half of what is free.'
+    "--memory-limit",
+    callback=number_of_bytes,
+    metavar="BYTES",
+    help='For suspended passes of "exact", such as 2GB; by default half of what is free.',
 )
-@click.option("--checkpoint", type=FILE, metavar="FILE", help='Of "pooled": progress, so that a killed run goes on.')
+@click.option(
+    "--checkpoint",
+    type=FILE,
+    metavar="FILE",
+    help='Keep the progress of "pooled" there, so that a killed run can go on.',
+)
 def recalibrate(
     model: str,
     data: str,
@@ -50,12 +58,11 @@ def recalibrate(
     memory_limit: int | None,
     checkpoint: Path | None,
 ) -> None:
-    r"""Set the running statistics of MODEL's batch-norm layers to those of DATA.
+    """Set the running statistics of MODEL's batch-norm layers to those of DATA.
 
     MODEL is package.module:callable or path/file.py:callable, and returns the model. DATA is such a callable that
     returns batches, or a .npz file with an array x. FILE is .safetensors, or .pt as torch.save writes a state_dict.
 
-    \b
     With many processes: torchrun --nproc-per-node 2 -m batchnorm recalibrate ...
     """
     from rich.console import Console

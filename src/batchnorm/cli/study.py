@@ -29,7 +29,7 @@ from batchnorm.cli.output import say
     type=click.Choice(["ours", "torch"]),
     default="ours",
     show_default=True,
-    help="Whose batch normalization is examined.",
+    help="Which batch-norm layers are examined.",
 )
 def study(out: Path, quick: bool, data: str | None, layers: str) -> None:
     """Examine an article's statements on batch normalization by experiments, and report the verdicts.

@@ -56,7 +56,7 @@ def _codes(name: str, given: Iterable[str] | str | None) -> tuple[str, ...]:
 def explanation(check: Check) -> str:
     """The page of a check, in Markdown."""
     file = importlib.resources.files("batchnorm.diagnosis") / "explanations" / f"{check.code}.md"
-    severity = {"error": "an error", "warning": "a warning", "info": "an information"}[check.severity]
+    severity = {"error": "an error", "warning": "a warning", "info": "an info"}[check.severity]
     fixed = "; `report.fix()` and `batchnorm check --fix` do it" if check.fixed else ""
     return (
         f"# {check.code} {check.name}\n\n"

@@ -41,7 +41,7 @@ def read(path: Path) -> tuple[list[LayerRecord], int]:
         try:
             run, record = from_json(line)
         except (ValueError, RecursionError) as error:
-            wrong = "it is no JSON" if isinstance(error, (json.JSONDecodeError, RecursionError)) else str(error)
+            wrong = "it is not JSON" if isinstance(error, (json.JSONDecodeError, RecursionError)) else str(error)
             raise UsageError(f"cannot read line {number} of {path}: {wrong}") from error
         runs.append(run)
         records.append(record)

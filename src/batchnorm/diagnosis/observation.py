@@ -72,7 +72,7 @@ class NonFinite(NamedTuple):
     """Where inf or NaN came in first.
 
     Attributes:
-        layer: the name of the first layer, in the order of calling, whose input was not finite.
+        layer: the name of the first layer, in call order, whose input was not finite.
         batch: the index of the first batch in which that was so.
         channels: how many of the layer's channels.
     """
@@ -91,7 +91,7 @@ class Observation:
         batches: how many batches were used.
         samples: how many samples these held; None where they have no tensor to count by.
         passes: how many forward passes over all of the data it took; a pass over half of it is a half.
-        non_finite: by layer's name, in the order of calling.
+        non_finite: by layer's name, in call order.
         kept: some batches, as they came, for passes that compare.
         outputs: the model's outputs for `kept`, with every layer on its exact statistics.
         skipped: layers that could not be examined, and why.

@@ -221,8 +221,8 @@ def observe(
     for path, module in model.named_modules():
         if uninitialized(module):  # a pass would initialise it
             raise OptionError(
-                f'got a model whose "{display_name(path)}" has not been initialised yet; data are looked at by models '
-                f"that are ready. Run one batch through the model first"
+                f'got a model whose "{display_name(path)}" has not been initialised yet; a check with data needs '
+                f"an initialised model. Run one batch through the model first"
             )
     selected, _ = select_layers(model)
     contents: list[Any] = []

@@ -113,7 +113,7 @@ def from_json(line: str) -> tuple[str, LayerRecord]:
     """
     content = json.loads(line)
     if not isinstance(content, dict) or content.get("version") != VERSION:
-        raise ValueError(f"it is no object of version {VERSION}")
+        raise ValueError(f"it is not an object of version {VERSION}")
     names = [field.name for field in fields(LayerRecord)]
     if missing := [name for name in ("run", *names) if name not in content]:
         raise ValueError(f"it has no {missing[0]}")
@@ -122,7 +122,7 @@ def from_json(line: str) -> tuple[str, LayerRecord]:
         if not _fits(name, values[name]):
             raise ValueError(f"its {name} is {json.dumps(values[name])[:100]}")
     if not isinstance(content["run"], str):
-        raise ValueError("its run is no text")
+        raise ValueError("its run is not a string")
     spreads = {name: Spread(*values[name]) for name in SPREADS if values[name] is not None}
     return content["run"], LayerRecord(**values | spreads)
 

@@ -34,7 +34,7 @@ def modes(report: Report) -> Table | None:
 
 
 def attribution(report: Report, rows: int | None = None) -> Table | None:
-    """Whose the gap is: the layers with the largest share first.
+    """Which layers the gap comes from, those with the largest share first.
 
     Args:
         report: whose.
@@ -47,8 +47,8 @@ def attribution(report: Report, rows: int | None = None) -> Table | None:
     more = f"; {counted(left, 'more layer')} in to_json" if left else ""
     gap = "in the loss" if report.measure == "loss" else "of the outputs"
     return Table(
-        f"Whose the gap {gap} is: what closes of it when the layer alone is put right, and what is left when it alone "
-        f"is wrong{more}",
+        f"Which layers the gap {gap} comes from: how much of it closes when the layer alone is put right, and how much "
+        f"is left when it alone is wrong{more}",
         ("layer", "closes", "is left"),
         [(layer_name(row.layer), share(row.closes), share(row.remains)) for row in shown],
     )

@@ -143,7 +143,7 @@ def _check_archive(path: Path) -> None:
         # All zero where torch.serialization.set_crc32_options has switched them off.
         damaged = archive.testzip() if any(entry.CRC for entry in archive.infolist()) else None
     if damaged is not None:
-        raise ValueError(f"it is damaged: the checksum of its part {damaged} is another. Get the file again")
+        raise ValueError(f"it is damaged: the checksum of its part {damaged} does not match. Get the file again")
 
 
 def _read_torch(path: Path) -> Mapping[str, object]:
@@ -152,8 +152,8 @@ def _read_torch(path: Path) -> Mapping[str, object]:
         state = torch.load(path, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
         raise ValueError(
-            "it holds other things than tensors, which can run code when they are read, or is no file of torch.save. "
-            "Write one with torch.save(model.state_dict(), FILE)"
+            "it holds other things than tensors, which can run code when they are read, or is not a file of "
+            "torch.save. Write one with torch.save(model.state_dict(), FILE)"
         ) from error
     if not isinstance(state, Mapping):
         raise ValueError(f"it holds an object of type {type(state).__name__}; it must be a state_dict")

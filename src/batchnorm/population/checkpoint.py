@@ -58,7 +58,7 @@ class Checkpoint:
                 return None
             raise self._unfit(f"it cannot be read ({error})") from error
         if not isinstance(content, Mapping) or content.get("format") != _FORMAT:
-            raise self._unfit("it is no such file")
+            raise self._unfit("it is not such a file")
         rules = self._rules()
         if set(content) != {"format", "digest", *rules}:
             raise self._unfit("its fields are not those that this writes")
@@ -67,19 +67,19 @@ class Checkpoint:
             # Of another model all else is different too.
             others = "identity" in wrong and isinstance(content["identity"], str)
             raise self._unfit(
-                "its model, weights, layers or processes are others"
+                "its model, weights, layers or processes differ"
                 if others
                 else f"its field {wrong[0]} is not what this writes there"
             )
         if content["digest"] != _digest(content):
-            raise self._unfit("it is damaged, or was edited: its content is not what its checksum says")
+            raise self._unfit("it is damaged, or was edited: its content does not match its checksum")
         if not self._context.batches.skip(content["read"], content["used"], content["samples"]):
             raise self._unfit(f"it is of {content['read']} batches, and there are fewer")
         self._context.progress.calls, self._context.progress.done = content["calls"], content["done"]
         try:
             set_random_state(list(zip([g for g, _ in random_state()], content["random"], strict=False)))
         except RuntimeError as error:
-            raise self._unfit(f"its field random is no state of a generator ({error})") from error
+            raise self._unfit(f"its field random is not the state of a generator ({error})") from error
         return {
             layer: Moments(*(t.to(layer.mean.device) for t in values))
             for layer, values in zip(self._context.layers, content["moments"], strict=True)

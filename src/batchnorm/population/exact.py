@@ -209,7 +209,7 @@ def _where(passes: Sequence[Pass]) -> str | None:
         raise OrderError(
             f"got batch {odd.batch.index} at {_label(odd)} where {labels[usual]} of {len(passes)} batches are at "
             f'{usual}; method "exact" needs batches that call the same layers in the same order. Use method="pooled", '
-            f"which needs no order, or recalibrate with batches that take the same way"
+            f"which needs no order, or recalibrate with batches that take the same path"
         )
     return next(iter(labels), None)
 

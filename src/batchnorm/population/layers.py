@@ -162,7 +162,7 @@ class CallHooks:
         try:
             if not self._expected():
                 raise OrderError(
-                    "got a call while no batch's forward pass was running; its statistics are in the making. Compute "
+                    "got a call while no batch's forward pass was running; its statistics are being computed. Compute "
                     "what the batches need with another copy of the model, or beforehand"
                 )
             self._receive(layer, args, kwargs)
@@ -178,6 +178,6 @@ class CallHooks:
 
 def _refuse_uninitialized(module: nn.Module, *_: object) -> None:
     raise OptionError(
-        f"got a model with a {type(module).__name__} that has not been initialised yet; recalibration is for models "
-        f"that are ready. Run one batch through the model first"
+        f"got a model with a {type(module).__name__} that has not been initialised yet; recalibration needs an "
+        f"initialised model. Run one batch through the model first"
     )

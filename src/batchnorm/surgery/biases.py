@@ -91,7 +91,7 @@ def _dead_before(flow: Flow, norm: NormLayer) -> LinearLayer | str:
     if not scale_shift.known(norm):
         return f"{type(norm).__qualname__} may do anything"
     if isinstance(norm, BatchNorm) and norm.frozen.normalization:
-        return "it is frozen and normalises by its running statistics, so that a bias counts"
+        return "it is frozen and normalises by its running statistics, so that a bias matters"
     source, reason = flow.only_source(norm)
     if source is None:
         return reason

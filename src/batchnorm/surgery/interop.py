@@ -157,7 +157,7 @@ def _tensor(name: str, value: Any) -> torch.Tensor:  # noqa: ANN401 - tensors, a
             tensor = torch.as_tensor(value)
         except (TypeError, ValueError, RuntimeError) as error:
             raise OptionError(
-                f"got {name} of {kind}, of which no tensor can be made: {error}. Pass a tensor, an array or a list"
+                f"got {name} of {kind}, from which no tensor can be made: {error}. Pass a tensor, an array or a list"
             ) from error
     if tensor.dim() != 1:
         raise OptionError(

@@ -72,7 +72,7 @@ class NormAct(BatchNorm2d):
         called = None if isinstance(input, fx.Proxy) else self._behind()[1]
         if called is not None and (residual is not None or activation is not None):
             raise OptionError(
-                f"got a residual or an activation for {self._title()}, which calls {called} behind the normalisation. "
+                f"got a residual or an activation for {self._title()}, which calls {called} after the normalisation. "
                 f"Add them outside, or set layer.act to one of our activations and layer.drop to torch.nn.Identity()"
             )
         y = super().forward(input, residual=residual, mask=mask, activation=activation)

@@ -138,7 +138,7 @@ def _activation(region: Region, node: fx.Node) -> tuple[str | None, str]:
         return name, f"after it, {why}"
     if node.op in ("call_function", "call_method"):
         name = activations.of_function(node.target, node.args, node.kwargs)
-        return name, f"after it, {getattr(node.target, '__name__', node.target)} is none of our activations"
+        return name, f"after it, {getattr(node.target, '__name__', node.target)} is not one of our activations"
     return None, "nothing comes after it"
 
 

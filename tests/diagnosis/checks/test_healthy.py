@@ -1,4 +1,4 @@
-"""Healthy networks: nothing above an information, by the checks that need no data."""
+"""Healthy networks: nothing above an info, by the checks that need no data."""
 
 from __future__ import annotations
 

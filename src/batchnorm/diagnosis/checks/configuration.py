@@ -60,7 +60,7 @@ def statistics_stand_still(subject: Subject) -> Iterator[Finding]:
             "BN102",
             "warning",
             layer.name,
-            f"{what}: training does not move them, and inference goes on using them",
+            f"{what}: training does not update them, and inference goes on using them",
             f"{layer.path}.{remedy}\n# or, to have training use them too:\n{_freezing(layer)}",
         )
 
@@ -212,7 +212,7 @@ CHECKS = (
         "eps-too-large / too-small",
         "warning",
         "state",
-        "eps is more than a tenth of the median running variance, an information while it is 1e-3 at most, as in many "
+        "eps is more than a tenth of the median running variance, an info while it is 1e-3 at most, as in many "
         "architectures; or it is 0, or lost when it is added",
         "set the usual eps, then train or recalibrate",
         fixed=False,

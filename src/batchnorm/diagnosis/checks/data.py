@@ -221,7 +221,7 @@ def data_have_moved(subject: Subject) -> Iterator[Finding]:
         f"{math.exp(log_ratio):.2f}; it is the first of {len(moved)} layers that moved",
         "bn.recalibrate(model, second)",
         Table(
-            "the second data against the first, in the order of calling",
+            "the second data against the first, in call order",
             ("layer", "mean, SD (rms)", "log variance ratio (median)"),
             [(display_name(layer.name), f"{s:.3f}", f"{r:.3f}") for layer, s, r in moved[:ROWS]],
         ),

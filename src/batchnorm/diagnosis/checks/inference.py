@@ -108,7 +108,8 @@ CHECKS = (
         "inference-gap",
         "error",
         "data",
-        "running statistics are far from the population, and inference by them differs from inference by exact ones",
+        "running statistics are far from the population, and inference with them differs from inference with exact "
+        "ones",
         "recalibrate",
         fixed=True,
         run=inference_gap,

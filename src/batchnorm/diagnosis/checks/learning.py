@@ -257,7 +257,7 @@ CHECKS = (
         "warning",
         "loss",
         "in a training pass, no gradient, or one of 0, reaches gamma or beta",
-        "find what is detached behind the layer",
+        "find what is detached after the layer",
         fixed=False,
         run=no_gradient,
     ),

@@ -134,7 +134,7 @@ def non_finite_state(subject: Subject) -> Iterator[Finding]:
             "error",
             layer.name,
             f"NaN or inf in {counts}: so are the outputs of these channels",
-            "model.load_state_dict(before)  # gamma and beta come back from a checkpoint alone"
+            "model.load_state_dict(before)  # gamma and beta can only come from a checkpoint"
             if learned
             else "bn.recalibrate(model, batches)",
             state.table("channels that are not finite", indices(anywhere)),
@@ -284,8 +284,8 @@ CHECKS = (
         "untrained-statistics",
         "error",
         "state",
-        "running statistics are still exactly 0 and 1, although the network was trained; an information in a model "
-        "that is fresh altogether",
+        "running statistics are still exactly 0 and 1, although the network was trained; an info where the "
+        "whole model is fresh",
         "recalibrate",
         fixed=True,
         run=untrained_statistics,
@@ -305,7 +305,7 @@ CHECKS = (
         "eps-decides",
         "warning",
         "state",
-        "channels have so small a running variance that eps sets their scale, or a scale beyond 1000; an information "
+        "channels have so small a running variance that eps sets their scale, or a scale beyond 1000; an info "
         "where their inputs are constant, or next to 0",
         "recalibrate where the data do vary, else prune these channels or set their gamma to 0",
         fixed=False,

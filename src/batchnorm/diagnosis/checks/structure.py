@@ -56,7 +56,7 @@ def dead_bias(subject: Subject) -> Iterator[Finding]:
             "BN201",
             "info",
             layer.name,
-            f"it takes away the bias of {display_name(name)}: {bias.numel()} numbers without effect or gradient",
+            f"it subtracts the bias of {display_name(name)}: {bias.numel()} parameters without effect or gradient",
             "bn.remove_dead_biases(model, x)  # x: what the model is called with",
             weight=float(bias.numel()),
         )
@@ -325,7 +325,7 @@ CHECKS = (
         "dead-bias",
         "info",
         "model",
-        "a convolution or product right before the layer adds a bias, which the layer takes away again",
+        "a convolution or linear layer right before the layer adds a bias, which the layer subtracts again",
         "`bn.remove_dead_biases`",
         fixed=True,
         run=dead_bias,
@@ -336,8 +336,8 @@ CHECKS = (
         "warning",
         "model",
         "dropout is upstream with only linear operations between: the variance in training is not that in inference; "
-        "an information where data show that the running statistics are those of inference",
-        "move it behind the layer",
+        "an info where data show that the running statistics are those of inference",
+        "move it after the layer",
         fixed=False,
         run=dropout_before,
     ),
