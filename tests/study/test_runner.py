@@ -87,11 +87,9 @@ def test_what_has_no_quick_plan_needs_the_full_study(tmp_path: Path) -> None:
 
 
 def test_the_time_left_is_told_from_the_start(tmp_path: Path) -> None:
-    """Before a result is there, and while processes start."""
     stream = io.StringIO()
-    with pytest.raises(ArithmeticError):
-        study(tmp_path, console=Console(file=stream), experiments=[trial(trouble="raise", at=0, count=1)], processes=1)
-    assert re.fullmatch(r"study: 0% done, about 5 s left\n", stream.getvalue())
+    study(tmp_path, console=Console(file=stream), experiments=[trial(trouble="slow")], processes=1)
+    assert re.fullmatch(r"study: \d+% done, about 5 s left\n", stream.getvalue())
 
 
 @pytest.mark.parametrize(

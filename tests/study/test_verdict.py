@@ -15,7 +15,7 @@ CLAIM = Claim(
     "quicker",
     "M11",
     "It is quicker",
-    Quantity("steps to the target", "steps", ".0f"),
+    Quantity("steps to the target", form=".0f"),
     Margin("the ratio of steps", 1, "times"),
 )
 STEPS = {"with": [10.0], "without": [40.0]}
@@ -56,7 +56,7 @@ def test_the_row_of_a_report(interval: Interval, outcome: str, verdict: str) -> 
     """What was measured first; the margin that decides is behind it."""
     row = CLAIM.judge(Measured(interval, 10, 0.8), STEPS).judged()
     assert (row.claim, row.outcome, row.verdict) == ("It is quicker", outcome, verdict)
-    assert row.evidence == "10 steps with, 40 steps without"
+    assert row.evidence == "steps to the target: 10 with, 40 without"
     assert row.margin == f"{interval.estimate} times ({interval.low} to {interval.high}, 10 seeds)"
     assert row.criterion == (
         "The ratio of steps: supported where its whole 95 % interval is above 1 times, not supported where it is "
@@ -67,7 +67,7 @@ def test_the_row_of_a_report(interval: Interval, outcome: str, verdict: str) -> 
 def test_what_has_no_interval_shows_none() -> None:
     claim = Claim("exact", "M2", "It is so", Quantity("error", form=".1e"), Margin("digits", 1.0), "mini-batches")
     found = claim.judge(Measured.exact(4.0, 1234), {"": [1e-4]})
-    assert (found.quantity, found.margin) == ("error 1.0e-04", "4 (1,234 mini-batches)")
+    assert (found.quantity, found.margin) == ("error: 1.0e-04", "4 (1,234 mini-batches)")
 
 
 def test_a_single_number_has_its_name_and_its_interval() -> None:
@@ -75,14 +75,16 @@ def test_a_single_number_has_its_name_and_its_interval() -> None:
     quantity = Quantity("exponent", form=".3f")
     (value,) = quantity.values({"": slopes})
     assert value == Value("", mean_interval(slopes))
-    assert quantity.text([value]) == f"exponent -0.500 ({value.interval.low:.3f} to {value.interval.high:.3f})"
+    assert quantity.text([value]) == f"exponent: -0.500 ({value.interval.low:.3f} to {value.interval.high:.3f})"
 
 
 def test_numbers_are_in_the_unit() -> None:
     quantity = Quantity("test accuracy", "%", ".1f", 100)
     values = quantity.values({"with": [0.97, 0.98], "without": [0.96, 0.96]})
     assert values[0].interval == mean_interval([0.97, 0.98]).map(lambda x: 100 * x)
-    assert quantity.text(values) == "97.5 % with, 96.0 % without"
+    assert quantity.text(values) == "test accuracy: 97.5 % with, 96.0 % without"
+    points = Quantity("gap", "points", ".1f", 100)
+    assert points.text(points.values({"with": [0.02], "without": [0.03]})) == "gap: 2.0 points with, 3.0 without"
 
 
 def test_a_geometric_mean_is_one() -> None:
@@ -106,7 +108,7 @@ def test_the_record_holds_quantity_criterion_and_numbers() -> None:
         "statement": "It is quicker",
         "quantity": {
             "name": "steps to the target",
-            "unit": "steps",
+            "unit": "",
             "values": [
                 {"of": "with", "estimate": 10.0, "low": 10.0, "high": 10.0},
                 {"of": "without", "estimate": 40.0, "low": 40.0, "high": 40.0},
@@ -134,7 +136,7 @@ def test_what_is_postponed_has_no_number() -> None:
     assert (row.outcome, row.verdict) == ("note", "needs the full study")
     assert not re.search(r"\d", row.evidence + row.margin)
     assert record.keys() == judged.record().keys()
-    assert record["quantity"] == {"name": "steps to the target", "unit": "steps", "values": []}
+    assert record["quantity"] == {"name": "steps to the target", "unit": "", "values": []}
     margin = record["margin"]
     assert isinstance(margin, dict)
     assert [margin[name] for name in ("estimate", "low", "high", "effect")] == [None] * 4

@@ -41,7 +41,7 @@ EXPLAINS = Claim(
     "gain-goes-with-stability",
     "M14",
     "Most of batch norm's gain goes when noise brings the shift back",
-    Quantity("gain in training accuracy", "points", ".1f", 100),
+    Quantity("gain in accuracy", "points", ".1f", 100),
     Margin("half of batch norm's gain in training accuracy less the gain that noisy batch norm keeps", 0.0),
 )
 NOISIER = Claim(
@@ -325,7 +325,7 @@ EXPERIMENT = Experiment(
     title="Why does it work? The dispute",
     claims=CLAIMS,
     full=Plan(seeds=10),
-    quick=Plan(seeds=6, every=50, hidden=(32,) * 6),
+    quick=Plan(seeds=6, every=50, hidden=(32,) * 8),
     grid=lambda plan: Grid(plan.seeds, network=NETWORKS),
     run=run,
     conclude=conclude,

@@ -28,7 +28,7 @@ GAP = Claim(
     "smaller-gap",
     "M13",
     "It regularises: training and test accuracy are closer",
-    Quantity("generalisation gap", "points", ".1f", 100),
+    Quantity("gap", "points", ".1f", 100),
     Margin("generalisation gap without batch norm minus the gap with it, the pairs' mean", 0.0, "percentage points"),
 )
 # Redundant is what can be left out at no cost. One point is what a practitioner would hardly keep another

@@ -40,7 +40,7 @@ STANDARD = Claim(
     "mean-0-std-1",
     "M3",
     "A normalised channel has mean 0 and standard deviation 1",
-    Quantity("largest distance from 0 and 1", form=".1e"),
+    Quantity("largest deviation", form=".1e"),
     Margin("decimal digits in which the worst channel agrees with 0 and 1", 3.0, "digits"),
     counted="mini-batches",
 )

@@ -27,7 +27,7 @@ OWN, RUNNING, AVERAGE, POOLED, EXACT = "its own", "running average", "average", 
 RECALIBRATED = {AVERAGE: "average", POOLED: "pooled", EXACT: "exact"}
 POPULATION = (RUNNING, *RECALIBRATED)
 
-_ACCURACY = Quantity("test accuracy", "%", ".2f", 100)
+_ACCURACY = Quantity("test accuracy", "%", ".1f", 100)
 # Half: by then more of what was learnt is gone than left.
 MEANINGLESS = {
     network: Claim(
@@ -44,7 +44,7 @@ COMPANY = Claim(
     "test-batch-statistics",
     "M7",
     "By a test batch's statistics, the answer depends on the batch",
-    Quantity("answers that change", "%", ".1f", 100),
+    Quantity("changed answers", "%", ".1f", 100),
     Margin("share of observations answered otherwise when batches of 8 are made up otherwise", 0.01),
 )
 # Rounding may decide a tie now and then: one in 200.
@@ -52,7 +52,7 @@ ALONE = Claim(
     "no-batch-needed",
     "M7",
     "By population statistics, an observation needs no batch",
-    Quantity("answers that are alike", "%", ".2f", 100),
+    Quantity("like answers", "%", ".2f", 100),
     Margin("share of observations answered alike alone and in a batch, the least of four kinds of statistics", 0.995),
 )
 # One in a hundred answers, as for the company: below that nobody would choose between the two.

@@ -44,7 +44,7 @@ LAW = Claim(
 )
 # One tenth: two rows of the table that differ by less are one level of noise to a reader.
 _ALIKE = 0.1
-_OUTPUT = Quantity("noise in the layer's output", form=".3f", geometric=True)
+_OUTPUT = Quantity("noise", form=".3f", geometric=True)
 _SAME = Margin(f"{_ALIKE} less the relative difference of the two noises in the layer's output", 0.0)
 GHOST = Claim(
     "ghost-batches",
@@ -195,11 +195,11 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
         LAW.judge(Measured.mean([slope + 0.5 for slope in slopes]).equivalent(0.05), {"": slopes}),
         GHOST.judge(
             Paired(output["ghost"], output["small"]).log_ratio().equivalent(_ALIKE),
-            {"ghost batches": output["ghost"], "mini-batches": output["small"]},
+            {"in ghost batches": output["ghost"], "in mini-batches": output["small"]},
         ),
         JOINED.judge(
             Paired(output["joined"], output["large"]).log_ratio().equivalent(_ALIKE),
-            {"joined": output["joined"], "their union": output["large"]},
+            {"joined": output["joined"], "in their union": output["large"]},
         ),
     ]
     far, holds, *_ = (finding.verdict is Verdict.SUPPORTED for finding in findings)

@@ -28,7 +28,7 @@ LARGEST = Claim(
     "larger-rates",
     "M12",
     "It allows a larger learning rate",
-    Quantity("largest usable learning rate", form=".2g", geometric=True),
+    Quantity("largest usable rate", form=".2g", geometric=True),
     Margin(
         "largest usable learning rate with batch norm over the plain network's, as a logarithm, the pairs' mean",
         0.0,
@@ -39,7 +39,7 @@ RANGE = Claim(
     "wider-range-of-rates",
     "M12",
     "More learning rates are usable",
-    Quantity("range of usable learning rates", "decades", ".2f"),
+    Quantity("usable range", "decades", ".2f"),
     Margin("range of usable learning rates with batch norm minus the plain network's, the pairs' mean", 0.0, "decades"),
 )
 

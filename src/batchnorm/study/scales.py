@@ -24,9 +24,10 @@ from batchnorm.study.verdict import Claim, Margin, Quantity
 
 RAW, STANDARDISED, LAYER = "raw", "standardised", "batch norm first"
 INPUTS = (RAW, STANDARDISED, LAYER)
+_LABELS = {RAW: "from raw inputs", STANDARDISED: "from standardised ones", LAYER: "with the layer"}
 _EPS = 1e-5
 
-_STEPS = Quantity("steps to the target", "steps", ".0f", geometric=True)
+_STEPS = Quantity("steps", form=".0f", geometric=True)
 # Steps that were not enough count as the whole training, which can only make the slower one look faster.
 SLOWER = Claim(
     "scales-slow",
@@ -160,7 +161,7 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
             ],
         },
         findings=[
-            claim.judge(measured, {inputs: steps[inputs] for inputs in (slower, STANDARDISED)})
+            claim.judge(measured, {_LABELS[inputs]: steps[inputs] for inputs in (slower, STANDARDISED)})
             for claim, slower, measured in (
                 (SLOWER, RAW, ratio),
                 (SAME, LAYER, layer.log_ratio().equivalent(math.log(_FACTOR))),

@@ -33,7 +33,7 @@ PLAIN, WITH = "plain", "batch norm"
 NETWORKS: dict[str, Placement] = {PLAIN: "none", WITH: "before"}
 _LARGEST = 1e3  # of a network that diverges
 
-SHIFT = Quantity("shift of the layers' inputs", "standard deviations", ".2g", geometric=True)
+SHIFT = Quantity("shift", "standard deviations", ".2g", geometric=True)
 # float64 carries 15.9 digits; twelve leave room for the sum of a thousand terms.
 EXPANDED = Claim(
     "linear-expansion",

@@ -22,7 +22,7 @@ from batchnorm.study.verdict import Claim, Margin, Quantity
 NETWORKS: dict[str, Placement] = {"batch norm": "before", "plain": "none"}
 WITH, WITHOUT = NETWORKS
 
-_STEPS = Quantity("steps to the target", "steps", ".0f", geometric=True)
+_STEPS = Quantity("steps", form=".0f", geometric=True)
 # More than once as many: any saving counts as "fewer steps", how large it is the interval says.
 _RATIO = Margin("steps of the plain network over steps with batch norm, the pairs' geometric mean", 1.0, "times")
 BEST = Claim(

@@ -75,15 +75,19 @@ class Quantity:
         return mean_interval([*map(math.log, series)]).map(math.exp) if self.geometric else mean_interval(series)
 
     def text(self, values: Sequence[Value]) -> str:
-        """A single number with its name and interval; of several, each with what it is of."""
+        """The name, then a single number with its interval; of several, each with what it is of."""
         if len(values) > 1:
-            return ", ".join(f"{self._number(value.interval.estimate)} {value.of}" for value in values)
+            # A unit in words is said once.
+            units = [self.unit, *("" if self.unit[:1].isalpha() else self.unit for _ in values[1:])]
+            numbers = [
+                f"{formatted(value.interval.estimate, self.form)}{' ' if unit else ''}{unit} {value.of}"
+                for value, unit in zip(values, units, strict=True)
+            ]
+            return f"{self.name}: {', '.join(numbers)}"
         interval = values[0].interval
         low, high = formatted(interval.low, self.form), formatted(interval.high, self.form)
-        return f"{self.name} {self._number(interval.estimate)}{'' if low == high else f' ({low} to {high})'}"
-
-    def _number(self, value: float) -> str:
-        return f"{formatted(value, self.form)}{' ' if self.unit else ''}{self.unit}"
+        number = f"{formatted(interval.estimate, self.form)}{' ' if self.unit else ''}{self.unit}"
+        return f"{self.name}: {number}{'' if low == high else f' ({low} to {high})'}"
 
 
 @dataclass(frozen=True)
@@ -206,7 +210,7 @@ class Postponed:
 
     claim: Claim
     verdict = Verdict.POSTPONED
-    quantity = margin = "not measured by --quick"
+    quantity, margin = "not measured by --quick", ""
 
     def judged(self) -> Judged:
         """The row that a report shows."""
