@@ -52,7 +52,7 @@ ALONE = Claim(
     "no-batch-needed",
     "M7",
     "By population statistics, an observation needs no batch",
-    Quantity("like answers", "%", ".2f", 100),
+    Quantity("equal answers", "%", ".2f", 100),
     Margin("share of observations answered alike alone and in a batch, the least of four kinds of statistics", 0.995),
 )
 # One in a hundred answers, as for the company: below that nobody would choose between the two.
