@@ -18,7 +18,7 @@ from batchnorm.study.verdict import Claim, Finding, Postponed
 
 P = TypeVar("P")
 _POSTPONED = (
-    "This question needs the full study: `batchnorm study` without --quick. Its trainings are too long for the quick "
+    "This question needs the full study: batchnorm study without --quick. Its trainings are too long for the quick "
     "form, and what shorter ones show is another stage of training, with other answers."
 )
 
