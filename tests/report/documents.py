@@ -26,7 +26,7 @@ RATES = [10 ** (exponent / 2) for exponent in range(-8, 3)]
 
 def judged(claim: str, outcome: Outcome, evidence: str) -> Judged:
     criterion = "supported if the whole 95 % interval lies above 0, not supported if it lies below, else inconclusive"
-    return Judged(claim, outcome, VERDICTS[outcome], criterion, evidence)
+    return Judged(claim, outcome, VERDICTS[outcome], criterion, evidence, "0.401 (0.306 to 0.405, 10 seeds)")
 
 
 def learning(label: str, speed: float) -> Curve:
@@ -145,7 +145,7 @@ def rich(statements: int = 34) -> Document:
                 judged(
                     f"{title.removesuffix('?')}: the claim in a line, number {j + 1}",
                     outcomes[(3 * i + j) % len(outcomes)],
-                    "+12.3 points (95 %: 10.1 to 14.5), 10 seeds",
+                    "97.24 % by its own, 96.81 % by the running average",
                 )
                 for j in range(statements * (i + 1) // len(titles) - statements * i // len(titles))
             ],

@@ -14,7 +14,18 @@ from batchnorm.report.page import page, typeset
 
 HOSTILE = """<script>alert("x")</script> & '{{ 7 * 7 }}' https://example.org"""
 PARTS = (
-    *("heading", "introduction", "question", "answer", "claim", "verdict", "criterion", "evidence", "caption"),
+    *(
+        "heading",
+        "introduction",
+        "question",
+        "answer",
+        "claim",
+        "verdict",
+        "criterion",
+        "evidence",
+        "margin",
+        "caption",
+    ),
     *("column", "cell", "title", "note", "code", "command", "fact", "strip", "legend", "thing", "about", "histogram"),
     "purpose",
 )
@@ -62,7 +73,9 @@ def document(words: str = "words", sections: int = 2) -> Document:
     curve = Curve(words, [1, 2], [0.5, 1.5], [0.25, 1.0], [1.0, 2.0])
     chart = Chart(f"title {words}", f"description {words}", words, words, [curve])
     table = Table(f"caption {words}", ("network", f"column {words}"), [("batch norm", f"cell {words}"), ("plain", "7")])
-    judged = Judged(f"claim {words}", "no", f"verdict {words}", f"criterion {words}", f"evidence {words}")
+    judged = Judged(
+        f"claim {words}", "no", f"verdict {words}", f"criterion {words}", f"evidence {words}", f"margin {words}"
+    )
     section = Section(
         key="key",
         title=f"question {words}",
@@ -150,7 +163,16 @@ def test_the_summary_says_what_became_of_every_statement_and_leads_to_it() -> No
     summary = html[html.index('<section class="overview"') : html.index('<section class="part"')]
     assert re.findall(r"<b>(\d+)</b> verdict words", summary) == ["3", "3"], "what holds, and what does not"
     assert re.findall(r'<a href="#([\w-]+)">claim words</a>', summary) == [f"key-{i}" for i in (0, 0, 1, 1, 2, 2)]
-    assert summary.count('class="evidence">evidence words') == 6
+    assert summary.count('class="evidence">evidence words<') == 6
+    assert "margin" not in summary, "that is in the sections"
+
+
+def test_where_the_evidence_decides_there_is_no_margin() -> None:
+    content = document(sections=1)
+    (section,) = content.sections
+    bare = replace(content, sections=[replace(section, judged=[replace(row, margin="") for row in section.judged])])
+    assert "<dt>Margin</dt>" in page(content)
+    assert "<dt>Margin</dt>" not in page(bare)
 
 
 def test_a_section_without_statements_is_in_the_summary_too() -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import re
+import time
 
 import pytest
 from rich.console import Console
 
 from batchnorm.report.document import Judged, Outcome, Section, Table
-from batchnorm.report.text import following, progress, show, table
+from batchnorm.report.text import following, in_words, progress, show, table, time_left
 
 CONTENT = Table(
     "ten of each [bold]",
@@ -45,7 +46,7 @@ def test_a_terminal_without_unicode_can_show_it() -> None:
 
 def test_a_section_is_its_title_its_statements_its_tables_and_its_summary() -> None:
     stream = io.StringIO()
-    judged = Judged("it is [so]", "open", "inconclusive", "not shown", "+1 [0 to 2]")
+    judged = Judged("it is [so]", "open", "inconclusive", "not shown", "+1 [0 to 2]", "by [2]")
     other = Table("another", ("a", "b"), [("c", "d")])
     section = Section(
         "why", "Why?", ["Because [it] is.", "And so on."], [judged], [CONTENT, other], [], ["not shown"], "not shown"
@@ -53,7 +54,7 @@ def test_a_section_is_its_title_its_statements_its_tables_and_its_summary() -> N
     show(section, Console(file=stream, width=80))
     text = stream.getvalue()
     parts = (
-        *("Why?", "inconclusive: it is [so]", "+1 [0 to 2]"),
+        *("Why?", "inconclusive: it is [so]", "+1 [0 to 2]", "by [2]"),
         *("batch norm", "another", "Because [it] is.", "And so on."),
     )
     positions = [text.index(part) for part in parts]
@@ -94,6 +95,50 @@ def test_work_whose_amount_is_told_later() -> None:
         follow(1, None)
         follow(3, 4)
     assert "75%" in stream.getvalue()
+
+
+def printed_meanwhile(terminal: bool, known: tuple[float, float] | None, seconds: float = 0.6) -> str:
+    """What is shown around work that gets nothing done for a while."""
+    stream = io.StringIO()
+    with time_left(Console(file=stream, width=80, force_terminal=terminal), "study", lambda: known):
+        time.sleep(seconds)
+    return stream.getvalue()
+
+
+def test_a_log_gets_lines_from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert printed_meanwhile(False, (0.254, 42.0)) == "study: 25% done, about 40 s left\n"
+    monkeypatch.setattr("batchnorm.report.text._LINES", 0.2)
+    monkeypatch.setattr("batchnorm.report.text._TICK", 0.01)
+    lines = printed_meanwhile(False, (0.254, 42.0), 1.0).splitlines()
+    assert 2 <= len(lines) <= 5, "one at once, then one in 0.2 seconds"
+    assert set(lines) == {"study: 25% done, about 40 s left"}
+
+
+def test_a_terminal_gets_a_bar_before_anything_is_done() -> None:
+    shown = printed_meanwhile(True, (0.0, 130.0))
+    assert "study" in shown
+    assert "0%" in shown
+    assert "about 2 min left" in shown
+
+
+def test_before_anything_is_known_a_log_gets_nothing() -> None:
+    assert printed_meanwhile(False, None) == ""
+    assert "study" in printed_meanwhile(True, None)
+
+
+def test_where_nothing_can_be_shown_the_work_goes_on() -> None:
+    stream = io.StringIO()
+    stream.close()
+    with time_left(Console(file=stream, force_terminal=False), "study", lambda: (0.0, 5.0)):
+        time.sleep(0.3)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.2, "5 s"), (43, "45 s"), (87, "85 s"), (95, "2 min"), (560, "9 min")],
+)
+def test_times_are_no_closer_than_they_are_known(seconds: float, words: str) -> None:
+    assert in_words(seconds) == f"about {words} left"
 
 
 def test_what_a_terminal_would_obey_is_shown() -> None:

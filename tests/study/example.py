@@ -13,15 +13,14 @@ from batchnorm.study.experiment import Conclusion, Experiment, Setting
 from batchnorm.study.formatting import in_points, mean_curve, mean_percent, points
 from batchnorm.study.grid import Grid, Results
 from batchnorm.study.measured import Paired
-from batchnorm.study.verdict import Claim
+from batchnorm.study.verdict import Claim, Margin, Quantity
 
 LONGER = Claim(
     "longer",
     "M1",
     "Four times the steps give a better accuracy",
-    "test accuracy after the longer training minus that after the shorter one",
-    0.0,
-    "percentage points",
+    Quantity("test accuracy", "%", ".1f", 100),
+    Margin("test accuracy after the longer training minus that after the shorter one", 0.0, "percentage points"),
 )
 
 
@@ -50,7 +49,7 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
     curve = mean_curve("plain", plan.steps, [shorter, longer], times=100)
     return Conclusion(
         numbers={"runs": results.records("steps", "seed")},
-        findings=[LONGER.judge(gain.map(in_points))],
+        findings=[LONGER.judge(gain.map(in_points), {"longer": longer, "shorter": shorter})],
         summary=[f"The longer training changed the test accuracy by {points(gain.interval)}."],
         tables=[Table("Accuracy", ["steps", "%"], [[str(n), mean_percent(accuracy[n])] for n in plan.steps])],
         charts=[Chart("Accuracy", "More is better.", "steps", "%", [curve])],
@@ -67,5 +66,6 @@ EXPERIMENT = Experiment(
     grid=lambda plan: Grid(plan.seeds, steps=plan.steps),
     run=run,
     conclude=conclude,
+    seconds=lambda plan: sum(plan.steps) / 2000,
     code="print('longer')\n",
 )

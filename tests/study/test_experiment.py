@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from batchnorm.report.document import Section, Table
-from batchnorm.study import networks
+from batchnorm.study import networks, shift
 from batchnorm.study.dataset import digits
 from batchnorm.study.experiment import Conclusion, Setting
 from batchnorm.study.experiments import EXPERIMENTS
@@ -41,6 +41,22 @@ def test_a_section_has_the_parts_of_a_conclusion() -> None:
     conclusion = Conclusion({}, [], ["It is so."], [Table("t", [], [])], [], ["a note"])
     section = replace(EXPERIMENTS[0], name="key", title="Is it so?", code="print(1)").section(conclusion)
     assert section == Section("key", "Is it so?", ["It is so."], [], conclusion.tables, [], ["a note"], "print(1)")
+
+
+def test_a_quick_plan_trains_as_long_as_the_full_one() -> None:
+    """So that no claim is judged at another stage of training."""
+    with pytest.raises(ValueError, match=r"trains for 80 steps, the full one for 300; .* quick=None"):
+        replace(shift.EXPERIMENT, quick=shift.Plan(seeds=6, steps=80))
+    replace(shift.EXPERIMENT, quick=shift.Plan(seeds=6, hidden=(8, 8)))
+
+
+def test_without_a_plan_every_claim_needs_the_full_study() -> None:
+    row = replace(shift.EXPERIMENT, quick=None)
+    section = row.section(None)
+    assert [found.claim for found in row.postponed()] == list(row.claims)
+    assert {(judged.outcome, judged.verdict) for judged in section.judged} == {("note", "needs the full study")}
+    assert "needs the full study" in " ".join(section.summary)
+    assert section.code == row.code
 
 
 @pytest.mark.parametrize("placement", ["before", "after", "none"])

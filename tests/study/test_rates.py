@@ -37,6 +37,7 @@ def test_the_steps_of_the_grid_are_equal() -> None:
     assert Plan(rates=(0.01, 0.1, 1.0)).decades == pytest.approx(1)
     assert Plan(rates=(1e-4, 1e-2)).decades == pytest.approx(2)
     for plan in (rates.EXPERIMENT.full, rates.EXPERIMENT.quick):
+        assert plan is not None
         np.testing.assert_allclose(np.diff(np.log10(plan.rates)), plan.decades, atol=0.01)  # 3.2 for a root of 10
 
 

@@ -32,7 +32,7 @@ def chromium() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    small = [replace(row, quick=TINY[row.name]) for row in EXPERIMENTS]
+    small = [replace(row, full=TINY[row.name], quick=TINY[row.name]) for row in EXPERIMENTS]
     console = Console(file=io.StringIO())
     return study(tmp_path_factory.mktemp("out"), console=console, quick=True, experiments=small, processes=1).page
 

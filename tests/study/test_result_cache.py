@@ -149,17 +149,17 @@ def test_an_edit_of_a_module_that_an_experiment_imports_changes_the_fingerprint(
     experiment: ModuleType, edited: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     row = experiment.EXPERIMENT
-    before = fingerprint(row.run, row.quick, SETTING)
+    before = fingerprint(row.run, row.full, SETTING)
     edit(monkeypatch, edited)
-    assert fingerprint(row.run, row.quick, SETTING) != before
+    assert fingerprint(row.run, row.full, SETTING) != before
 
 
 @pytest.mark.parametrize("edited", ["dispute", "noise_injection", "runner", "workers", "result_cache", "experiments"])
 def test_an_edit_of_another_module_does_not(edited: str, monkeypatch: pytest.MonkeyPatch) -> None:
     row = placement.EXPERIMENT
-    before = fingerprint(row.run, row.quick, SETTING)
+    before = fingerprint(row.run, row.full, SETTING)
     edit(monkeypatch, edited)
-    assert fingerprint(row.run, row.quick, SETTING) == before
+    assert fingerprint(row.run, row.full, SETTING) == before
 
 
 def edit(monkeypatch: pytest.MonkeyPatch, module: str) -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
     assert two["findings"] == [outcome.findings[1].record()]
     mean = 0.30558  # of the training part's pixels, see the digits
     assert two["numbers"]["values"] == pytest.approx([mean + 0.1 * i for i in range(6)], abs=1e-3)
-    assert (content["schema"], content["quick"], content["layers"]) == (2, False, "ours")
+    assert (content["schema"], content["quick"], content["layers"]) == (3, False, "ours")
     assert content["data"]["shape"] == [1, 8, 8]
     assert (content["data"]["train"], content["data"]["test"], content["data"]["classes"]) == (1437, 360, 10)
     assert content["software"]["batchnorm"] == batchnorm.__version__
@@ -72,6 +73,23 @@ def test_quick_is_another_plan(tmp_path: Path) -> None:
     go(tmp_path, experiment, quick=True)
     assert results(tmp_path)["quick"] is True
     assert results(tmp_path)["experiments"]["trial"]["plan"]["count"] == 7
+
+
+def test_what_has_no_quick_plan_needs_the_full_study(tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    long = replace(trial("long", said=str(said), trouble="raise", at=0), quick=None)
+    outcome = go(tmp_path / "out", trial(), long, quick=True)
+    assert not said.exists(), "nothing of it is done"
+    assert [finding.verdict.value for finding in outcome.findings] == ["supported", "needs the full study"]
+    assert list(results(tmp_path / "out")["experiments"]["long"]) == ["findings"]
+    assert results(tmp_path / "out")["experiments"]["long"]["findings"] == [outcome.findings[1].record()]
+    assert "This question needs the full study" in outcome.page.read_text(encoding="utf-8")
+
+
+def test_the_time_left_is_told_from_the_start(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    study(tmp_path, console=Console(file=stream), experiments=[trial(trouble="slow")], processes=1)
+    assert re.fullmatch(r"study: \d+% done, about 5 s left\n", stream.getvalue())
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ import torch
 from batchnorm.study.experiment import Conclusion, Experiment, Setting
 from batchnorm.study.grid import Grid, Results
 from batchnorm.study.measured import Measured
-from batchnorm.study.verdict import Claim
+from batchnorm.study.verdict import Claim, Margin, Quantity
 
-CLAIM = Claim("positive", "M1", "It is positive", "the mean", 0.0)
+CLAIM = Claim("positive", "M1", "It is positive", Quantity("mean", form=".2f"), Margin("the mean", 0.0))
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
     values = [result["value"] for result in results.values()]
     mean = Measured.mean(values)
     summary = [f"The mean is {mean.interval.estimate:.3f} with {setting.layers.name}."]
-    return Conclusion({"values": values}, [CLAIM.judge(mean)], summary)
+    return Conclusion({"values": values}, [CLAIM.judge(mean, {"": values})], summary)
 
 
 def grid(plan: Plan) -> Grid:
@@ -59,4 +59,4 @@ def grid(plan: Plan) -> Grid:
 
 def trial(name: str = "trial", **options: object) -> Experiment[Plan]:
     plan = Plan(**options)  # type: ignore[arg-type]
-    return Experiment(name, "Is it positive?", (CLAIM,), plan, plan, grid, run, conclude)
+    return Experiment(name, "Is it positive?", (CLAIM,), plan, plan, grid, run, conclude, lambda _: 0.1)

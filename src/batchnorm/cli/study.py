@@ -18,7 +18,9 @@ from batchnorm.cli.output import say
     metavar="DIR",
     help="Where report.html, results.json and figures are written, and where an interrupted run goes on.",
 )
-@click.option("--quick", is_flag=True, help="Fewer seeds and steps: under a minute.")
+@click.option(
+    "--quick", is_flag=True, help="Fewer seeds, smaller networks, no experiment that takes long: about a minute."
+)
 @click.option(
     "--data",
     metavar="DATA",
@@ -42,8 +44,9 @@ def study(out: Path, quick: bool, data: str | None, layers: str) -> None:
 
     outcome = runner.study(out, console=Console(stderr=True), quick=quick, data=data, layers=layers)
     # A table in Markdown, which reads well enough as it is.
-    say("| | statement | verdict | measured |\n|---|---|---|---|")
+    say("| | statement | verdict | measured | margin |\n|---|---|---|---|---|")
     for finding in outcome.findings:
         claim = finding.claim
-        say(f"| {claim.mission} | {claim.statement} | {finding.verdict.value} | {finding.evidence} |")
+        verdict = finding.verdict.value
+        say(f"| {claim.mission} | {claim.statement} | {verdict} | {finding.quantity} | {finding.margin} |")
     say(str(outcome.page))

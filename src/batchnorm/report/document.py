@@ -20,11 +20,12 @@ class Judged:
 
     Attributes:
         claim: the statement, in words short enough for one line.
-        outcome: whether it holds; "open" where that cannot be told, "note" where nothing is at stake. It decides colour
+        outcome: whether it holds; "open" where that cannot be told, "note" where nothing was judged. It decides colour
             and sign, never the words.
         verdict: the same as the reader is told it: "supported".
         criterion: what decides, fixed before the numbers were known.
-        evidence: the numbers that decided, on one line too.
+        evidence: what was measured, on one line too.
+        margin: how far that was from what decides; nothing where the evidence says it.
     """
 
     claim: str
@@ -32,6 +33,7 @@ class Judged:
     verdict: str
     criterion: str
     evidence: str
+    margin: str = ""
 
 
 @dataclass(frozen=True)

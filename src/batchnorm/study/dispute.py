@@ -28,53 +28,52 @@ from batchnorm.study.loss_landscape import Loss, descend, disturbance, measure_a
 from batchnorm.study.measured import Measured, Paired
 from batchnorm.study.networks import Placement
 from batchnorm.study.noise_injection import Noise, add_noise
-from batchnorm.study.shift import layer_inputs, shift
+from batchnorm.study.shift import SHIFT, layer_inputs, shift
 from batchnorm.study.statistics import Interval, mean_interval
-from batchnorm.study.verdict import Claim, Finding, Verdict
+from batchnorm.study.verdict import Claim, Finding, Margin, Quantity, Verdict
 
 PLAIN, WITH, NOISY = "plain", "batch norm", "noisy batch norm"
 NETWORKS: dict[str, Placement] = {PLAIN: "none", WITH: "before", NOISY: "before"}
+_LABELS = {WITH: "with", NOISY: "noisy", PLAIN: "without"}
 
 # Half: if the shift were the explanation, most of the gain would go with it.
 EXPLAINS = Claim(
     "gain-goes-with-stability",
     "M14",
     "Most of batch norm's gain goes when noise brings the shift back",
-    "half of batch norm's gain in training accuracy less the gain that noisy batch norm keeps",
-    0.0,
+    Quantity("gain in accuracy", "points", ".1f", 100),
+    Margin("half of batch norm's gain in training accuracy less the gain that noisy batch norm keeps", 0.0),
 )
 NOISIER = Claim(
     "noise-shifts-more",
     "M14",
     "Noisy batch norm has more covariate shift than no batch norm",
-    "shift of the layers' inputs in noisy batch norm over that in the plain network",
-    1.0,
-    "times",
+    SHIFT,
+    Margin("shift of the layers' inputs in noisy batch norm over that in the plain network", 1.0, "times"),
 )
 # One in a hundred, over the whole training: a difference that one would see in its curve.
 STILL = Claim(
     "noisy-learns-faster",
     "M14",
     "Noisy batch norm learns faster than no batch norm all the same",
-    "training accuracy of noisy batch norm less that of the plain network, mean over the training",
-    0.01,
+    Quantity("training accuracy", "%", ".1f", 100),
+    Margin("training accuracy of noisy batch norm less that of the plain network, mean over the training", 0.01),
 )
 # The paper has "similar or worse"; 0.05 in a cosine is similar.
 GRADIENTS = Claim(
     "gradients-not-calmer",
     "M14",
     "Steps of the layers below disturb gradients no less with batch norm",
-    "1 - cosine of a layer's gradients before and after, with batch norm less without",
-    -0.05,
+    Quantity("1 - cosine", form=".3f"),
+    Margin("1 - cosine of a layer's gradients before and after, with batch norm less without", -0.05),
 )
 LOSS, PREDICTIVE, SMOOTH = (
     Claim(
         key,
         "M14",
         f"With batch norm the {statement}",
-        f"{measure} of the plain network over that with batch norm, along the step",
-        1.0,
-        "times",
+        Quantity(measure, geometric=True),
+        Margin(f"{measure} of the plain network over that with batch norm, along the step", 1.0, "times"),
     )
     for key, statement, measure in (
         ("smoother-loss", "loss changes less along the step", "range of the loss"),
@@ -180,16 +179,24 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
     learning, disturbed = plainly["learning"], plainly["disturbance"]
     gains = {kind: Paired(learning[kind], learning[PLAIN]).differences() for kind in (WITH, NOISY)}
     gone = [0.5 * ours - noisy for ours, noisy in zip(gains[WITH], gains[NOISY], strict=True)]
-    measured = {
-        NOISIER: _ratio(logs["shift"], NOISY, PLAIN),
-        EXPLAINS: Measured.mean_difference(gone),
-        STILL: Measured.mean_difference(gains[NOISY]),
-        GRADIENTS: Paired(disturbed[WITH], disturbed[PLAIN]).difference(),
-        LOSS: _ratio(logs["loss_range"], PLAIN, WITH),
-        PREDICTIVE: _ratio(logs["gradient_change"], PLAIN, WITH),
-        SMOOTH: _ratio(logs["smoothness"], PLAIN, WITH),
+    ordinary = {
+        EXPLAINS: (Measured.mean_difference(gone), {"with": gains[WITH], "noisy": gains[NOISY]}),
+        STILL: (Measured.mean_difference(gains[NOISY]), {"noisy": learning[NOISY], "without": learning[PLAIN]}),
+        GRADIENTS: (
+            Paired(disturbed[WITH], disturbed[PLAIN]).difference(),
+            {"with": disturbed[WITH], "without": disturbed[PLAIN]},
+        ),
     }
-    findings = {claim: claim.judge(measured[claim]) for claim in CLAIMS}
+    ratios = {
+        NOISIER: ("shift", NOISY, PLAIN),
+        LOSS: ("loss_range", PLAIN, WITH),
+        PREDICTIVE: ("gradient_change", PLAIN, WITH),
+        SMOOTH: ("smoothness", PLAIN, WITH),
+    }
+    findings = {
+        claim: claim.judge(*(ordinary[claim] if claim in ordinary else _ratio(logs, *ratios[claim])))
+        for claim in CLAIMS
+    }
     means = {name: {kind: mean_interval(of_kind[kind]) for kind in NETWORKS} for name, of_kind in plainly.items()}
     for name, of_kind in logs.items():
         means[name] = {kind: mean_interval(of_kind[kind]).map(math.exp) for kind in NETWORKS}
@@ -244,8 +251,12 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
     )
 
 
-def _ratio(logs: Mapping[str, list[float]], a: str, b: str) -> Measured:
-    return Paired(logs[a], logs[b]).difference().map(math.exp)
+def _ratio(
+    logs: Mapping[str, Mapping[str, list[float]]], name: str, a: str, b: str
+) -> tuple[Measured, dict[str, list[float]]]:
+    """The geometric mean of `a / b`, and both."""
+    both = {_LABELS[kind]: [*map(math.exp, logs[name][kind])] for kind in sorted((a, b), key=[*_LABELS].index)}
+    return Paired(logs[name][a], logs[name][b]).difference().map(math.exp), both
 
 
 def _three(by_kind: dict[str, Interval], form: str, times: float = 1) -> str:
@@ -314,9 +325,10 @@ EXPERIMENT = Experiment(
     title="Why does it work? The dispute",
     claims=CLAIMS,
     full=Plan(seeds=10),
-    quick=Plan(seeds=6, steps=60, hidden=(32,) * 6),
+    quick=Plan(seeds=6, every=50, hidden=(32,) * 8),
     grid=lambda plan: Grid(plan.seeds, network=NETWORKS),
     run=run,
     conclude=conclude,
+    seconds=lambda plan: plan.steps * len(plan.hidden) / 1000,
     code=CODE,
 )

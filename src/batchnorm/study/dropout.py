@@ -17,7 +17,7 @@ from batchnorm.study.grid import Grid, Results
 from batchnorm.study.measured import Paired
 from batchnorm.study.networks import Placement
 from batchnorm.study.statistics import Interval
-from batchnorm.study.verdict import Claim
+from batchnorm.study.verdict import Claim, Margin, Quantity
 
 PLAIN, DROPOUT, NORM, BOTH = "plain", "dropout", "batch norm", "batch norm and dropout"
 NETWORKS: dict[str, Placement] = {PLAIN: "none", DROPOUT: "none", NORM: "before", BOTH: "before"}
@@ -28,9 +28,8 @@ GAP = Claim(
     "smaller-gap",
     "M13",
     "It regularises: training and test accuracy are closer",
-    "generalisation gap without batch norm minus the gap with it, the pairs' mean",
-    0.0,
-    "percentage points",
+    Quantity("gap", "points", ".1f", 100),
+    Margin("generalisation gap without batch norm minus the gap with it, the pairs' mean", 0.0, "percentage points"),
 )
 # Redundant is what can be left out at no cost. One point is what a practitioner would hardly keep another
 # hyperparameter for; from below, because dropout that does harm is redundant too.
@@ -38,9 +37,10 @@ REDUNDANT = Claim(
     "dropout-redundant",
     "M13",
     "It makes dropout redundant: leaving it out costs less than 1 point",
-    "test accuracy with batch norm alone minus with dropout besides, the pairs' mean",
-    -1.0,
-    "percentage points",
+    Quantity("test accuracy", "%", ".1f", 100),
+    Margin(
+        "test accuracy with batch norm alone minus with dropout besides, the pairs' mean", -1.0, "percentage points"
+    ),
 )
 
 
@@ -93,7 +93,10 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
             ],
             "gains": [{"of": added, **asdict(gain)} for added, gain in gains.items()],
         },
-        findings=[GAP.judge(gap.map(in_points)), REDUNDANT.judge(alone.map(in_points))],
+        findings=[
+            GAP.judge(gap.map(in_points), {"with": gaps[NORM], "without": gaps[PLAIN]}),
+            REDUNDANT.judge(alone.map(in_points), {"without dropout": test[NORM], "with it": test[BOTH]}),
+        ],
         summary=[
             "The article says that batch normalization has a regularising effect, and in some cases makes dropout "
             f"redundant. Here a {len(plan.hidden)}-layer network learnt from {plan.samples} samples only, with "
@@ -183,9 +186,10 @@ EXPERIMENT = Experiment(
     title="Does it regularise, and make dropout redundant?",
     claims=(GAP, REDUNDANT),
     full=Plan(),
-    quick=Plan(seeds=6, steps=150, rates=(0.1, 0.3), hidden=(48,) * 3),
+    quick=None,
     grid=lambda plan: Grid(plan.seeds, network=NETWORKS, rate=plan.rates),
     run=run,
     conclude=conclude,
+    seconds=lambda plan: plan.steps / 500,
     code=CODE,
 )

@@ -19,7 +19,7 @@ from batchnorm.study.grid import Grid, Results
 from batchnorm.study.measured import Measured
 from batchnorm.study.networks import Layers
 from batchnorm.study.training import batches
-from batchnorm.study.verdict import Claim, Verdict
+from batchnorm.study.verdict import Claim, Margin, Quantity, Verdict
 
 _EPS = 1e-5  # the layers' default
 _ROUNDING = 2.0**-24  # the largest relative error of rounding to float32
@@ -31,9 +31,8 @@ WRITTEN = Claim(
     "equations",
     "M2",
     "A layer's output is what the equations give, channel by channel",
-    "decimal digits in which the worst value agrees with float64",
-    5.0,
-    "digits",
+    Quantity("largest error", form=".1e"),
+    Margin("decimal digits in which the worst value agrees with float64", 5.0, "digits"),
     counted="mini-batches",
 )
 # Not more than three: with eps under the root the standard deviation is sqrt(var / (var + eps)), a little below 1.
@@ -41,9 +40,8 @@ STANDARD = Claim(
     "mean-0-std-1",
     "M3",
     "A normalised channel has mean 0 and standard deviation 1",
-    "decimal digits in which the worst channel agrees with 0 and 1",
-    3.0,
-    "digits",
+    Quantity("largest deviation", form=".1e"),
+    Margin("decimal digits in which the worst channel agrees with 0 and 1", 3.0, "digits"),
     counted="mini-batches",
 )
 # The bound is `allowance` below: what rounding z + b to float32, once, can do to the output.
@@ -51,17 +49,16 @@ BIAS = Claim(
     "bias",
     "M4",
     "A bias before the layer is neutralised",
-    "unused share of what rounding z + b allows the output to change, in the worst channel",
-    0.0,
+    Quantity("largest change", "% of what rounding allows", ".0f", 100),
+    Margin("unused share of what rounding z + b allows the output to change, in the worst channel", 0.0),
     counted="mini-batches",
 )
 TUNED = Claim(
     "gamma-beta",
     "M5",
     "beta is the mean of the output, and gamma scales its spread",
-    "decimal digits in which the worst channel agrees with beta and gamma",
-    5.0,
-    "digits",
+    Quantity("largest error", form=".1e"),
+    Margin("decimal digits in which the worst channel agrees with beta and gamma", 5.0, "digits"),
     counted="mini-batches",
 )
 
@@ -210,11 +207,14 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
     }
     count = sum(result["batches"] for result in results.values())
     findings = [
-        WRITTEN.judge(Measured.exact(agreeing_digits(worst["equation"]), count)),
-        STANDARD.judge(Measured.exact(agreeing_digits(max(worst["mean"], worst["std"])), count)),
-        BIAS.judge(Measured.exact(1 - worst["bias"], count)),
-        TUNED.judge(Measured.exact(agreeing_digits(worst["tuned"]), count)),
+        claim.judge(Measured.exact(agreeing_digits(error), count), {"": [error]})
+        for claim, error in (
+            (WRITTEN, worst["equation"]),
+            (STANDARD, max(worst["mean"], worst["std"])),
+            (TUNED, worst["tuned"]),
+        )
     ]
+    findings.insert(2, BIAS.judge(Measured.exact(1 - worst["bias"], count), {"": [worst["bias"]]}))
     example = next(result["example"] for result in results.values() if "example" in result)
     holds = sum(finding.verdict is Verdict.SUPPORTED for finding in findings)
     return Conclusion(
@@ -309,5 +309,6 @@ EXPERIMENT = Experiment(
     grid=lambda plan: Grid(plan.seeds),
     run=run,
     conclude=conclude,
+    seconds=lambda plan: 0.1,
     code=CODE,
 )

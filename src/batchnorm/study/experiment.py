@@ -14,9 +14,13 @@ from batchnorm.study import networks
 from batchnorm.study.dataset import Data
 from batchnorm.study.grid import Grid, Results
 from batchnorm.study.networks import Layers, Placement
-from batchnorm.study.verdict import Claim, Finding
+from batchnorm.study.verdict import Claim, Finding, Postponed
 
 P = TypeVar("P")
+_POSTPONED = (
+    "This question needs the full study: batchnorm study without --quick. Its trainings are too long for the quick "
+    "form, and what shorter ones show is another stage of training, with other answers."
+)
 
 
 @dataclass(frozen=True)
@@ -71,11 +75,13 @@ class Experiment(Generic[P]):
         title: the question, as the report asks it.
         claims: what it decides, declared before any number is known.
         full: the plan of a whole run, a frozen dataclass.
-        quick: the plan of `--quick`.
+        quick: the plan of `--quick`, whose trainings are as long as the full ones: what holds after a few steps says
+            nothing of what holds after many. None where that takes too long: then `--quick` says so of its claims.
         grid: the settings and seeds of a plan; there is one task for each combination.
         run: does one task, `run(setting, plan, *args)`, and returns JSON-able numbers. A function at the top level of
             its module, which depends on its arguments and seeds only: tasks are done in any order, in any process.
         conclude: makes the conclusion from what all tasks found.
+        seconds: of a plan, about how many a task takes on one core: the time left is told by it at first.
         code: what a reader can type to see it, several lines.
     """
 
@@ -83,14 +89,30 @@ class Experiment(Generic[P]):
     title: str
     claims: tuple[Claim, ...]
     full: P
-    quick: P
+    quick: P | None
     grid: Callable[[P], Grid]
     run: Callable[..., dict[str, Any]]
     conclude: Callable[[Setting, P, Results], Conclusion]
+    seconds: Callable[[P], float]
     code: str = ""
 
-    def section(self, conclusion: Conclusion) -> Section:
-        """The experiment's part of the report."""
+    def __post_init__(self) -> None:
+        full, quick = (getattr(plan, "steps", None) for plan in (self.full, self.quick))
+        if self.quick is not None and quick != full:
+            raise ValueError(
+                f"the quick plan of {self.name!r} trains for {quick} steps, the full one for {full}; claims are judged "
+                "at one stage of training. Make quick plans smaller in another way, or quick=None"
+            )
+
+    def postponed(self) -> list[Postponed]:
+        """What is said of the claims where the plan is None."""
+        return [Postponed(claim) for claim in self.claims]
+
+    def section(self, conclusion: Conclusion | None) -> Section:
+        """The experiment's part of the report; without a conclusion it says that the full study is needed."""
+        if conclusion is None:
+            judged = [claim.judged() for claim in self.postponed()]
+            return Section(self.name, self.title, [_POSTPONED], judged, code=self.code)
         return Section(
             key=self.name,
             title=self.title,

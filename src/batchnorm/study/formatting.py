@@ -11,11 +11,11 @@ from batchnorm.study.statistics import Interval, mean_interval
 
 def span(interval: Interval, form: str = ".3g", unit: str = "") -> str:
     """An estimate with its interval: "1.5 times (95 % interval 1.2 to 1.9)"."""
-    estimate, low, high = (_formatted(x, form) for x in (interval.estimate, interval.low, interval.high))
+    estimate, low, high = (formatted(x, form) for x in (interval.estimate, interval.low, interval.high))
     return f"{estimate}{' ' if unit else ''}{unit} (95 % interval {low} to {high})"
 
 
-def _formatted(x: float, form: str) -> str:
+def formatted(x: float, form: str) -> str:
     """As `format`, but what is written as zero has no minus sign."""
     text = format(x, form)
     return format(0.0, form) if float(text) == 0 else text

@@ -17,9 +17,9 @@ from batchnorm.study import training
 from batchnorm.study.experiment import Conclusion, Experiment, Setting
 from batchnorm.study.formatting import in_points, interval_curve, mean_percent
 from batchnorm.study.grid import Grid, Results, Run
-from batchnorm.study.measured import Measured
+from batchnorm.study.measured import Measured, Paired
 from batchnorm.study.statistics import Interval, mean_interval
-from batchnorm.study.verdict import Claim
+from batchnorm.study.verdict import Claim, Margin, Quantity
 
 PERCEPTRON, RESIDUAL = "perceptron", "residual"
 OWN, RUNNING, AVERAGE, POOLED, EXACT = "its own", "running average", "average", "pooled", "exact"
@@ -27,14 +27,15 @@ OWN, RUNNING, AVERAGE, POOLED, EXACT = "its own", "running average", "average", 
 RECALIBRATED = {AVERAGE: "average", POOLED: "pooled", EXACT: "exact"}
 POPULATION = (RUNNING, *RECALIBRATED)
 
+_ACCURACY = Quantity("test accuracy", "%", ".1f", 100)
 # Half: by then more of what was learnt is gone than left.
 MEANINGLESS = {
     network: Claim(
         f"own-statistics-{network}",
         "M7",
         f"A single observation's own statistics mean nothing: a {name}",
-        "share of what was learnt beyond chance that is lost, against the running average",
-        0.5,
+        _ACCURACY,
+        Margin("share of what was learnt beyond chance that is lost, against the running average", 0.5),
     )
     for network, name in ((PERCEPTRON, "perceptron"), (RESIDUAL, "residual net"))
 }
@@ -43,24 +44,24 @@ COMPANY = Claim(
     "test-batch-statistics",
     "M7",
     "By a test batch's statistics, the answer depends on the batch",
-    "share of observations answered otherwise when batches of 8 are made up otherwise",
-    0.01,
+    Quantity("changed answers", "%", ".1f", 100),
+    Margin("share of observations answered otherwise when batches of 8 are made up otherwise", 0.01),
 )
 # Rounding may decide a tie now and then: one in 200.
 ALONE = Claim(
     "no-batch-needed",
     "M7",
     "By population statistics, an observation needs no batch",
-    "share of observations answered alike alone and in a batch, the least of four kinds of statistics",
-    0.995,
+    Quantity("equal answers", "%", ".2f", 100),
+    Margin("share of observations answered alike alone and in a batch, the least of four kinds of statistics", 0.995),
 )
 # One in a hundred answers, as for the company: below that nobody would choose between the two.
 EITHER = Claim(
     "whole-set-or-average",
     "M8",
     "The whole set's statistics and the running average serve alike",
-    "0.01 less the difference of their test accuracies",
-    0.0,
+    _ACCURACY,
+    Margin("0.01 less the difference of their test accuracies", 0.0),
 )
 
 
@@ -158,7 +159,8 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
     pairs = list(zip(*runs.values(), strict=True))
     company = [statistics.fmean(run["company"] for run in pair) for pair in pairs]
     alike = [min(share for run in pair for share in run["alike"].values()) for pair in pairs]
-    either = [statistics.fmean(run["accuracy"][EXACT] - run["accuracy"][RUNNING] for run in pair) for pair in pairs]
+    both = {name: [statistics.fmean(run["accuracy"][name] for run in pair) for pair in pairs] for name in POPULATION}
+    either = Paired(both[EXACT], both[RUNNING])
     accuracy = {
         kind: {name: mean_interval([run["accuracy"][name] for run in of_kind]) for name in (OWN, *POPULATION)}
         for kind, of_kind in runs.items()
@@ -167,12 +169,20 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
         numbers={"chance": chance, "runs": results.records("network", "seed")},
         findings=[
             *(
-                claim.judge(Measured.mean_difference([_lost(run["accuracy"], chance) for run in runs[kind]]))
+                claim.judge(
+                    Measured.mean_difference([_lost(run["accuracy"], chance) for run in runs[kind]]),
+                    {
+                        label: [run["accuracy"][name] for run in runs[kind]]
+                        for name, label in ((OWN, "by its own"), (RUNNING, "by the running average"))
+                    },
+                )
                 for kind, claim in MEANINGLESS.items()
             ),
-            COMPANY.judge(Measured.mean(company)),
-            ALONE.judge(Measured.mean(alike)),
-            EITHER.judge(Measured.mean_difference(either).equivalent(0.01)),
+            COMPANY.judge(Measured.mean(company), {"": company}),
+            ALONE.judge(Measured.mean(alike), {"": alike}),
+            EITHER.judge(
+                either.equivalent(0.01), {"by the whole set's": both[EXACT], "by the running average": both[RUNNING]}
+            ),
         ],
         summary=[
             "At inference observations may arrive one at a time. The article says that their own statistics then mean "
@@ -185,7 +195,7 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
             "answers changed with the other samples in the batch. By population statistics, "
             f"{mean_percent(alike)} % of the answers were the same alone and among all.",
             f"Statistics of the whole training set in place of the running average changed the accuracy by "
-            f"{100 * statistics.fmean(either):+.2f} percentage points.",
+            f"{100 * statistics.fmean(either.differences()):+.2f} percentage points.",
         ],
         tables=[
             Table(
@@ -267,9 +277,10 @@ EXPERIMENT = Experiment(
     title="How are single observations to be normalised?",
     claims=(*MEANINGLESS.values(), COMPANY, ALONE, EITHER),
     full=Plan(seeds=10),
-    quick=Plan(seeds=6, steps=60, hidden=(32, 32), width=4, shown=60),
+    quick=Plan(seeds=6, hidden=(32, 32), width=4, shown=60),
     grid=lambda plan: Grid(plan.seeds, network=(PERCEPTRON, RESIDUAL)),
     run=run,
     conclude=conclude,
+    seconds=lambda plan: plan.steps / 250,
     code=CODE,
 )

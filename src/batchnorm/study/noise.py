@@ -22,7 +22,7 @@ from batchnorm.study.grid import Grid, Results
 from batchnorm.study.measured import Measured, Paired
 from batchnorm.study.networks import Layers
 from batchnorm.study.statistics import mean_interval
-from batchnorm.study.verdict import Claim, Verdict
+from batchnorm.study.verdict import Claim, Margin, Quantity, Verdict
 
 _EPS = 1e-5
 
@@ -31,33 +31,34 @@ FAR = Claim(
     "small-batch-is-far",
     "M6",
     "The mean of a mini-batch of 8 is far from the whole's",
-    "distance of the mini-batch's mean from the whole's, root mean square",
-    0.25,
-    "standard deviations",
+    Quantity("distance", "standard deviations", ".3f"),
+    Margin("distance of the mini-batch's mean from the whole's, root mean square", 0.25, "standard deviations"),
 )
 # 0.05 tells 1 / sqrt(m) from its neighbours m^-0.45 and m^-0.55, which over 2 to 256 are a fifth apart.
 LAW = Claim(
     "square-root-law",
     "M6",
     "The noise falls with the square root of the batch size",
-    "0.05 less the distance of the exponent of the noise's decay from -1/2",
-    0.0,
+    Quantity("exponent", form=".3f"),
+    Margin("0.05 less the distance of the exponent of the noise's decay from -1/2", 0.0),
 )
 # One tenth: two rows of the table that differ by less are one level of noise to a reader.
 _ALIKE = 0.1
+_OUTPUT = Quantity("noise", form=".3f", geometric=True)
+_SAME = Margin(f"{_ALIKE} less the relative difference of the two noises in the layer's output", 0.0)
 GHOST = Claim(
     "ghost-batches",
     "M6",
     "Ghost batches of 8 make the noise of mini-batches of 8",
-    "0.1 less the relative difference of the two noises in the layer's output",
-    0.0,
+    _OUTPUT,
+    _SAME,
 )
 JOINED = Claim(
     "joined-statistics",
     "M6",
     "Mini-batches of 8 with joined statistics have the noise of their union",
-    "0.1 less the relative difference of the two noises in the layer's output",
-    0.0,
+    _OUTPUT,
+    _SAME,
 )
 
 
@@ -188,12 +189,18 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
     runs = list(results.values())
     small, last = plan.sizes.index(plan.small), len(plan.sizes) - 1
     output = {kind: [run["output"][kind] for run in runs] for kind in runs[0]["output"]}
-    slopes = [run["exponent"] for run in runs]
+    slopes, distances = [run["exponent"] for run in runs], [run["mean"][small] for run in runs]
     findings = [
-        FAR.judge(Measured.mean([run["mean"][small] for run in runs])),
-        LAW.judge(Measured.mean([slope + 0.5 for slope in slopes]).equivalent(0.05)),
-        GHOST.judge(Paired(output["ghost"], output["small"]).log_ratio().equivalent(_ALIKE)),
-        JOINED.judge(Paired(output["joined"], output["large"]).log_ratio().equivalent(_ALIKE)),
+        FAR.judge(Measured.mean(distances), {"": distances}),
+        LAW.judge(Measured.mean([slope + 0.5 for slope in slopes]).equivalent(0.05), {"": slopes}),
+        GHOST.judge(
+            Paired(output["ghost"], output["small"]).log_ratio().equivalent(_ALIKE),
+            {"in ghost batches": output["ghost"], "in mini-batches": output["small"]},
+        ),
+        JOINED.judge(
+            Paired(output["joined"], output["large"]).log_ratio().equivalent(_ALIKE),
+            {"joined": output["joined"], "in their union": output["large"]},
+        ),
     ]
     far, holds, *_ = (finding.verdict is Verdict.SUPPORTED for finding in findings)
     mean, std = (
@@ -253,7 +260,7 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
             "Samples are drawn without replacement, as in training; the law is corrected for that: "
             "sqrt((1 / m) (N - m) / (N - 1)).",
             f"Whatever the data, the law has {law[small]:.2f} for {plan.small} samples; that more than "
-            f"{FAR.threshold:.2f} is far is a definition.",
+            f"{FAR.margin.threshold:.2f} is far is a definition.",
             "The statistics are those that the layer itself took: with momentum 1 its running statistics are the last "
             f"mini-batch's.{'' if issubclass(setting.layers.vectors, BatchNorm1d) else by_hand}",
         ],
@@ -283,5 +290,6 @@ EXPERIMENT = Experiment(
     grid=lambda plan: Grid(plan.seeds),
     run=run,
     conclude=conclude,
+    seconds=lambda plan: plan.draws / 150,
     code=CODE,
 )

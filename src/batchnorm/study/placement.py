@@ -14,7 +14,7 @@ from batchnorm.study.formatting import any_of, in_points, mean_curve, mean_perce
 from batchnorm.study.grid import Grid, Results
 from batchnorm.study.measured import Paired
 from batchnorm.study.networks import Placement
-from batchnorm.study.verdict import Claim
+from batchnorm.study.verdict import Claim, Margin, Quantity
 
 PLACEMENTS: dict[Placement, str] = {
     "before": "before the activation",
@@ -31,9 +31,12 @@ CLAIMS = {
         f"placement-{key}",
         "M1",
         f"Before or after the activation: no matter in a {name}",
-        f"{_MARGIN:g} point minus the difference in mean test accuracy, whichever is better",
-        0.0,
-        "percentage points",
+        Quantity("test accuracy", "%", ".2f", 100),
+        Margin(
+            f"{_MARGIN:g} point minus the difference in mean test accuracy, whichever is better",
+            0.0,
+            "percentage points",
+        ),
     )
     for network, key, name in ((PERCEPTRON, "perceptron", "deep perceptron"), (RESIDUAL, "residual", RESIDUAL))
 }
@@ -87,7 +90,10 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
                 for n, m in moved.items()
             ],
         },
-        findings=[claim.judge(moved[network].map(in_points).equivalent(_MARGIN)) for network, claim in CLAIMS.items()],
+        findings=[
+            claim.judge(moved[n].map(in_points).equivalent(_MARGIN), {p: accuracy[n, p] for p in ("before", "after")})
+            for n, claim in CLAIMS.items()
+        ],
         summary=[
             "The article puts batch normalization between a layer's linear map and its activation, and says that some "
             "put it after the activation. Here a perceptron and a residual network were trained both ways, and "
@@ -156,9 +162,10 @@ EXPERIMENT = Experiment(
     title="Before the activation, or after it?",
     claims=tuple(CLAIMS.values()),
     full=Plan(),
-    quick=Plan(seeds=6, steps=100, rates=(0.2,), hidden=(32,) * 3, width=6, blocks=1),
+    quick=None,
     grid=lambda plan: Grid(plan.seeds, network=CLAIMS, placement=PLACEMENTS, rate=plan.rates),
     run=run,
     conclude=conclude,
+    seconds=lambda plan: plan.steps / 200,
     code=CODE,
 )

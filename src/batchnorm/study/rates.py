@@ -17,27 +17,30 @@ from batchnorm.study.formatting import any_of, ends, mean_and_range, mean_percen
 from batchnorm.study.grid import Grid, Results
 from batchnorm.study.measured import Paired
 from batchnorm.study.networks import Placement
-from batchnorm.study.verdict import Claim
+from batchnorm.study.verdict import Claim, Margin, Quantity
 
 NETWORKS: dict[str, Placement] = {"batch norm": "before", "plain": "none"}
 WITH, WITHOUT = NETWORKS
+_LABELS = {"with": WITH, "without": WITHOUT}
 
 # Above 0: any gain counts, how large it is the interval says. In decades, because rates are compared by their ratio.
 LARGEST = Claim(
     "larger-rates",
     "M12",
     "It allows a larger learning rate",
-    "largest usable learning rate with batch norm over the plain network's, as a logarithm, the pairs' mean",
-    0.0,
-    "decades",
+    Quantity("largest usable rate", form=".2g", geometric=True),
+    Margin(
+        "largest usable learning rate with batch norm over the plain network's, as a logarithm, the pairs' mean",
+        0.0,
+        "decades",
+    ),
 )
 RANGE = Claim(
     "wider-range-of-rates",
     "M12",
     "More learning rates are usable",
-    "range of usable learning rates with batch norm minus the plain network's, the pairs' mean",
-    0.0,
-    "decades",
+    Quantity("usable range", "decades", ".2f"),
+    Margin("range of usable learning rates with batch norm minus the plain network's, the pairs' mean", 0.0, "decades"),
 )
 
 
@@ -88,7 +91,8 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
     largest = {network: tuple(max(rates, default=None) for rates in usable[network]) for network in NETWORKS}
     # The range that the usable rates make up: each counts for one step.
     decades = {network: tuple(len(rates) * plan.decades for rates in usable[network]) for network in NETWORKS}
-    higher = Paired(*([_exponent(plan, rate) for rate in largest[network]] for network in NETWORKS)).difference()
+    exponents = {network: [_exponent(plan, rate) for rate in largest[network]] for network in NETWORKS}
+    higher = Paired(exponents[WITH], exponents[WITHOUT]).difference()
     wider = Paired(decades[WITH], decades[WITHOUT]).difference()
     curves = [mean_and_range(network, plan.rates, accuracy[network]) for network in NETWORKS]
     spoken = ", ".join(f"{network} is best at {rate:g}" for network, rate in best.items())
@@ -106,7 +110,12 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
                 for network in NETWORKS
             ],
         },
-        findings=[LARGEST.judge(higher), RANGE.judge(wider)],
+        findings=[
+            LARGEST.judge(
+                higher, {label: [10**power for power in exponents[network]] for label, network in _LABELS.items()}
+            ),
+            RANGE.judge(wider, {label: decades[network] for label, network in _LABELS.items()}),
+        ],
         summary=[
             "The article says that batch normalization allows a larger learning rate. Here pairs of the same "
             f"{len(plan.hidden)}-layer network were trained for {plan.steps} steps at each of {len(plan.rates)} rates "
@@ -190,9 +199,10 @@ EXPERIMENT = Experiment(
     title="Does it allow a larger learning rate?",
     claims=(LARGEST, RANGE),
     full=Plan(),
-    quick=Plan(seeds=6, steps=200, rates=(0.01, 0.1, 1.0), hidden=(32,) * 4),
+    quick=Plan(seeds=6, rates=(0.01, 0.1, 1.0), hidden=(32,) * 4),
     grid=lambda plan: Grid(plan.seeds, network=NETWORKS, rate=plan.rates),
     run=run,
     conclude=conclude,
+    seconds=lambda plan: plan.steps * len(plan.hidden) / 2500,
     code=CODE,
 )

@@ -31,10 +31,11 @@ from batchnorm.study.experiments import EXPERIMENTS
 from batchnorm.study.grid import Args, Results
 from batchnorm.study.networks import LAYERS, OURS
 from batchnorm.study.result_cache import ResultCache, exclusive, software
-from batchnorm.study.verdict import Finding
+from batchnorm.study.time_left import TimeLeft
+from batchnorm.study.verdict import Finding, Postponed
 from batchnorm.study.workers import compute, cores
 
-SCHEMA = 2
+SCHEMA = 3
 TITLE = "What batch normalization does"
 TASKS, FIGURES = "tasks", "figures"  # folders in `out`
 
@@ -48,7 +49,7 @@ class Study:
         page: where the report is.
     """
 
-    findings: tuple[Finding, ...]
+    findings: tuple[Finding | Postponed, ...]
     page: Path
 
 
@@ -59,6 +60,7 @@ class _Task:
     run: Callable[..., dict[str, Any]]
     plan: Any
     args: Args
+    seconds: float  # about how many it takes on one core
 
 
 def _done(setting: Setting, task: _Task) -> dict[str, Any]:
@@ -96,61 +98,84 @@ def study(
     with _writing(out):
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()  # better to fail now than after the work
-    started = time.time()
-    setting = Setting(dataset.digits() if data is None else dataset.load(data), LAYERS[layers])
-    plans = [experiment.quick if quick else experiment.full for experiment in experiments]
-    rows = list(zip(experiments, plans, strict=True))
+    left = TimeLeft()
+    with text.time_left(console, "study", left.now):
+        started = time.time()
+        setting = Setting(dataset.digits() if data is None else dataset.load(data), LAYERS[layers])
+        plans = [experiment.quick if quick else experiment.full for experiment in experiments]
+        conclusions, took = _examine(out, setting, experiments, plans, processes or cores(), left)
+        facts = {
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+            "took": f"{time.time() - started:.0f} s for {took}; the rest was stored",
+            "data": f"{setting.data.name} ({setting.data.digest})",
+            "layers": layers,
+            **software(),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "cores": str(os.cpu_count() or 1),
+        }
+        sections = [
+            experiment.section(conclusion) for experiment, conclusion in zip(experiments, conclusions, strict=True)
+        ]
+        command = _command(out, quick, data, layers)
+        document = Document(TITLE, _introduction(setting), sections, command, list(facts.items()))
+        findings = [
+            conclusion.findings if conclusion is not None else experiment.postponed()
+            for experiment, conclusion in zip(experiments, conclusions, strict=True)
+        ]
+        results = _results(experiments, plans, conclusions, findings, setting, quick)
+        figures = {
+            f"{section.key}-{i}.svg": charts.file(chart, f"{section.key}-{i}")
+            for section in sections
+            for i, chart in enumerate(section.charts, 1)
+        }
+        html = page(document)
+        with _writing(out), exclusive(out):
+            (out / FIGURES).mkdir(exist_ok=True)
+            for name, drawing in figures.items():
+                write_text(out / FIGURES / name, drawing)
+            write_text(out / "results.json", json.dumps(results, allow_nan=False, indent=1) + "\n")
+            write_text(out / "report.html", html)
+    return Study(tuple(finding for of_row in findings for finding in of_row), out / "report.html")
+
+
+def _examine(
+    out: Path,
+    setting: Setting,
+    experiments: Sequence[Experiment[Any]],
+    plans: Sequence[Any],
+    processes: int,
+    left: TimeLeft,
+) -> tuple[list[Conclusion | None], str]:
+    """What follows from all tasks, None where there is no plan; and how many tasks were done now."""
+    rows = [(experiment, plan) for experiment, plan in zip(experiments, plans, strict=True) if plan is not None]
     with _writing(out):
-        caches = [ResultCache(out / TASKS, experiment, plan, setting) for experiment, plan in rows]
+        caches = {experiment.name: ResultCache(out / TASKS, experiment, plan, setting) for experiment, plan in rows}
     tasks = [
-        (cache, _Task(experiment.run, plan, args))
-        for (experiment, plan), cache in zip(rows, caches, strict=True)
+        (caches[experiment.name], _Task(experiment.run, plan, args, experiment.seconds(plan)))
+        for experiment, plan in rows
         for args in experiment.grid(plan).tasks()
     ]
     missing = [(cache, task) for cache, task in tasks if cache.get(task.args) is None]
     # In a mixed order, so that the time left can be told from the first ones. Results do not depend on the order.
     random.Random(0).shuffle(missing)
-    with text.progress(console, "study", len(missing)) as advance:
-        work = partial(_done, setting)  # sent to each worker once, with the data
-        for position, result in compute(work, [task for _, task in missing], processes or cores()):
-            cache, task = missing[position]
-            _put(cache, task, result, out)
-            advance(1)
+    left.begin([task.seconds for _, task in missing], processes)
+    work = partial(_done, setting)  # sent to each worker once, with the data
+    for position, result in compute(work, [task for _, task in missing], processes):
+        cache, task = missing[position]
+        _put(cache, task, result, out)
+        left.advance(task.seconds)
+
     # Read back, new ones too, so that a number is the same whether it is of this run or of one before.
-    conclusions = [
-        experiment.conclude(
-            setting, plan, Results({args: _stored(cache, args) for args in experiment.grid(plan).tasks()})
-        )
-        for (experiment, plan), cache in zip(rows, caches, strict=True)
-    ]
-    facts = {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-        "took": f"{time.time() - started:.0f} s for {len(missing)} of {len(tasks)} tasks; the rest was stored",
-        "data": f"{setting.data.name} ({setting.data.digest})",
-        "layers": layers,
-        **software(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cores": str(os.cpu_count() or 1),
-    }
-    command = _command(out, quick, data, layers)
-    sections = [experiment.section(conclusion) for experiment, conclusion in zip(experiments, conclusions, strict=True)]
-    document = Document(TITLE, _introduction(setting), sections, command, list(facts.items()))
-    results = _results(experiments, plans, conclusions, setting, quick)
-    figures = {
-        f"{section.key}-{i}.svg": charts.file(chart, f"{section.key}-{i}")
-        for section in sections
-        for i, chart in enumerate(section.charts, 1)
-    }
-    html = page(document)
-    with _writing(out), exclusive(out):
-        (out / FIGURES).mkdir(exist_ok=True)
-        for name, drawing in figures.items():
-            write_text(out / FIGURES / name, drawing)
-        write_text(out / "results.json", json.dumps(results, allow_nan=False, indent=1) + "\n")
-        write_text(out / "report.html", html)
-    findings = tuple(finding for conclusion in conclusions for finding in conclusion.findings)
-    return Study(findings, out / "report.html")
+    def conclusion(experiment: Experiment[Any], plan: object) -> Conclusion:
+        cache = caches[experiment.name]
+        stored = Results({args: _stored(cache, args) for args in experiment.grid(plan).tasks()})
+        return experiment.conclude(setting, plan, stored)
+
+    return [
+        conclusion(experiment, plan) if plan is not None else None
+        for experiment, plan in zip(experiments, plans, strict=True)
+    ], f"{len(missing)} of {len(tasks)} tasks"
 
 
 def _put(cache: ResultCache, task: _Task, result: dict[str, Any], out: Path) -> None:
@@ -174,12 +199,20 @@ def _stored(cache: ResultCache, args: Args) -> dict[str, Any]:
 def _results(
     experiments: Sequence[Experiment[Any]],
     plans: Sequence[Any],
-    conclusions: Sequence[Conclusion],
+    conclusions: Sequence[Conclusion | None],
+    findings: Sequence[Sequence[Finding | Postponed]],
     setting: Setting,
     quick: bool,
 ) -> dict[str, Any]:
     """results.json: nothing in it changes from run to run."""
     data = setting.data
+    found: dict[str, dict[str, Any]] = {
+        experiment.name: {"findings": [finding.record() for finding in of_row]}
+        for experiment, of_row in zip(experiments, findings, strict=True)
+    }
+    for experiment, plan, conclusion in zip(experiments, plans, conclusions, strict=True):
+        if conclusion is not None:
+            found[experiment.name] |= {"plan": asdict(plan), "numbers": conclusion.numbers}
     return {
         "schema": SCHEMA,
         "quick": quick,
@@ -193,14 +226,7 @@ def _results(
             "test": len(data.test.labels),
         },
         "software": software(),
-        "experiments": {
-            experiment.name: {
-                "plan": asdict(plan),
-                "findings": [finding.record() for finding in conclusion.findings],
-                "numbers": conclusion.numbers,
-            }
-            for experiment, plan, conclusion in zip(experiments, plans, conclusions, strict=True)
-        },
+        "experiments": found,
     }
 
 

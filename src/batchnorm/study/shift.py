@@ -26,21 +26,21 @@ from batchnorm.study.grid import Grid, Results, Run
 from batchnorm.study.measured import Measured, Paired
 from batchnorm.study.networks import Placement
 from batchnorm.study.statistics import SMALLEST, bounded, mean_interval
-from batchnorm.study.verdict import Claim, Verdict
+from batchnorm.study.verdict import Claim, Margin, Quantity, Verdict
 
 LINEAR = "linear"
 PLAIN, WITH = "plain", "batch norm"
 NETWORKS: dict[str, Placement] = {PLAIN: "none", WITH: "before"}
 _LARGEST = 1e3  # of a network that diverges
 
+SHIFT = Quantity("shift", "standard deviations", ".2g", geometric=True)
 # float64 carries 15.9 digits; twelve leave room for the sum of a thousand terms.
 EXPANDED = Claim(
     "linear-expansion",
     "M9",
     "The step of y = x w1 ... wk is the sum of its expanded terms",
-    "decimal digits in which the sum agrees with the step, at worst",
-    12.0,
-    "digits",
+    Quantity("largest error", form=".1e"),
+    Margin("decimal digits in which the sum agrees with the step, at worst", 12.0, "digits"),
     counted="steps",
 )
 # A tenth of the step: as much as the learning rate, 0.1, moves a weight of 1.
@@ -48,24 +48,22 @@ UNFORESEEN = Claim(
     "linear-orders",
     "M9",
     "The deeper, the more of a linear net's step the gradient missed",
-    "unforeseen share of the step at ten layers less that at three",
-    0.1,
+    Quantity("unforeseen share", "%", ".1f", 100),
+    Margin("unforeseen share of the step at ten layers less that at three", 0.1),
 )
 DEEPER = Claim(
     "shift-grows",
     "M9",
     "Without batch norm the shift grows from layer to layer",
-    "shift of the last layer's input over that of the second's",
-    1.0,
-    "times",
+    SHIFT,
+    Margin("shift of the last layer's input over that of the second's", 1.0, "times"),
 )
 LESS = Claim(
     "shift-reduced",
     "M9",
     "Batch norm reduces the shift of the layers' inputs",
-    "shift without batch norm over the shift with it, mean over the layers",
-    1.0,
-    "times",
+    SHIFT,
+    Margin("shift without batch norm over the shift with it, mean over the layers", 1.0, "times"),
 )
 
 
@@ -202,7 +200,8 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
     three, ten = plan.depths.index(3), plan.depths.index(10)
     # The geometric mean over the layers is the same as that over the steps.
     plain, ours = (_geometric(zip(*shifts[kind], strict=True)) for kind in NETWORKS)
-    less = LESS.judge(Paired(plain, ours).ratio())
+    less = LESS.judge(Paired(plain, ours).ratio(), {"with": ours, "without": plain})
+    first, last = shifts[PLAIN][0], shifts[PLAIN][-1]
     by_layer = {
         kind: [mean_interval([*map(math.log, of_layer)]).map(math.exp) for of_layer in of_kind]
         for kind, of_kind in shifts.items()
@@ -216,9 +215,12 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
     return Conclusion(
         numbers={"runs": results.records("kind", "seed")},
         findings=[
-            EXPANDED.judge(Measured.exact(agreeing_digits(max(errors)), len(errors))),
-            UNFORESEEN.judge(Paired(unforeseen[ten], unforeseen[three]).difference()),
-            DEEPER.judge(Paired(shifts[PLAIN][-1], shifts[PLAIN][0]).ratio()),
+            EXPANDED.judge(Measured.exact(agreeing_digits(max(errors)), len(errors)), {"": [max(errors)]}),
+            UNFORESEEN.judge(
+                Paired(unforeseen[ten], unforeseen[three]).difference(),
+                {"at ten layers": unforeseen[ten], "at three": unforeseen[three]},
+            ),
+            DEEPER.judge(Paired(last, first).ratio(), {"at the last layer": last, "at the second": first}),
             less,
         ],
         summary=[
@@ -320,9 +322,10 @@ EXPERIMENT = Experiment(
     title="What does a step do to the layers above?",
     claims=(EXPANDED, UNFORESEEN, DEEPER, LESS),
     full=Plan(seeds=10),
-    quick=Plan(seeds=6, steps=60),
+    quick=Plan(seeds=6, every=20),
     grid=lambda plan: Grid(plan.seeds, kind=(LINEAR, *NETWORKS)),
     run=run,
     conclude=conclude,
+    seconds=lambda plan: plan.steps / 300,
     code=CODE,
 )

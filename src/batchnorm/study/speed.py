@@ -17,27 +17,27 @@ from batchnorm.study.formatting import any_of, ends, mean_and_range, span
 from batchnorm.study.grid import Grid, Results
 from batchnorm.study.measured import Measured, Paired
 from batchnorm.study.networks import Placement
-from batchnorm.study.verdict import Claim
+from batchnorm.study.verdict import Claim, Margin, Quantity
 
 NETWORKS: dict[str, Placement] = {"batch norm": "before", "plain": "none"}
 WITH, WITHOUT = NETWORKS
 
+_STEPS = Quantity("steps", form=".0f", geometric=True)
 # More than once as many: any saving counts as "fewer steps", how large it is the interval says.
+_RATIO = Margin("steps of the plain network over steps with batch norm, the pairs' geometric mean", 1.0, "times")
 BEST = Claim(
     "fewer-steps-best-rates",
     "M11",
     "It needs fewer steps, each network at its best learning rate",
-    "steps of the plain network over steps with batch norm, the pairs' geometric mean",
-    1.0,
-    "times",
+    _STEPS,
+    _RATIO,
 )
 SAME = Claim(
     "fewer-steps-same-rate",
     "M11",
     "It needs fewer steps at the plain network's best rate",
-    "steps of the plain network over steps with batch norm, the pairs' geometric mean",
-    1.0,
-    "times",
+    _STEPS,
+    _RATIO,
 )
 
 
@@ -108,7 +108,10 @@ def conclude(setting: Setting, plan: Plan, results: Results) -> Conclusion:
     same = _compare(plan, first, dict.fromkeys(NETWORKS, best[WITHOUT]))
     return Conclusion(
         numbers={"target": target, "cells": cells, "best_rates": fair.record(), "same_rate": same.record()},
-        findings=[BEST.judge(fair.ratio), SAME.judge(same.ratio)],
+        findings=[
+            claim.judge(found.ratio, {"with": found.steps[WITH], "without": found.steps[WITHOUT]})
+            for claim, found in ((BEST, fair), (SAME, same))
+        ],
         summary=[
             "The article says that a network with batch normalization needs fewer training steps. Here pairs of the "
             f"same {len(plan.hidden)}-layer network, with and without it, were trained until they classified "
@@ -221,9 +224,10 @@ EXPERIMENT = Experiment(
     title="Does it need fewer training steps?",
     claims=(BEST, SAME),
     full=Plan(),
-    quick=Plan(seeds=6, steps=200, evaluate_every=10, rates=(0.1, 0.4), hidden=(32,) * 4),
+    quick=Plan(seeds=6, evaluate_every=10, rates=(0.1, 0.4), hidden=(32,) * 4),
     grid=lambda plan: Grid(plan.seeds, network=NETWORKS, rate=plan.rates),
     run=run,
     conclude=conclude,
+    seconds=lambda plan: plan.steps * len(plan.hidden) / 2500,
     code=CODE,
 )
