@@ -55,6 +55,20 @@ def test_a_mask_may_lie_in_memory_as_it_likes(layout: Layout, kind: str, level: 
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("weight", [1.0, 1.0009765625, 0.3333, 1e-5, 3e38])
+def test_every_half_is_read_and_rounded_as_torch_does(dtype: torch.dtype, weight: float, level: str) -> None:
+    # In one channel and, in runs of odd lengths, at the ends of runs. With subnormal products, ties, and overflow.
+    halves = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
+    mean, var, scale = torch.zeros(1).double(), torch.ones(1).double(), torch.tensor([weight])
+    expected = (halves.float() * scale).to(dtype)
+    for x in (halves.reshape(1, 1, -1), halves[:65535].reshape(-1, 1, 5)):
+        y = native.normalize(x, mean, var, scale, None, None, 0.0, 1, None).reshape(-1)
+        same = expected[: len(y)]
+        torch.testing.assert_close(y, same, rtol=0, atol=0, equal_nan=True)
+        assert not (y.isnan() ^ same.isnan()).any()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 @pytest.mark.parametrize("activation", ["relu", "silu", None])
 def test_what_a_mask_leaves_out_may_be_anything(layout: Layout, activation: str | None, level: str) -> None:

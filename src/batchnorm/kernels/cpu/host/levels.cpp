@@ -44,7 +44,7 @@ std::vector<const Level*> available() {
   levels.push_back(&sse2::level);
 #endif
 #if defined(BN_HAS_avx2)
-  const bool avx2_runs = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx2_runs = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (avx2_runs) levels.push_back(&avx2::level);
 #endif
 #if defined(BN_HAS_avx512)

@@ -2,10 +2,11 @@
 //
 // Parameters are torch's defaults. `value(z)` lets NaN through; `grad(dy, z)` is dy times the derivative at z, with
 // torch's choice at a kink. In float32, exp is a polynomial (relative error below 2e-7) and erf comes from it; in
-// float64 they are the standard library's, lane by lane.
+// float64 they are the standard library's, lane by lane. `brief`: a few instructions, less than a call.
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "loops/simd.hpp"
 
@@ -98,6 +99,7 @@ BN_INLINE V normal(V z) {
 
 struct Identity {
   static constexpr char name[] = "";
+  static constexpr bool brief = true;
   template <class V>
   static BN_INLINE V value(V z) {
     return z;
@@ -110,6 +112,7 @@ struct Identity {
 
 struct Relu {
   static constexpr char name[] = "relu";
+  static constexpr bool brief = true;
   template <class V>
   static BN_INLINE V value(V z) {
     return z < 0 ? V{} : z;
@@ -122,6 +125,7 @@ struct Relu {
 
 struct Relu6 {
   static constexpr char name[] = "relu6";
+  static constexpr bool brief = true;
   template <class V>
   static BN_INLINE V value(V z) {
     const V low = z < 0 ? V{} : z;
@@ -135,6 +139,7 @@ struct Relu6 {
 
 struct LeakyRelu {
   static constexpr char name[] = "leaky_relu";
+  static constexpr bool brief = true;
   template <class V>
   static BN_INLINE V value(V z) {
     return z < 0 ? z * static_cast<Scalar<V>>(0.01) : z;
@@ -147,6 +152,7 @@ struct LeakyRelu {
 
 struct Elu {
   static constexpr char name[] = "elu";
+  static constexpr bool brief = false;
   template <class V>
   static BN_INLINE V value(V z) {
     return z > 0 ? z : exponential(z) - 1;
@@ -159,6 +165,7 @@ struct Elu {
 
 struct Silu {
   static constexpr char name[] = "silu";
+  static constexpr bool brief = false;
   template <class V>
   static BN_INLINE V value(V z) {
     return z * logistic(z);
@@ -172,6 +179,7 @@ struct Silu {
 
 struct Gelu {
   static constexpr char name[] = "gelu";
+  static constexpr bool brief = false;
   template <class V>
   static BN_INLINE V value(V z) {
     return z * normal(z);
@@ -186,6 +194,7 @@ struct Gelu {
 
 struct Hardswish {
   static constexpr char name[] = "hardswish";
+  static constexpr bool brief = true;
   template <class V>
   static BN_INLINE V value(V z) {
     const V gate = z + 3, low = gate < 0 ? V{} : gate;
@@ -202,6 +211,7 @@ struct Hardswish {
 // the last bit, and its derivative nothing, in float64 too; so e stays below 5e8, and its fourth power finite.
 struct Mish {
   static constexpr char name[] = "mish";
+  static constexpr bool brief = false;
   template <class V>
   static BN_INLINE V value(V z) {
     const V e = exponential(near(z)), w = e * (e + 2);
@@ -222,6 +232,7 @@ struct Mish {
 
 struct Sigmoid {
   static constexpr char name[] = "sigmoid";
+  static constexpr bool brief = false;
   template <class V>
   static BN_INLINE V value(V z) {
     return logistic(z);
@@ -234,6 +245,7 @@ struct Sigmoid {
 
 struct Tanh {
   static constexpr char name[] = "tanh";
+  static constexpr bool brief = false;
   template <class V>
   static BN_INLINE V value(V z) {
     return hyperbolic_tangent(z);
@@ -254,6 +266,63 @@ struct ActivationList {
 // `Affine::activation` counts from here; Identity comes first.
 using Activations =
     ActivationList<Identity, Relu, Relu6, LeakyRelu, Elu, Silu, Gelu, Hardswish, Mish, Sigmoid, Tanh>;
+
+// --- in loops --------------------------------------------------------------------------------------------------------
+
+// Which activations have loops of their own: those that add little to them, and one that whole families of networks use.
+template <class A>
+constexpr bool own_loops = A::brief || std::is_same_v<A, Silu>;
+
+// The others, chosen for each vector anew. That costs little: the processor foresees it, and all of them compute for
+// longer. Loops of their own would make the compilation twice as long.
+struct Other {
+  static constexpr bool brief = false;
+  int index;
+
+  template <class V>
+  BN_INLINE V value(V z) const {
+    V y = z;
+    choose(Activations{}, [&]<class A>(A) { y = A::value(z); });
+    return y;
+  }
+
+  template <class V>
+  BN_INLINE V grad(V dy, V z) const {
+    V dz = dy;
+    choose(Activations{}, [&]<class A>(A) { dz = A::grad(dy, z); });
+    return dz;
+  }
+
+ private:
+  template <class F, class... A>
+  BN_INLINE void choose(ActivationList<A...>, F f) const {
+    int i = 0;
+    const auto is = [&]<class B>(B activation) {
+      if constexpr (own_loops<B>) {
+        ++i;
+        return false;
+      } else {
+        return i++ == index ? (f(activation), true) : false;
+      }
+    };
+    (void)(is(A{}) || ...);
+  }
+};
+
+// f(what a loop is compiled for), for the activation with this index.
+template <class F, class... A>
+BN_INLINE void for_activation(ActivationList<A...>, int index, F f) {
+  int i = 0;
+  const auto is = [&]<class B>(B activation) {
+    if constexpr (own_loops<B>) {
+      return i++ == index ? (f(activation), true) : false;
+    } else {
+      ++i;
+      return false;
+    }
+  };
+  if (!(is(A{}) || ...)) f(Other{index});
+}
 
 }  // namespace
 }  // namespace batchnorm

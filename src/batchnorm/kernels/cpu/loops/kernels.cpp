@@ -13,19 +13,52 @@
 namespace batchnorm {
 namespace {
 
+// --- activations in loops ---------------------------------------------------------------------------------------------
+
+// Whether a loop has the activation inlined. The ends of runs, which are many places and few values, call what is not
+// brief. So does float64: it calls the standard library for each lane as it is.
+template <class A, class Access, class V>
+constexpr bool inlined = A::brief || (Access::whole && sizeof(Scalar<V>) == sizeof(float));
+
+template <class A, class V>
+__attribute__((noinline)) V called_value(A activation, V z) {
+  return activation.value(z);
+}
+
+template <class A, class V>
+__attribute__((noinline)) V called_grad(A activation, V dy, V z) {
+  return activation.grad(dy, z);
+}
+
+template <class A, class Access, class V>
+BN_INLINE V value(A activation, Access, V z) {
+  if constexpr (inlined<A, Access, V>)
+    return activation.value(z);
+  else
+    return called_value(activation, z);
+}
+
+template <class A, class Access, class V>
+BN_INLINE V grad(A activation, Access, V dy, V z) {
+  if constexpr (inlined<A, Access, V>)
+    return activation.grad(dy, z);
+  else
+    return called_grad(activation, dy, z);
+}
+
 // --- runs ------------------------------------------------------------------------------------------------------------
 
 // dz of the values at i, which are x, with the coefficients at k. Where a vector is partial its other lanes are 0.
-template <class T, class A, bool Residual, class Access, class C>
-BN_INLINE Vector<T> preactivation_grad(const Backward& t, const Affine& a, Access access, C c, int64_t i, int64_t k,
-                                       Vector<T> x) {
+template <class T, class A, class Access, class C>
+BN_INLINE Vector<T> preactivation_grad(const Backward& t, const Affine& a, A activation, Access access, C c, int64_t i,
+                                       int64_t k, Vector<T> x) {
   const Vector<T> dy = loaded(access.load(t.dy, i));
   if constexpr (std::is_same_v<A, Identity>) return dy;
   if (t.mask) x = dy != 0 ? x : access.coefficient(c, a.mean, k);  // padding, which may be NaN
   Vector<T> z = affine(x, access.coefficient(c, a.mean, k), access.coefficient(c, a.scale, k),
                        access.coefficient(c, a.shift, k));
-  if constexpr (Residual) z += access.load(t.residual, i);
-  return A::grad(dy, z);
+  if (t.residual) z += access.load(t.residual, i);
+  return grad(activation, access, dy, z);
 }
 
 // dz (x - mean); with a mask, padding whose gradient is 0 adds nothing whatever it holds.
@@ -35,38 +68,37 @@ BN_INLINE V product(const Backward& t, V dz, V deviation) {
   return t.mask ? (dz != 0 ? p : V{}) : p;
 }
 
-template <class T, class A, bool Residual, class C>
-BN_INLINE void apply_run(const Forward& t, const Affine& a, C c, int64_t at, int64_t length) {
+template <class T, class A, class C>
+BN_INLINE void apply_run(const Forward& t, const Affine& a, A activation, C c, int64_t at, int64_t length) {
   for_each_overlapping_step<T>(
       length, unaligned_head<T>(t.y, at, length, t.stream),
       [&](auto access, int64_t k) { return access.load(t.x, at + k); },
       [&](auto access, int64_t k, Vector<T> x) {
         Vector<T> z = affine(x, access.coefficient(c, a.mean, k), access.coefficient(c, a.scale, k),
                              access.coefficient(c, a.shift, k));
-        if constexpr (Residual) z += access.load(t.residual, at + k);
-        access.store(t.y, at + k, A::value(z), t.stream);
+        if (t.residual) z += access.load(t.residual, at + k);
+        access.store(t.y, at + k, value(activation, access, z), t.stream);
       });
 }
 
-template <class T, class A, bool Residual, class C>
-BN_INLINE void grad_run(const Backward& t, const Affine& a, const GradCoefficients& s, RunMask mask, C c, int64_t at,
-                        int64_t length) {
+template <class T, class A, class C>
+BN_INLINE void grad_run(const Backward& t, const Affine& a, A activation, const GradCoefficients& s, RunMask mask, C c,
+                        int64_t at, int64_t length) {
   using V = Vector<T>;
   for_each_overlapping_step<T>(
       length, unaligned_head<T>(t.dx, at, length, t.stream),
       [&](auto access, int64_t k) { return access.load(t.x, at + k); },
       [&](auto access, int64_t k, V x) {
         const V mean = access.coefficient(c, a.mean, k);
-        const V dz = preactivation_grad<T, A, Residual>(t, a, access, c, at + k, k, x);
-        if constexpr (Residual && !std::is_same_v<A, Identity>) access.store(t.dresidual, at + k, dz, t.stream);
-        const V direct = dz * access.coefficient(c, a.scale, k);
-        if (s.constants) {
-          access.store(t.dx, at + k, direct, t.stream);
-          return;
+        const V dz = preactivation_grad<T>(t, a, activation, access, c, at + k, k, x);
+        if (t.dresidual) access.store(t.dresidual, at + k, dz, t.stream);
+        V dx = dz * access.coefficient(c, a.scale, k);
+        if (!s.constants) {
+          V rest = affine(x, mean, access.coefficient(c, s.slope, k), access.coefficient(c, s.offset, k));
+          if (t.mask) rest = mask.times(access, k, rest);
+          dx += rest;
         }
-        V rest = affine(x, mean, access.coefficient(c, s.slope, k), access.coefficient(c, s.offset, k));
-        if (t.mask) rest = mask.times(access, k, rest);
-        access.store(t.dx, at + k, direct + rest, t.stream);
+        access.store(t.dx, at + k, dx, t.stream);
       });
 }
 
@@ -99,6 +131,18 @@ BN_INLINE void for_each_group(const Extents& e, int64_t begin, int64_t end, bool
   for (; begin < end; begin += e.channels) group(begin, Fixed<1>{});
 }
 
+// f(row) for the rows of a group. Unrolled where that is wanted, and not for the ends of rows, which are few.
+template <bool Unrolled, class Access, int64_t N, class F>
+BN_INLINE void for_each_row(Access, Fixed<N>, F f) {
+  if constexpr (Unrolled && Access::whole) {
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < N; ++r) f(r);
+  } else {
+#pragma GCC unroll 1
+    for (int64_t r = 0; r < N; ++r) f(r);
+  }
+}
+
 // Adds each lane to its place in memory; of a part, those that exist.
 template <class T, class S>
 BN_INLINE void add_to_memory(Whole<T>, const S& sum, double* p) {
@@ -119,21 +163,24 @@ struct Pivot {
   Doubles wide[Sum<V>::parts];
 };
 
-template <class T, MaskType M>
-void moments(const Extents& extents, const void* x, const Mask& any_mask, const double* pivots, int64_t begin,
+// Kinds of masks that moments have loops for.
+struct NoMask {};
+struct BooleanMask {};
+struct SampleWeights {};
+
+template <class T, class M>
+void moments(const Extents& extents, const void* x, const Mask& mask, const double* pivots, int64_t begin,
              int64_t end, Sums sums) {
   const Extents e = extents;
   using V = Vector<T>;
   constexpr int64_t lanes = kLanes<V>;
-  Mask mask = any_mask;
-  mask.type = M;  // known to the compiler
   MaskBuffer buffer;
   // Adds the values of the step at k. What equals the pivot adds nothing, whatever its sample weight.
   const auto add = [&](MomentSums<V>& m, auto access, int64_t k, V value, const Pivot<V>& pivot,
                        const RunMask& local) {
-    if constexpr (M == MaskType::none) {
+    if constexpr (std::is_same_v<M, NoMask>) {
       m.add(value, pivot.wide);
-    } else if constexpr (M == MaskType::boolean) {
+    } else if constexpr (std::is_same_v<M, BooleanMask>) {
       m.add(local.counted<V>(access, k) ? value : pivot.value, pivot.wide);
     } else {
       Doubles sample_weight[Sum<V>::parts];
@@ -175,17 +222,17 @@ void moments(const Extents& extents, const void* x, const Mask& any_mask, const 
       Pivot<V> pivot;
       load_doubles(access, pivots + c, pivot.wide);
       pivot.value = narrowed(pivot.wide);
-#pragma GCC unroll 8
-      for (int64_t r = 0; r < rows.value; ++r)
+      for_each_row<true>(access, rows, [&](int64_t r) {
         add(m, access, c, access.load(x, at + r * e.channels + c), pivot, row_mask(local, e, r));
+      });
       add_to_memory(access, m.first, sums.first + c);
       add_to_memory(access, m.second, sums.second + c);
     });
   });
 }
 
-template <class T, class A, bool Residual>
-void sums(const Extents& extents, const Backward& tensors, const Affine& affine, int64_t begin, int64_t end,
+template <class T, class A>
+void sums(const Extents& extents, const Backward& tensors, const Affine& affine, A activation, int64_t begin, int64_t end,
           Sums sums) {
   const Extents e = extents;
   const Backward t = tensors;
@@ -199,7 +246,7 @@ void sums(const Extents& extents, const Backward& tensors, const Affine& affine,
       // Of the values at k, the first `taken` were added before.
       const auto add = [&](V& f, V& s, auto access, int64_t k, int64_t taken) {
         const V x = access.load(t.x, at + k);
-        V dz = preactivation_grad<T, A, Residual>(t, a, access, c, at + k, k, x);
+        V dz = preactivation_grad<T>(t, a, activation, access, c, at + k, k, x);
         if (taken > 0) dz = first_lanes(V{}, taken, dz);
         f += dz;
         s += product(t, dz, x - c(a.mean, 0));
@@ -229,14 +276,14 @@ void sums(const Extents& extents, const Backward& tensors, const Affine& affine,
   for_each_group(e, begin, end, false, [&](int64_t at, auto rows) {
     for_each_step<T>(e.channels, [&](auto access, int64_t c) {
       V f{}, s{};
-#pragma GCC unroll 8
-      for (int64_t r = 0; r < rows.value; ++r) {
+      const auto add = [&](int64_t r) {
         const int64_t i = at + r * e.channels + c;
         const V x = access.load(t.x, i);
-        const V dz = preactivation_grad<T, A, Residual>(t, a, access, coefficients, i, c, x);
+        const V dz = preactivation_grad<T>(t, a, activation, access, coefficients, i, c, x);
         f += dz;
         s += product(t, dz, x - access.coefficient(coefficients, a.mean, c));
-      }
+      };
+      for_each_row<A::brief>(access, rows, add);
       Sum<V> first, second;
       first.add(f);
       second.add(s);
@@ -246,23 +293,23 @@ void sums(const Extents& extents, const Backward& tensors, const Affine& affine,
   });
 }
 
-template <class T, class A, bool Residual>
-void apply(const Extents& extents, const Forward& tensors, const Affine& affine, int64_t begin, int64_t end) {
+template <class T, class A>
+void apply(const Extents& extents, const Forward& tensors, const Affine& affine, A activation, int64_t begin, int64_t end) {
   const Extents e = extents;
   const Forward t = tensors;
   const Affine a = affine;
   if (e.rows())
     for (; begin < end; begin += e.channels)
-      apply_run<T, A, Residual>(t, a, Elementwise<Vector<T>>{}, begin, e.channels);
+      apply_run<T>(t, a, activation, Elementwise<Vector<T>>{}, begin, e.channels);
   else
     for_each_run(e, begin, end, [&](int64_t channel, int64_t at, int64_t length) {
-      apply_run<T, A, Residual>(t, a, Broadcast<Vector<T>>{channel}, at, length);
+      apply_run<T>(t, a, activation, Broadcast<Vector<T>>{channel}, at, length);
     });
 }
 
-template <class T, class A, bool Residual>
-void grad(const Extents& extents, const Backward& tensors, const Affine& affine, const GradCoefficients& coefficients,
-          int64_t begin, int64_t end) {
+template <class T, class A>
+void grad(const Extents& extents, const Backward& tensors, const Affine& affine, A activation,
+          const GradCoefficients& coefficients, int64_t begin, int64_t end) {
   const Extents e = extents;
   const Backward t = tensors;
   const Affine a = affine;
@@ -270,50 +317,32 @@ void grad(const Extents& extents, const Backward& tensors, const Affine& affine,
   MaskBuffer buffer;
   if (e.rows())
     for (; begin < end; begin += e.channels)
-      grad_run<T, A, Residual>(t, a, s, run_mask(e, t.mask, begin, 1, buffer), Elementwise<Vector<T>>{}, begin,
+      grad_run<T>(t, a, activation, s, run_mask(e, t.mask, begin, 1, buffer), Elementwise<Vector<T>>{}, begin,
                                e.channels);
   else
     for_each_run(e, begin, end, [&](int64_t channel, int64_t at, int64_t length) {
-      grad_run<T, A, Residual>(t, a, s, run_mask(e, t.mask, at, 1, buffer), Broadcast<Vector<T>>{channel}, at,
+      grad_run<T>(t, a, activation, s, run_mask(e, t.mask, at, 1, buffer), Broadcast<Vector<T>>{channel}, at,
                                length);
     });
 }
 
-// --- tables: an instance for every type of mask, and for every activation with and without a residual ----------------
-
-template <class T, class List>
-struct Tables;
-
-template <class T, class... A>
-struct Tables<T, ActivationList<A...>> {
-  // Without an activation, dz is dy: no kernel of the gradient looks at the residual.
-  template <class Activation>
-  static constexpr bool grad_reads_residual = !std::is_same_v<Activation, Identity>;
-
-  static constexpr decltype(Kernels::moments) moments[] = {
-      batchnorm::moments<T, MaskType::none>, batchnorm::moments<T, MaskType::boolean>,
-      batchnorm::moments<T, MaskType::float32>, batchnorm::moments<T, MaskType::float64>};
-  static constexpr decltype(Kernels::sums) sums[][2] = {
-      {batchnorm::sums<T, A, false>, batchnorm::sums<T, A, grad_reads_residual<A>>}...};
-  static constexpr decltype(Kernels::apply) apply[][2] = {
-      {batchnorm::apply<T, A, false>, batchnorm::apply<T, A, true>}...};
-  static constexpr decltype(Kernels::grad) grad[][2] = {
-      {batchnorm::grad<T, A, false>, batchnorm::grad<T, A, grad_reads_residual<A>>}...};
-};
+// --- the kernels of a dtype ------------------------------------------------------------------------------------------
 
 template <class T>
 constexpr Kernels kernels_for = {
     [](const Extents& e, const void* x, const Mask& mask, const double* pivots, int64_t begin, int64_t end, Sums s) {
-      Tables<T, Activations>::moments[static_cast<int>(mask.type)](e, x, mask, pivots, begin, end, s);
+      if (mask.type == MaskType::none) return moments<T, NoMask>(e, x, mask, pivots, begin, end, s);
+      if (mask.type == MaskType::boolean) return moments<T, BooleanMask>(e, x, mask, pivots, begin, end, s);
+      moments<T, SampleWeights>(e, x, mask, pivots, begin, end, s);
     },
     [](const Extents& e, const Backward& t, const Affine& a, int64_t begin, int64_t end, Sums s) {
-      Tables<T, Activations>::sums[a.activation][t.residual != nullptr](e, t, a, begin, end, s);
+      for_activation(Activations{}, a.activation, [&](auto activation) { sums<T>(e, t, a, activation, begin, end, s); });
     },
     [](const Extents& e, const Forward& t, const Affine& a, int64_t begin, int64_t end) {
-      Tables<T, Activations>::apply[a.activation][t.residual != nullptr](e, t, a, begin, end);
+      for_activation(Activations{}, a.activation, [&](auto activation) { apply<T>(e, t, a, activation, begin, end); });
     },
     [](const Extents& e, const Backward& t, const Affine& a, const GradCoefficients& g, int64_t begin, int64_t end) {
-      Tables<T, Activations>::grad[a.activation][t.residual != nullptr](e, t, a, g, begin, end);
+      for_activation(Activations{}, a.activation, [&](auto activation) { grad<T>(e, t, a, activation, g, begin, end); });
     }};
 
 // In the order of Dtype.

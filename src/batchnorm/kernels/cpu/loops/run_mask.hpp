@@ -55,9 +55,23 @@ struct RunMask {
       from(reinterpret_cast<const double*>(values));
   }
 
-  // v times the mask of the step at k; 0 where the mask is 0, whatever v is.
+  // v times the mask of the step at k; 0 where the mask is 0, whatever v is. Called, not inlined, at the ends of runs.
   template <class V, class Access>
   BN_INLINE V times(Access access, int64_t k, V v) const {
+    if constexpr (Access::whole)
+      return product(access, k, v);
+    else
+      return called_product(access, k, v);
+  }
+
+ private:
+  template <class V, class Access>
+  __attribute__((noinline)) V called_product(Access access, int64_t k, V v) const {
+    return product(access, k, v);
+  }
+
+  template <class V, class Access>
+  BN_INLINE V product(Access access, int64_t k, V v) const {
     if (type == MaskType::boolean) return counted<V>(access, k) ? v : V{};
     Doubles wide[Sum<V>::parts];
     load<V>(access, k, wide);

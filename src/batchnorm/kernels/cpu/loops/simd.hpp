@@ -115,11 +115,23 @@ struct Element<BFloat16> {
   }
 };
 
-// IEEE half precision by arithmetic on the bits: exact, and the same on every machine.
+// IEEE half precision: by the machine's own conversions, or by arithmetic on the bits, with the same results but for the
+// bits of a NaN.
 template <>
 struct Element<Float16> {
   using Vector = Floats;
   static BN_INLINE Floats load(const Float16* p) { return widened(load_raw<Halves>(p)); }
+#if defined(__AVX512F__)
+  static BN_INLINE Floats widened(Halves h) { return _mm512_cvtph_ps(reinterpret_cast<__m256i>(h)); }
+  static BN_INLINE Halves rounded(Floats v) {
+    return reinterpret_cast<Halves>(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+#elif defined(__F16C__)
+  static BN_INLINE Floats widened(Halves h) { return _mm256_cvtph_ps(reinterpret_cast<__m128i>(h)); }
+  static BN_INLINE Halves rounded(Floats v) {
+    return reinterpret_cast<Halves>(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+#else
   static BN_INLINE Floats widened(Halves halves) {
     const Bits h = __builtin_convertvector(halves, Bits);
     const Bits magnitude = (h & 0x7fff) << 13;
@@ -137,6 +149,7 @@ struct Element<Float16> {
     const Bits magnitude = a >= 0x477ff000 ? large : (a < (113u << 23) ? subnormal : normal);
     return __builtin_convertvector(sign | magnitude, Halves);
   }
+#endif
 };
 
 template <class T>

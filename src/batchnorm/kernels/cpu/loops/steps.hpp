@@ -44,6 +44,7 @@ BN_INLINE V affine(V x, V mean, V scale, V shift) {
 
 template <class T>
 struct Whole {
+  static constexpr bool whole = true;
   static BN_INLINE Vector<T> load(const void* p, int64_t i) {
     return Element<T>::load(static_cast<const T*>(p) + i);
   }
@@ -63,11 +64,13 @@ struct Whole {
 // A vector that does not begin where a whole one would: its address is any.
 template <class T>
 struct Overlapping : Whole<T> {
+  static constexpr bool whole = false;
   static BN_INLINE void store(void* p, int64_t i, Vector<T> v, bool) { Whole<T>::store(p, i, v, false); }
 };
 
 template <class T>
 struct Part {
+  static constexpr bool whole = false;
   int64_t n;
   BN_INLINE Vector<T> load(const void* p, int64_t i) const { return load_part(static_cast<const T*>(p) + i, n); }
   BN_INLINE void store(void* p, int64_t i, Vector<T> v, bool) const { store_part(static_cast<T*>(p) + i, v, n); }
