@@ -1,7 +1,7 @@
 """The pictures of docs/pictures, drawn from numbers that are kept, each in one place.
 
-The speeds are those of the first table of docs/numbers/performance.md. The others are measured here, in five minutes on one
-core, and kept as JSON beside the pictures: their networks are those of small_batches.py, trained on the digits.
+The speeds are those of the first table of docs/numbers/performance.md. The others are measured here, in five minutes on
+one core, and kept as JSON beside the pictures: their networks are those of small_batches.py, trained on the digits.
 
     python benchmarks/pictures.py             # draws them again
     python benchmarks/pictures.py --measure   # trains the networks first, and writes the JSON files anew
