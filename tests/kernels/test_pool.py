@@ -23,6 +23,13 @@ native = torch.ops.batchnorm
 LARGE, SMALL = (8, 16, 64, 64), (8, 16, 8, 8)  # 2 MiB and 32 KiB of float32
 
 
+@pytest.fixture(autouse=True)
+def empty() -> None:
+    """What other tests left idle is not to be found: a block of theirs may fit as well."""
+    native._cpu_set_output_pool_limit(0)
+    native._cpu_set_output_pool_limit(native._cpu_memory_limit("") // 8)  # as at first
+
+
 def normalized(shape: tuple[int, ...]) -> Tensor:
     assert cpu.AVAILABLE
     x = torch.randn(shape)
