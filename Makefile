@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # A process for each core, up to eight, that computes in one thread. What shares them out is in tests/conftest.py.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8
+# Python keeps what it compiles, whatever the caller's environment says: commands here start hundreds of processes.
+unexport PYTHONDONTWRITEBYTECODE
 NATIVE := $(wildcard src/batchnorm/kernels/cpu/*/*.?pp)
 
 .PHONY: demo test test-long test-torch cuda check docs sanitize bench wheel peers clean

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from batchnorm.study.loss_landscape import descend, disturbance, measure_along_step
+from batchnorm.study.loss_landscape import disturbance, measure_along_step
 from support import tolerances
 
 
@@ -111,9 +111,3 @@ def test_parameters_come_back_after_an_error() -> None:
         measure_along_step([parameter], fails, (0.25,))
     assert calls == [1.0, 0.5]
     assert parameter.item() == 1.0
-
-
-def test_descend() -> None:
-    parameters = [nn.Parameter(torch.tensor([1.0, 2.0])), nn.Parameter(torch.tensor(3.0))]
-    descend(parameters, [torch.tensor([2.0, 4.0]), torch.tensor(-2.0)], 0.5)
-    assert [parameter.tolist() for parameter in parameters] == [[0.0, 0.0], 4.0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
@@ -45,6 +46,21 @@ def test_batches_follow_the_generator() -> None:
 
     assert taken(1) == taken(1)
     assert taken(1) != taken(2)
+
+
+def test_gradient_steps_are_those_of_sgd() -> None:
+    mine = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    others = copy.deepcopy(mine)
+    optimizer = torch.optim.SGD(others.parameters(), 0.3)
+    for _ in range(3):
+        x = torch.randn(6, 5)
+        training.gradient_step(
+            [*mine.parameters()], torch.autograd.grad(mine(x).square().sum(), [*mine.parameters()]), 0.3
+        )
+        optimizer.zero_grad()
+        others(x).square().sum().backward()
+        optimizer.step()
+    assert all(map(torch.equal, mine.parameters(), others.parameters()))
 
 
 class Watcher(nn.Module):

@@ -24,7 +24,7 @@ from batchnorm.study import training
 from batchnorm.study.experiment import Conclusion, Experiment, Setting
 from batchnorm.study.formatting import cell
 from batchnorm.study.grid import Grid, Results
-from batchnorm.study.loss_landscape import Loss, descend, disturbance, measure_along_step
+from batchnorm.study.loss_landscape import Loss, disturbance, measure_along_step
 from batchnorm.study.measured import Measured, Paired
 from batchnorm.study.networks import Placement
 from batchnorm.study.noise_injection import Noise, add_noise
@@ -135,11 +135,11 @@ def run(setting: Setting, plan: Plan, kind: str, seed: int) -> dict[str, Any]:
         right.append(training.accuracy(outputs.detach().argmax(1), y))
         gradients = torch.autograd.grad(nn.functional.cross_entropy(outputs, y), parameters)
         if step % plan.every:
-            descend(parameters, gradients, plan.learning_rate)
+            training.gradient_step(parameters, gradients, plan.learning_rate)
             continue
         found = asdict(measure_along_step(parameters, again, rates))
         found["disturbance"] = disturbance(model, again, plan.learning_rate)
-        descend(parameters, gradients, plan.learning_rate)
+        training.gradient_step(parameters, gradients, plan.learning_rate)
         after = layer_inputs(model, watched)
         found["shift"] = statistics.geometric_mean(shift(*pair) for pair in zip(before, after, strict=True))
         found["curve"] = statistics.fmean(right[-plan.every :])
@@ -329,6 +329,6 @@ EXPERIMENT = Experiment(
     grid=lambda plan: Grid(plan.seeds, network=NETWORKS),
     run=run,
     conclude=conclude,
-    seconds=lambda plan: plan.steps * len(plan.hidden) / 1000,
+    seconds=lambda plan: plan.steps * len(plan.hidden) / 2500,
     code=CODE,
 )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.study.statistics import bounded
+from batchnorm.study.training import gradient_step
 
 _LARGEST = 1e6  # where a training diverges
 
@@ -100,20 +101,13 @@ def disturbance(network: nn.Module, loss: Loss, rate: float) -> float:
 def _moved(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor], rate: float) -> Iterator[None]:
     """For a while, the parameters are one gradient step further."""
     saved = [parameter.detach().clone() for parameter in parameters]
-    descend(parameters, gradients, rate)
+    gradient_step(parameters, gradients, rate)
     try:
         yield
     finally:
         with torch.no_grad():
             for parameter, start in zip(parameters, saved, strict=True):
                 parameter.copy_(start)
-
-
-def descend(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor], rate: float) -> None:
-    """One step of gradient descent."""
-    with torch.no_grad():
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.sub_(gradient, alpha=rate)
 
 
 def _gradients(parameters: Sequence[nn.Parameter], loss: Loss) -> tuple[float, tuple[Tensor, ...]]:

@@ -199,10 +199,10 @@ EXPERIMENT = Experiment(
     title="Does it allow a larger learning rate?",
     claims=(LARGEST, RANGE),
     full=Plan(),
-    quick=Plan(seeds=6, rates=(0.01, 0.1, 1.0), hidden=(32,) * 4),
+    quick=Plan(seeds=6, rates=(0.01, 0.1, 1.0), hidden=(32,) * 3),
     grid=lambda plan: Grid(plan.seeds, network=NETWORKS, rate=plan.rates),
     run=run,
     conclude=conclude,
-    seconds=lambda plan: plan.steps * len(plan.hidden) / 2500,
+    seconds=lambda plan: plan.steps * len(plan.hidden) / 3500,
     code=CODE,
 )

@@ -326,6 +326,6 @@ EXPERIMENT = Experiment(
     grid=lambda plan: Grid(plan.seeds, kind=(LINEAR, *NETWORKS)),
     run=run,
     conclude=conclude,
-    seconds=lambda plan: plan.steps / 300,
+    seconds=lambda plan: plan.steps / 500,
     code=CODE,
 )

@@ -224,7 +224,7 @@ EXPERIMENT = Experiment(
     title="Does it need fewer training steps?",
     claims=(BEST, SAME),
     full=Plan(),
-    quick=Plan(seeds=6, evaluate_every=10, rates=(0.1, 0.4), hidden=(32,) * 4),
+    quick=Plan(seeds=6, evaluate_every=10, rates=(0.1, 0.4), hidden=(32,) * 3),
     grid=lambda plan: Grid(plan.seeds, network=NETWORKS, rate=plan.rates),
     run=run,
     conclude=conclude,

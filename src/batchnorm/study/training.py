@@ -108,14 +108,23 @@ def descend(
         batch_size: samples in a step.
         generator: the source of the order of the samples.
     """
-    optimizer = torch.optim.SGD(network.parameters(), learning_rate)
+    parameters = list(network.parameters())
     for chosen in batches(len(part.labels), batch_size, generator):
-        network.train()
-        optimizer.zero_grad()
+        if not network.training:  # which walks over all modules
+            network.train()
         loss = nn.functional.cross_entropy(network(part.inputs[chosen]), part.labels[chosen])
-        torch.autograd.backward(loss)
-        optimizer.step()
+        gradient_step(parameters, torch.autograd.grad(loss, parameters), learning_rate)
         yield loss.detach()
+
+
+def gradient_step(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor], rate: float) -> None:
+    """One step of gradient descent.
+
+    torch.optim.SGD does the same to the bit; on networks this small it takes a sixth of a step's time.
+    """
+    with torch.no_grad():
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.sub_(gradient, alpha=rate)
 
 
 def batches(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
