@@ -131,6 +131,40 @@ def test_an_outlier_first_does_not_cost_precision(level: str) -> None:
     close(actual_m2, m2, relative=tolerances.STATISTIC)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "layout",
+    [*LAYOUTS[:4], Layout("long runs", (6, 5, 90, 70)), Layout("many rows", (40, 24, 41, 41), 1, "channels_last")],
+    ids=lambda layout: layout.name,
+)
+@pytest.mark.parametrize("ratio", [0.0, 3.0, 100.0])
+@pytest.mark.parametrize("outlier", [None, 500.0, 6e4])
+def test_statistics_of_half_precision(
+    dtype: torch.dtype, layout: Layout, ratio: float, outlier: float | None, level: str
+) -> None:
+    # Their sums are float32 for a few steps, about a pivot that is the mean of a few values, or the first that counts.
+    x = torch.randn(layout.shape) + ratio
+    rows = x.movedim(layout.channel_dim, -1).flatten(0, -2)
+    n = len(rows)
+    if outlier is not None:
+        rows[:: n // 4] = outlier
+    x = layout.arrange(rows.view_as(x.movedim(layout.channel_dim, -1)).movedim(-1, layout.channel_dim).to(dtype))
+    for mask in (None, torch.ones(x.movedim(layout.channel_dim, -1).shape[:-1], dtype=torch.bool)):
+        _, mean, m2 = oracle.moments(x.double().movedim(layout.channel_dim, 1).numpy())
+        _, actual_mean, actual_m2 = native.batch_moments(x, layout.channel_dim, mask)
+        close(actual_mean, mean, absolute=tolerances.STATISTIC * np.sqrt(m2 / n))
+        close(actual_m2, m2, relative=tolerances.STATISTIC)
+
+
+def test_any_nan_of_a_parameter_stays_one_in_half_precision(level: str) -> None:
+    every_bit = torch.tensor([-1, 0x7FFFFFFF, 0x7F800001], dtype=torch.int32).view(torch.float32)
+    mean, var = torch.zeros(3).double(), torch.ones(3).double()
+    for dtype in (torch.float16, torch.bfloat16):
+        x = torch.randn(4, 3, 40).to(dtype)
+        for weight, bias in ((every_bit, None), (None, every_bit)):
+            assert native.normalize(x, mean, var, weight, bias, None, EPS, 1, "relu").isnan().all()
+
+
 @pytest.mark.parametrize(
     "layout",
     [*LAYOUTS, Layout("many parts", (3, 4, 200, 300)), Layout("many rows", (64, 24, 56, 56), 1, "channels_last")],

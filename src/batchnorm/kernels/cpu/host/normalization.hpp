@@ -38,9 +38,11 @@ class Coefficient {
         exact_(input.dtype == Dtype::float64 ? size_ : 0),
         rounded_(input.dtype == Dtype::float64 ? 0 : size_) {}
 
-  // A finite value stays so: a scale beyond float32 would make NaN of the zeros that it is multiplied with.
+  // A finite value stays so: a scale beyond float32 would make NaN of the zeros that it is multiplied with. Of NaNs there
+  // is one, which loops can round to bfloat16 like any other value.
   void set(int64_t c, double value) {
     constexpr double largest = std::numeric_limits<float>::max();
+    if (std::isnan(value)) value = std::numeric_limits<double>::quiet_NaN();
     if (exact_.empty() && std::isfinite(value)) value = std::clamp(value, -largest, largest);
     if (exact_.empty())
       for (int64_t i = c; i < size_; i += channels_) rounded_[i] = static_cast<float>(value);

@@ -26,9 +26,9 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor> batch_moments(const Tensor& x, int64_t channel_dim, const OptionalTensor& mask) {
   const Input input(x, channel_dim, Order::own);
   const Schedule schedule(input.extents, input.tensor.element_size());
-  const MomentsPass moments(input, channel_dim, schedule.repeat(), mask);
+  MomentsPass moments(input, channel_dim, schedule.repeat(), mask);
   schedule.reduce([&](const Extents& e, int64_t begin, int64_t end, Sums s) { moments.add(e, begin, end, s); },
-                  [&](int64_t c, double first, double second) { moments.finish(c, first, second); });
+                  [&](int64_t c, double first, double second) { return moments.finish(c, first, second); });
   return {moments.count, moments.mean, moments.m2};
 }
 
@@ -38,15 +38,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_of(const Tensor& x, const Opt
                                                       const OptionalTensor& mask) {
   const Input input(x, channel_dim, Order::outputs);
   const Schedule schedule(input.extents, input.tensor.element_size());
-  const MomentsPass moments(input, channel_dim, schedule.repeat(), mask);
+  MomentsPass moments(input, channel_dim, schedule.repeat(), mask);
   Normalization norm(input, schedule.repeat(), weight, bias, eps, activation);
   const ApplyPass apply(input, norm, residual, Output::like(input));
   schedule.reduce_then(
       schedule.blocks() && !apply.in_order(),
       [&](const Extents& e, int64_t begin, int64_t end, Sums s) { moments.add(e, begin, end, s); },
       [&](int64_t c, double first, double second) {
-        moments.finish(c, first, second);
+        const bool again = moments.finish(c, first, second);
         norm.set(c, moments.mean_of(c), moments.variance_of(c));
+        return again;
       },
       apply);
   return {apply.y(), moments.count, moments.mean, moments.m2};
@@ -113,7 +114,7 @@ std::tuple<Tensor, Tensor> backward_sums(const Tensor& dy, const Tensor& x, cons
   const BackwardInputs b(dy, x, mean, var, weight, bias, residual, eps, channel_dim, take_activation(activation), mask);
   SumsPass sums(b);
   b.schedule.reduce([&](const Extents& e, int64_t begin, int64_t end, Sums s) { sums.add(e, begin, end, s); },
-                    [&](int64_t c, double first, double second) { sums.finish(c, first, second); });
+                    [&](int64_t c, double first, double second) { return sums.finish(c, first, second); });
   return {sums.sum_dz(), sums.sum_dz_xhat()};
 }
 
@@ -145,8 +146,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tens
       b.schedule.blocks() && !apply.in_order(),
       [&](const Extents& e, int64_t begin, int64_t end, Sums s) { sums.add(e, begin, end, s); },
       [&](int64_t c, double first, double second) {
-        sums.finish(c, first, second);
+        const bool again = sums.finish(c, first, second);
         b.set_grad(c, sums.sum_of(c) / n, sums.product_of(c) / n);
+        return again;
       },
       apply);
   return {apply.dx(), sums.sum_dz_xhat(weight), sums.sum_dz(bias), apply.dresidual()};

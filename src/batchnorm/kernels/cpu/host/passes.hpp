@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <optional>
 #include <utility>
@@ -27,6 +28,9 @@ void zero(const Tensor& t) { std::fill_n(t.mutable_data_ptr<double>(), t.numel()
 // The pivot of a channel is the first value that counts. Because it is one of the n values, |pivot - mean| is at most
 // std sqrt(n), and the difference of the two float64 sums loses at most a relative n 2^-53 of the variance, whatever
 // the data's offset.
+//
+// Without a mask the loops add up half precision in float32 for a few steps. There the pivot has to be near the mean: it
+// is the mean of a few values, and where that turns out to be far away, the sums are taken once more about the mean.
 class MomentsPass {
  public:
   MomentsPass(const Input& input, int64_t channel_dim, int64_t repeat, const OptionalTensor& mask)
@@ -35,6 +39,8 @@ class MomentsPass {
         count(total_.tensor()),
         mean(input.statistic()),
         m2(input.statistic()),
+        narrow_(input.tensor.element_size() < 4 && !mask),
+        channels_(input.extents.channels),
         data_(input.data()),
         n_(total_.sum),
         kernels_(kernels(input.dtype)),
@@ -46,27 +52,50 @@ class MomentsPass {
       return;
     }
     input.values_at(total_.first, pivots_.data());
-    for (size_t i = input.extents.channels; i < pivots_.size(); ++i) pivots_[i] = pivots_[i - input.extents.channels];
+    if (narrow_) average(input);
+    for (size_t i = channels_; i < pivots_.size(); ++i) pivots_[i] = pivots_[i - channels_];
   }
 
   void add(const Extents& e, int64_t begin, int64_t end, Sums sums) const {
     kernels_.moments(e, data_, mask_.view(), pivots_.data(), begin, end, sums);
   }
 
-  void finish(int64_t c, double first, double second) const {
+  // Whether the sums have to be taken again, about another pivot.
+  bool finish(int64_t c, double first, double second) {
     if (n_ == 0) {
       means_[c] = m2s_[c] = 0;
-      return;
+      return false;
     }
     means_[c] = pivots_[c] + first / n_;
     const double squares = second - first * (first / n_);
     m2s_[c] = squares < 0 ? 0 : squares;  // NaN stays NaN
+    const bool far = first * (first / n_) > kNear * kNear * m2s_[c];
+    const double pivot = static_cast<float>(means_[c]);
+    if (!narrow_ || !far || pivot == pivots_[c]) return false;
+    for (size_t i = c; i < pivots_.size(); i += channels_) pivots_[i] = pivot;
+    return true;
   }
 
   double mean_of(int64_t c) const { return means_[c]; }
   double variance_of(int64_t c) const { return n_ == 0 ? 0 : m2s_[c] / n_; }
 
  private:
+  static constexpr double kNear = 1.5;  // standard deviations: the sum of squares is then at most 3.25 times the least
+  static constexpr int64_t kFew = 8;    // their mean is further away in one channel of 40,000
+
+  // Pivots from several places, where these values are finite.
+  void average(const Input& input) {
+    const int64_t positions = input.extents.count();
+    if (positions < 8 * kFew) return;
+    std::vector<double> sums(channels_), values(channels_);
+    for (int64_t i = 0; i < kFew; ++i) {
+      input.values_at(positions / kFew * i, values.data());
+      for (int64_t c = 0; c < channels_; ++c) sums[c] += values[c];
+    }
+    for (int64_t c = 0; c < channels_; ++c)
+      if (std::isfinite(sums[c])) pivots_[c] = static_cast<float>(sums[c] / kFew);
+  }
+
   MaskInput mask_;
   Count total_;
 
@@ -74,6 +103,8 @@ class MomentsPass {
   Tensor count, mean, m2;
 
  private:
+  bool narrow_;
+  int64_t channels_;
   const void* data_;
   double n_;
   const Kernels& kernels_;
@@ -162,9 +193,10 @@ class SumsPass {
     kernels_.sums(e, tensors_, affine_, begin, end, s);
   }
 
-  void finish(int64_t c, double first, double second) {
+  bool finish(int64_t c, double first, double second) {
     sums_[c] = first;
     products_[c] = norm_.normalized_sum(c, first, second);
+    return false;
   }
 
   double sum_of(int64_t c) const { return sums_[c]; }

@@ -8,6 +8,7 @@
 #endif
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <numeric>
@@ -93,19 +94,24 @@ class Schedule {
   }
 
   // Two sums for each channel: `add(extents, begin, end, sums)` adds those of a range, `finish(channel, first, second)`
-  // gets the totals. Nothing is called for an empty input.
+  // gets the totals, and says whether all sums are to be taken again. Nothing is called for an empty input.
   template <class Add, class Finish>
   void reduce(const Add& add, const Finish& finish) const {
     if (parts_ == 0) return;
     const Scratch scratch(2 * extents_.channels * parts_);
     double* sums = scratch.data;
-    each_part(false, [&](int64_t part, const Extents& e, int64_t begin, int64_t end) {
-      if (&e == &extents_) clear(sums_of(sums, part, 0), extents_.channels);
-      add(e, begin, end, sums_of(sums, part, 0));
-    });
     const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, 2 * repeat_ * parts_));
-    torch::stable::parallel_for(
-        0, rest_.channels, grain, [&](int64_t begin, int64_t end) { total(sums, begin, end, finish); });
+    std::atomic<bool> again;
+    do {
+      each_part(false, [&](int64_t part, const Extents& e, int64_t begin, int64_t end) {
+        if (&e == &extents_) clear(sums_of(sums, part, 0), extents_.channels);
+        add(e, begin, end, sums_of(sums, part, 0));
+      });
+      again = false;
+      torch::stable::parallel_for(0, rest_.channels, grain, [&](int64_t begin, int64_t end) {
+        if (total(sums, begin, end, finish)) again = true;
+      });
+    } while (again);
   }
 
   // `reduce`, and then `then(extents, begin, end)` for every range, which may use what `finish` left.
@@ -123,16 +129,17 @@ class Schedule {
     torch::stable::parallel_for(0, blocks, 1, [&](int64_t first_block, int64_t last_block) {
       for (int64_t block = first_block; block < last_block; ++block) {
         const int64_t first = block * width_, last = std::min(extents_.channels, first + width_);
-        for (int64_t part = 0; part < parts_; ++part) clear(sums_of(sums, part, first), last - first);
-        for (int64_t o = 0; o < extents_.outer; ++o)
-          for (int64_t begin = (o * extents_.channels + first) * extents_.inner,
-                       stop = (o * extents_.channels + last) * extents_.inner;
-               begin < stop;) {
-            const int64_t part = begin / length_, end = std::min(stop, (part + 1) * length_);
-            add(extents_, begin, end, sums_of(sums, part, 0));
-            begin = end;
-          }
-        total(sums, first, last, finish);
+        do {
+          for (int64_t part = 0; part < parts_; ++part) clear(sums_of(sums, part, first), last - first);
+          for (int64_t o = 0; o < extents_.outer; ++o)
+            for (int64_t begin = (o * extents_.channels + first) * extents_.inner,
+                         stop = (o * extents_.channels + last) * extents_.inner;
+                 begin < stop;) {
+              const int64_t part = begin / length_, end = std::min(stop, (part + 1) * length_);
+              add(extents_, begin, end, sums_of(sums, part, 0));
+              begin = end;
+            }
+        } while (total(sums, first, last, finish));
         for (int64_t o = extents_.outer - 1; o >= 0; --o)
           then(extents_, (o * extents_.channels + first) * extents_.inner,
                (o * extents_.channels + last) * extents_.inner);
@@ -189,7 +196,8 @@ class Schedule {
   }
 
   template <class Finish>
-  void total(double* sums, int64_t begin, int64_t end, const Finish& finish) const {
+  bool total(double* sums, int64_t begin, int64_t end, const Finish& finish) const {
+    bool again = false;
     for (int64_t c = begin; c < end; ++c) {
       double first = 0, second = 0;
       for (int64_t part = 0; part < parts_; ++part) {
@@ -197,8 +205,9 @@ class Schedule {
         for (int64_t i = c; i < extents_.channels; i += rest_.channels)
           first += of_part.first[i], second += of_part.second[i];
       }
-      finish(c, first, second);
+      again |= finish(c, first, second);
     }
+    return again;
   }
 
   Extents extents_, rest_;

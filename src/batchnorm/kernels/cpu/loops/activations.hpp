@@ -269,12 +269,15 @@ using Activations =
 
 // --- in loops --------------------------------------------------------------------------------------------------------
 
-// Which activations have loops of their own: those that add little to them, and one that whole families of networks use.
-template <class A>
-constexpr bool own_loops = A::brief || std::is_same_v<A, Silu>;
+// Which activations have loops of their own: the first two for every type; for float32 and float64 those that add little
+// to a loop; and for float32 one that whole families of networks use.
+template <class T, class A>
+constexpr bool own_loops = std::is_same_v<A, Identity> || std::is_same_v<A, Relu> || (A::brief && sizeof(T) >= 4) ||
+                           (std::is_same_v<A, Silu> && std::is_same_v<T, float>);
 
-// The others, chosen for each vector anew. That costs little: the processor foresees it, and all of them compute for
-// longer. Loops of their own would make the compilation twice as long.
+// The others, chosen for each vector anew. That costs little: the processor foresees it, and the rest takes longer. Loops
+// of their own would make the compilation several times as long.
+template <class T>
 struct Other {
   static constexpr bool brief = false;
   int index;
@@ -298,30 +301,26 @@ struct Other {
   BN_INLINE void choose(ActivationList<A...>, F f) const {
     int i = 0;
     const auto is = [&]<class B>(B activation) {
-      if constexpr (own_loops<B>) {
-        ++i;
-        return false;
-      } else {
-        return i++ == index ? (f(activation), true) : false;
-      }
+      const bool chosen = i++ == index;
+      if constexpr (!own_loops<T, B>)
+        if (chosen) f(activation);
+      return chosen;
     };
     (void)(is(A{}) || ...);
   }
 };
 
-// f(what a loop is compiled for), for the activation with this index.
-template <class F, class... A>
+// f(what a loop over T is compiled for), for the activation with this index.
+template <class T, class F, class... A>
 BN_INLINE void for_activation(ActivationList<A...>, int index, F f) {
   int i = 0;
   const auto is = [&]<class B>(B activation) {
-    if constexpr (own_loops<B>) {
-      return i++ == index ? (f(activation), true) : false;
-    } else {
-      ++i;
-      return false;
-    }
+    const bool chosen = i++ == index && own_loops<T, B>;
+    if constexpr (own_loops<T, B>)
+      if (chosen) f(activation);
+    return chosen;
   };
-  if (!(is(A{}) || ...)) f(Other{index});
+  if (!(is(A{}) || ...)) f(Other<T>{index});
 }
 
 }  // namespace

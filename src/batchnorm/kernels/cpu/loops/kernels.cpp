@@ -174,11 +174,16 @@ void moments(const Extents& extents, const void* x, const Mask& mask, const doub
   const Extents e = extents;
   using V = Vector<T>;
   constexpr int64_t lanes = kLanes<V>;
+  // Half precision is added up in float32 for a few steps: widening every difference would take longer than reading it.
+  constexpr bool narrow = sizeof(T) < sizeof(float) && std::is_same_v<M, NoMask>;
+  constexpr int64_t together = 2 * kGroup * lanes;
+  using Few = std::conditional_t<narrow, FewMomentSums<V>, MomentSums<V>>;
   MaskBuffer buffer;
   // Adds the values of the step at k. What equals the pivot adds nothing, whatever its sample weight.
-  const auto add = [&](MomentSums<V>& m, auto access, int64_t k, V value, const Pivot<V>& pivot,
-                       const RunMask& local) {
-    if constexpr (std::is_same_v<M, NoMask>) {
+  const auto add = [&](Few& m, auto access, int64_t k, V value, const Pivot<V>& pivot, const RunMask& local) {
+    if constexpr (narrow) {
+      m.add(value, pivot.value);
+    } else if constexpr (std::is_same_v<M, NoMask>) {
       m.add(value, pivot.wide);
     } else if constexpr (std::is_same_v<M, BooleanMask>) {
       m.add(local.counted<V>(access, k) ? value : pivot.value, pivot.wide);
@@ -191,12 +196,20 @@ void moments(const Extents& extents, const void* x, const Mask& mask, const doub
   if (!e.rows()) {
     for_each_run(e, begin, end, [&](int64_t channel, int64_t at, int64_t length) {
       const RunMask local = run_mask(e, mask, at, 1, buffer);
-      MomentSums<V> even, odd;  // two, as an addition waits for the one before it
+      MomentSums<V> all;
+      Few even, odd;  // two, as an addition waits for the one before it
       Pivot<V> pivot;
       pivot.value = splat<V>(pivots[channel]);
       widen(pivot.value, pivot.wide);
       const auto whole = [&](int64_t k) { return Whole<T>::load(x, at + k); };
       int64_t i = 0;
+      if constexpr (narrow) {
+        for (; i + together <= length; all.add(even), all.add(odd), even = odd = {})
+          for (const int64_t end = i + together; i < end; i += 2 * lanes) {
+            add(even, Whole<T>{}, i, whole(i), pivot, local);
+            add(odd, Whole<T>{}, i + lanes, whole(i + lanes), pivot, local);
+          }
+      }
       for (; i + 2 * lanes <= length; i += 2 * lanes) {
         add(even, Whole<T>{}, i, whole(i), pivot, local);
         add(odd, Whole<T>{}, i + lanes, whole(i + lanes), pivot, local);
@@ -209,8 +222,8 @@ void moments(const Extents& extents, const void* x, const Mask& mask, const doub
           add(odd, Whole<T>{}, length - lanes, first_lanes(pivot.value, lanes - n, whole(length - lanes)), pivot,
               local);
       }
-      even.add(odd);
-      sums.first[channel] += total(even.first), sums.second[channel] += total(even.second);
+      all.add(even), all.add(odd);
+      sums.first[channel] += total(all.first), sums.second[channel] += total(all.second);
     });
     return;
   }
@@ -218,15 +231,17 @@ void moments(const Extents& extents, const void* x, const Mask& mask, const doub
   for_each_group(e, begin, end, single, [&](int64_t at, auto rows) {
     const RunMask local = run_mask(e, mask, at, rows.value, buffer);
     for_each_step<T>(e.channels, [&](auto access, int64_t c) {
-      MomentSums<V> m;
+      MomentSums<V> all;
+      Few m;
       Pivot<V> pivot;
       load_doubles(access, pivots + c, pivot.wide);
       pivot.value = narrowed(pivot.wide);
       for_each_row<true>(access, rows, [&](int64_t r) {
         add(m, access, c, access.load(x, at + r * e.channels + c), pivot, row_mask(local, e, r));
       });
-      add_to_memory(access, m.first, sums.first + c);
-      add_to_memory(access, m.second, sums.second + c);
+      all.add(m);
+      add_to_memory(access, all.first, sums.first + c);
+      add_to_memory(access, all.second, sums.second + c);
     });
   });
 }
@@ -336,13 +351,13 @@ constexpr Kernels kernels_for = {
       moments<T, SampleWeights>(e, x, mask, pivots, begin, end, s);
     },
     [](const Extents& e, const Backward& t, const Affine& a, int64_t begin, int64_t end, Sums s) {
-      for_activation(Activations{}, a.activation, [&](auto activation) { sums<T>(e, t, a, activation, begin, end, s); });
+      for_activation<T>(Activations{}, a.activation, [&](auto activation) { sums<T>(e, t, a, activation, begin, end, s); });
     },
     [](const Extents& e, const Forward& t, const Affine& a, int64_t begin, int64_t end) {
-      for_activation(Activations{}, a.activation, [&](auto activation) { apply<T>(e, t, a, activation, begin, end); });
+      for_activation<T>(Activations{}, a.activation, [&](auto activation) { apply<T>(e, t, a, activation, begin, end); });
     },
     [](const Extents& e, const Backward& t, const Affine& a, const GradCoefficients& g, int64_t begin, int64_t end) {
-      for_activation(Activations{}, a.activation, [&](auto activation) { grad<T>(e, t, a, activation, g, begin, end); });
+      for_activation<T>(Activations{}, a.activation, [&](auto activation) { grad<T>(e, t, a, activation, g, begin, end); });
     }};
 
 // In the order of Dtype.

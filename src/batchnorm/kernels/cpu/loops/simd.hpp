@@ -76,6 +76,28 @@ BN_INLINE V splat(T x) {
 BN_INLINE Floats as_floats(Bits b) { return reinterpret_cast<Floats>(b); }
 BN_INLINE Bits as_bits(Floats v) { return reinterpret_cast<Bits>(v); }
 
+// 16-bit integers to 32-bit ones and back. GCC takes the portable form apart, into two or three times the instructions.
+BN_INLINE Bits extended(Halves h) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Bits>(_mm512_maskz_cvtepu16_epi32(0xffff, reinterpret_cast<__m256i>(h)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Bits>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(h)));
+#else
+  return __builtin_convertvector(h, Bits);
+#endif
+}
+
+BN_INLINE Halves truncated(Bits b) {  // below 2^16
+#if defined(__AVX512F__)
+  return reinterpret_cast<Halves>(_mm512_maskz_cvtepi32_epi16(0xffff, reinterpret_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  const __m256i packed = _mm256_packus_epi32(reinterpret_cast<__m256i>(b), reinterpret_cast<__m256i>(b));
+  return reinterpret_cast<Halves>(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0b1000)));
+#else
+  return __builtin_convertvector(b, Halves);
+#endif
+}
+
 // --- elements: how a value in memory becomes a value to compute with, and back, rounded to nearest even --------------
 
 struct BFloat16 {
@@ -106,12 +128,11 @@ template <>
 struct Element<BFloat16> {
   using Vector = Floats;
   static BN_INLINE Floats load(const BFloat16* p) { return widened(load_raw<Halves>(p)); }
-  static BN_INLINE Floats widened(Halves h) { return as_floats(__builtin_convertvector(h, Bits) << 16); }
+  static BN_INLINE Floats widened(Halves h) { return as_floats(extended(h) << 16); }
   static BN_INLINE Halves rounded(Floats v) {
+    // A NaN stays one: being a result or a value of this type, it is quiet, and it has no low bits that would carry.
     const Bits b = as_bits(v);
-    const Bits nearest = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
-    const Bits quiet = (b >> 16) | 0x40;  // rounding could carry a NaN into infinity
-    return __builtin_convertvector(v == v ? nearest : quiet, Halves);
+    return truncated((b + 0x7fff + ((b >> 16) & 1)) >> 16);
   }
 };
 
@@ -133,7 +154,7 @@ struct Element<Float16> {
   }
 #else
   static BN_INLINE Floats widened(Halves halves) {
-    const Bits h = __builtin_convertvector(halves, Bits);
+    const Bits h = extended(halves);
     const Bits magnitude = (h & 0x7fff) << 13;
     // The exponent's bias goes from 15 to 127; as a multiplication this is right for subnormal numbers too.
     const Bits finite = as_bits(as_floats(magnitude) * 0x1p112f);
@@ -147,7 +168,7 @@ struct Element<Float16> {
     const Bits normal = (a - (112u << 23) + 0xfff + ((a >> 13) & 1)) >> 13;
     const Bits large = a > 0x7f800000 ? Bits{} + 0x7e00 : Bits{} + 0x7c00;  // NaN, or what rounds to infinity
     const Bits magnitude = a >= 0x477ff000 ? large : (a < (113u << 23) ? subnormal : normal);
-    return __builtin_convertvector(sign | magnitude, Halves);
+    return truncated(sign | magnitude);
   }
 #endif
 };
@@ -319,7 +340,20 @@ BN_INLINE Floats narrowed(const Doubles (&wide)[2]) {
                       std::make_integer_sequence<int, kLanes<Floats>>{});
 }
 
-// First and second moments about a pivot, lane by lane. The difference is taken in float64: in float32 it would round
+// First and second moments of a few vectors about a pivot, lane by lane, in the vectors' own type: for half precision,
+// whose pivots are near the mean.
+template <class V>
+struct FewMomentSums {
+  V first{}, second{};
+
+  BN_INLINE void add(V x, V pivot) {
+    const V d = x - pivot;
+    first += d;
+    second += d * d;
+  }
+};
+
+// The same of any number. The difference is taken in float64: in float32 it would round
 // relative to the pivot's distance, and a pivot may be an outlier.
 template <class V>
 struct MomentSums {
@@ -349,6 +383,8 @@ struct MomentSums {
   BN_INLINE void add(const MomentSums& m) {
     for (int i = 0; i < Sum<V>::parts; ++i) first.part[i] += m.first.part[i], second.part[i] += m.second.part[i];
   }
+
+  BN_INLINE void add(const FewMomentSums<V>& m) { first.add(m.first), second.add(m.second); }
 };
 
 }  // namespace
