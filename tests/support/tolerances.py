@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-# Statistics of float32 values against the oracle. The sums are float64, so what remains is the rounding of a few
-# thousand additions: far below 1e-9. Half precision is added up in float32 for eight steps, which leaves 2e-7. 1e-6 is the promise to users (in standard deviations for a mean, relative for a
-# variance), and holds for |mean| / std up to 1e4.
+# Statistics against the oracle. The sums of float32 values are float64, so what remains is the rounding of a few
+# thousand additions: far below 1e-9. Half precision is added up in float32 for eight steps, which leaves 2e-7. 1e-6 is
+# the promise to users (in standard deviations for a mean, relative for a variance), and holds for |mean| / std up to
+# 1e4.
 STATISTIC = 1e-6
 
 # One float32 output against the oracle, times (1 + |output|): half a unit in the last place is 6e-8; the subtraction,
