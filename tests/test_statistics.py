@@ -137,8 +137,10 @@ def assert_moments(m: bn.Moments, batch: Batch) -> None:
     n, mean, m2 = batch.moments()
     rounding = tolerances.ASSOCIATIVITY * (1 + float(batch.x.abs().max()))
     close(m.count.double(), n, relative=tolerances.ASSOCIATIVITY)
-    close(m.mean, mean, absolute=rounding)
-    close(m.m2, m2, relative=tolerances.ASSOCIATIVITY, absolute=10 * rounding * (1 + n))
+    # Half precision is added up in float32 for a few steps.
+    bound = tolerances.STATISTIC if batch.x.dtype in (torch.float16, torch.bfloat16) else tolerances.ASSOCIATIVITY
+    close(m.mean, mean, absolute=rounding + bound * np.sqrt(m2 / max(n, 1)))
+    close(m.m2, m2, relative=bound, absolute=10 * rounding * (1 + n))
 
 
 @property_test(specs(), st.lists(st.integers(0, 9), max_size=5), st.randoms())

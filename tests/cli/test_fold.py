@@ -198,7 +198,8 @@ def test_names_of_layers_are_shown(project: Path, capsys: pytest.CaptureFixture[
     assert len(printed.splitlines()) == 2
 
 
-FULL = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500)); "
+# Python may put a part of a module's bytecode in place where the disk is full: it is to write none.
+FULL = "import resource, sys; sys.dont_write_bytecode = True; resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500)); "
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits are POSIX's")
