@@ -10,8 +10,10 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE / "extensions")]
 
 project = "batchnorm"
-author = "the batchnorm authors"
-release = re.search(r'__version__ = "(.+)"', (HERE.parent / "src" / "batchnorm" / "__init__.py").read_text())[1]  # type: ignore[index]
+author = "The batchnorm developers"
+found = re.search(r'__version__ = "(.+)"', (HERE.parent / "src" / "batchnorm" / "__init__.py").read_text())
+assert found is not None
+release = found[1]
 html_title = f"batchnorm {release}"
 
 extensions = [

@@ -6,6 +6,7 @@ by the last part alone where that is unique, lead to the same place.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 from collections import Counter
@@ -70,11 +71,18 @@ def faults(documented: set[str], modules: tuple[str, ...] = MODULES) -> list[str
     return sorted(found)
 
 
+def _python(env: BuildEnvironment) -> PythonDomain:
+    domain = env.get_domain("py")
+    assert isinstance(domain, PythonDomain)
+    return domain
+
+
 def _check(app: Sphinx, env: BuildEnvironment) -> None:
-    for fault in faults(set(env.get_domain("py").objects)):  # type: ignore[attr-defined]
+    for fault in faults(set(_python(env).objects)):
         log.warning(fault, type="public_names")
 
 
+@functools.cache
 def _aliases(domain: PythonDomain) -> dict[str, str]:
     """The documented name by the one that its module defines, and by the last part where it is unique."""
     aliases = {}
@@ -92,11 +100,8 @@ def _aliases(domain: PythonDomain) -> dict[str, str]:
 def _resolve(app: Sphinx, env: BuildEnvironment, node: pending_xref, content: Element) -> Element | None:
     if node.get("refdomain") != "py":
         return None
-    domain = env.get_domain("py")
-    assert isinstance(domain, PythonDomain)
-    if not hasattr(env, "aliases_of_names"):
-        env.aliases_of_names = _aliases(domain)  # type: ignore[attr-defined]
-    target = env.aliases_of_names.get(node["reftarget"].removeprefix("bn."))  # type: ignore[attr-defined]
+    domain = _python(env)
+    target = _aliases(domain).get(node["reftarget"].removeprefix("bn."))
     if target is None:
         return None
     entry = domain.objects[target]

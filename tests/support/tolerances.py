@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 # Statistics against the oracle. The sums of float32 values are float64, so what remains is the rounding of a few
-# thousand additions: far below 1e-9. Half precision is added up in float32 for eight steps, which leaves 2e-7. 1e-6 is
+# thousand additions: far below 1e-9. Half precision is added up in float32 for eight steps of 6e-8. 1e-6 is
 # the promise to users (in standard deviations for a mean, relative for a variance), and holds for |mean| / std up to
 # 1e4.
 STATISTIC = 1e-6

@@ -275,8 +275,22 @@ template <class T, class A>
 constexpr bool own_loops = std::is_same_v<A, Identity> || std::is_same_v<A, Relu> || (A::brief && sizeof(T) >= 4) ||
                            (std::is_same_v<A, Silu> && std::is_same_v<T, float>);
 
-// The others, chosen for each vector anew. That costs little: the processor foresees it, and the rest takes longer. Loops
-// of their own would make the compilation several times as long.
+// f(the activation with this index), of those that have loops of their own over T, or of those that do not; false where
+// it is of the other kind.
+template <class T, bool Own, class F, class... A>
+BN_INLINE bool with_activation(ActivationList<A...>, int index, F f) {
+  int i = 0;
+  const auto is = [&]<class B>(B activation) {
+    const bool chosen = i++ == index && own_loops<T, B> == Own;
+    if constexpr (own_loops<T, B> == Own)
+      if (chosen) f(activation);
+    return chosen;
+  };
+  return (is(A{}) || ...);
+}
+
+// Those without, chosen for each vector anew. That costs little: the processor foresees it, and the rest takes longer.
+// Loops of their own would make the compilation several times as long.
 template <class T>
 struct Other {
   static constexpr bool brief = false;
@@ -285,42 +299,22 @@ struct Other {
   template <class V>
   BN_INLINE V value(V z) const {
     V y = z;
-    choose(Activations{}, [&]<class A>(A) { y = A::value(z); });
+    with_activation<T, false>(Activations{}, index, [&]<class A>(A) { y = A::value(z); });
     return y;
   }
 
   template <class V>
   BN_INLINE V grad(V dy, V z) const {
     V dz = dy;
-    choose(Activations{}, [&]<class A>(A) { dz = A::grad(dy, z); });
+    with_activation<T, false>(Activations{}, index, [&]<class A>(A) { dz = A::grad(dy, z); });
     return dz;
-  }
-
- private:
-  template <class F, class... A>
-  BN_INLINE void choose(ActivationList<A...>, F f) const {
-    int i = 0;
-    const auto is = [&]<class B>(B activation) {
-      const bool chosen = i++ == index;
-      if constexpr (!own_loops<T, B>)
-        if (chosen) f(activation);
-      return chosen;
-    };
-    (void)(is(A{}) || ...);
   }
 };
 
 // f(what a loop over T is compiled for), for the activation with this index.
-template <class T, class F, class... A>
-BN_INLINE void for_activation(ActivationList<A...>, int index, F f) {
-  int i = 0;
-  const auto is = [&]<class B>(B activation) {
-    const bool chosen = i++ == index && own_loops<T, B>;
-    if constexpr (own_loops<T, B>)
-      if (chosen) f(activation);
-    return chosen;
-  };
-  if (!(is(A{}) || ...)) f(Other<T>{index});
+template <class T, class F>
+BN_INLINE void for_activation(int index, F f) {
+  if (!with_activation<T, true>(Activations{}, index, f)) f(Other<T>{index});
 }
 
 }  // namespace

@@ -351,13 +351,13 @@ constexpr Kernels kernels_for = {
       moments<T, SampleWeights>(e, x, mask, pivots, begin, end, s);
     },
     [](const Extents& e, const Backward& t, const Affine& a, int64_t begin, int64_t end, Sums s) {
-      for_activation<T>(Activations{}, a.activation, [&](auto activation) { sums<T>(e, t, a, activation, begin, end, s); });
+      for_activation<T>(a.activation, [&](auto activation) { sums<T>(e, t, a, activation, begin, end, s); });
     },
     [](const Extents& e, const Forward& t, const Affine& a, int64_t begin, int64_t end) {
-      for_activation<T>(Activations{}, a.activation, [&](auto activation) { apply<T>(e, t, a, activation, begin, end); });
+      for_activation<T>(a.activation, [&](auto activation) { apply<T>(e, t, a, activation, begin, end); });
     },
     [](const Extents& e, const Backward& t, const Affine& a, const GradCoefficients& g, int64_t begin, int64_t end) {
-      for_activation<T>(Activations{}, a.activation, [&](auto activation) { grad<T>(e, t, a, activation, g, begin, end); });
+      for_activation<T>(a.activation, [&](auto activation) { grad<T>(e, t, a, activation, g, begin, end); });
     }};
 
 // In the order of Dtype.
