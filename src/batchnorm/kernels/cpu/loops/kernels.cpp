@@ -50,13 +50,13 @@ BN_INLINE V grad(A activation, Access, V dy, V z) {
 
 // dz of the values at i, which are x, with the coefficients at k. Where a vector is partial its other lanes are 0.
 template <class T, class A, class Access, class C>
-BN_INLINE Vector<T> preactivation_grad(const Backward& t, const Affine& a, A activation, Access access, C c, int64_t i,
-                                       int64_t k, Vector<T> x) {
+BN_INLINE Vector<T> preactivation_grad(const Backward& t, A activation, Access access, const C& c, int64_t i, int64_t k,
+                                       Vector<T> x) {
   const Vector<T> dy = loaded(access.load(t.dy, i));
   if constexpr (std::is_same_v<A, Identity>) return dy;
-  if (t.mask) x = dy != 0 ? x : access.coefficient(c, a.mean, k);  // padding, which may be NaN
-  Vector<T> z = affine(x, access.coefficient(c, a.mean, k), access.coefficient(c, a.scale, k),
-                       access.coefficient(c, a.shift, k));
+  const Vector<T> mean = access.coefficient(c.mean, k);
+  if (t.mask) x = dy != 0 ? x : mean;  // padding, which may be NaN
+  Vector<T> z = affine(x, mean, access.coefficient(c.scale, k), access.coefficient(c.shift, k));
   if (t.residual) z += access.load(t.residual, i);
   return grad(activation, access, dy, z);
 }
@@ -69,32 +69,32 @@ BN_INLINE V product(const Backward& t, V dz, V deviation) {
 }
 
 template <class T, class A, class C>
-BN_INLINE void apply_run(const Forward& t, const Affine& a, A activation, C c, int64_t at, int64_t length) {
+BN_INLINE void apply_run(const Forward& t, A activation, const C& c, int64_t at, int64_t length) {
   for_each_overlapping_step<T>(
       length, unaligned_head<T>(t.y, at, length, t.stream),
       [&](auto access, int64_t k) { return access.load(t.x, at + k); },
       [&](auto access, int64_t k, Vector<T> x) {
-        Vector<T> z = affine(x, access.coefficient(c, a.mean, k), access.coefficient(c, a.scale, k),
-                             access.coefficient(c, a.shift, k));
+        Vector<T> z = affine(x, access.coefficient(c.mean, k), access.coefficient(c.scale, k),
+                             access.coefficient(c.shift, k));
         if (t.residual) z += access.load(t.residual, at + k);
         access.store(t.y, at + k, value(activation, access, z), t.stream);
       });
 }
 
 template <class T, class A, class C>
-BN_INLINE void grad_run(const Backward& t, const Affine& a, A activation, const GradCoefficients& s, RunMask mask, C c,
-                        int64_t at, int64_t length) {
+BN_INLINE void grad_run(const Backward& t, A activation, bool constants, RunMask mask, const C& c, int64_t at,
+                        int64_t length) {
   using V = Vector<T>;
   for_each_overlapping_step<T>(
       length, unaligned_head<T>(t.dx, at, length, t.stream),
       [&](auto access, int64_t k) { return access.load(t.x, at + k); },
       [&](auto access, int64_t k, V x) {
-        const V mean = access.coefficient(c, a.mean, k);
-        const V dz = preactivation_grad<T>(t, a, activation, access, c, at + k, k, x);
+        const V dz = preactivation_grad<T>(t, activation, access, c, at + k, k, x);
         if (t.dresidual) access.store(t.dresidual, at + k, dz, t.stream);
-        V dx = dz * access.coefficient(c, a.scale, k);
-        if (!s.constants) {
-          V rest = affine(x, mean, access.coefficient(c, s.slope, k), access.coefficient(c, s.offset, k));
+        V dx = dz * access.coefficient(c.scale, k);
+        if (!constants) {
+          V rest = affine(x, access.coefficient(c.mean, k), access.coefficient(c.slope, k),
+                          access.coefficient(c.offset, k));
           if (t.mask) rest = mask.times(access, k, rest);
           dx += rest;
         }
@@ -256,15 +256,15 @@ void sums(const Extents& extents, const Backward& tensors, const Affine& affine,
   constexpr int64_t lanes = kLanes<V>;
   if (!e.rows()) {
     for_each_run(e, begin, end, [&](int64_t channel, int64_t at, int64_t length) {
-      const Broadcast<V> c{channel};
+      const Normalizing<OfRun<V>> c(a, channel);
       Sum<V> first, second;
       // Of the values at k, the first `taken` were added before.
       const auto add = [&](V& f, V& s, auto access, int64_t k, int64_t taken) {
         const V x = access.load(t.x, at + k);
-        V dz = preactivation_grad<T>(t, a, activation, access, c, at + k, k, x);
+        V dz = preactivation_grad<T>(t, activation, access, c, at + k, k, x);
         if (taken > 0) dz = first_lanes(V{}, taken, dz);
         f += dz;
-        s += product(t, dz, x - c(a.mean, 0));
+        s += product(t, dz, x - c.mean(0));
       };
       const int64_t whole = length / lanes * lanes, n = length - whole;
       for (int64_t i = 0; i < whole; i += kGroup * lanes) {
@@ -287,16 +287,16 @@ void sums(const Extents& extents, const Backward& tensors, const Affine& affine,
     });
     return;
   }
-  const Elementwise<V> coefficients;
+  const Normalizing<OfRow<V>> coefficients(a, 0);
   for_each_group(e, begin, end, false, [&](int64_t at, auto rows) {
     for_each_step<T>(e.channels, [&](auto access, int64_t c) {
       V f{}, s{};
       const auto add = [&](int64_t r) {
         const int64_t i = at + r * e.channels + c;
         const V x = access.load(t.x, i);
-        const V dz = preactivation_grad<T>(t, a, activation, access, coefficients, i, c, x);
+        const V dz = preactivation_grad<T>(t, activation, access, coefficients, i, c, x);
         f += dz;
-        s += product(t, dz, x - access.coefficient(coefficients, a.mean, c));
+        s += product(t, dz, x - access.coefficient(coefficients.mean, c));
       };
       for_each_row<A::brief>(access, rows, add);
       Sum<V> first, second;
@@ -315,10 +315,10 @@ void apply(const Extents& extents, const Forward& tensors, const Affine& affine,
   const Affine a = affine;
   if (e.rows())
     for (; begin < end; begin += e.channels)
-      apply_run<T>(t, a, activation, Elementwise<Vector<T>>{}, begin, e.channels);
+      apply_run<T>(t, activation, Normalizing<OfRow<Vector<T>>>(a, 0), begin, e.channels);
   else
     for_each_run(e, begin, end, [&](int64_t channel, int64_t at, int64_t length) {
-      apply_run<T>(t, a, activation, Broadcast<Vector<T>>{channel}, at, length);
+      apply_run<T>(t, activation, Normalizing<OfRun<Vector<T>>>(a, channel), at, length);
     });
 }
 
@@ -328,16 +328,15 @@ void grad(const Extents& extents, const Backward& tensors, const Affine& affine,
   const Extents e = extents;
   const Backward t = tensors;
   const Affine a = affine;
-  const GradCoefficients s = coefficients;
+  const GradCoefficients g = coefficients;
   MaskBuffer buffer;
   if (e.rows())
-    for (; begin < end; begin += e.channels)
-      grad_run<T>(t, a, activation, s, run_mask(e, t.mask, begin, 1, buffer), Elementwise<Vector<T>>{}, begin,
-                               e.channels);
+    for (const Differentiating<OfRow<Vector<T>>> c(a, g, 0); begin < end; begin += e.channels)
+      grad_run<T>(t, activation, g.constants, run_mask(e, t.mask, begin, 1, buffer), c, begin, e.channels);
   else
     for_each_run(e, begin, end, [&](int64_t channel, int64_t at, int64_t length) {
-      grad_run<T>(t, a, activation, s, run_mask(e, t.mask, at, 1, buffer), Broadcast<Vector<T>>{channel}, at,
-                               length);
+      grad_run<T>(t, activation, g.constants, run_mask(e, t.mask, at, 1, buffer),
+                  Differentiating<OfRun<Vector<T>>>(a, g, channel), at, length);
     });
 }
 

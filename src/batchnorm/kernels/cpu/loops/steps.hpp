@@ -20,19 +20,36 @@ BN_INLINE const S* values(const PerChannel& v) {
     return v.rounded;
 }
 
+// A run's are read once: the loop's stores could, for all that the compiler knows, change them.
 template <class V>
-struct Broadcast {
-  int64_t channel;
-  BN_INLINE V operator()(const PerChannel& v, int64_t) const { return splat<V>(values<Scalar<V>>(v)[channel]); }
-  BN_INLINE V part(const PerChannel& v, int64_t i, int64_t) const { return (*this)(v, i); }
+struct OfRun {
+  V value;
+  BN_INLINE OfRun(const PerChannel& v, int64_t channel) : value(splat<V>(values<Scalar<V>>(v)[channel])) {}
+  BN_INLINE V operator()(int64_t) const { return value; }
+  BN_INLINE V part(int64_t, int64_t) const { return value; }
 };
 
 template <class V>
-struct Elementwise {
-  BN_INLINE V operator()(const PerChannel& v, int64_t i) const { return load_raw<V>(values<Scalar<V>>(v) + i); }
-  BN_INLINE V part(const PerChannel& v, int64_t i, int64_t n) const {
-    return load_part(values<Scalar<V>>(v) + i, n);
-  }
+struct OfRow {
+  const Scalar<V>* p;
+  BN_INLINE OfRow(const PerChannel& v, int64_t channel) : p(values<Scalar<V>>(v) + channel) {}
+  BN_INLINE V operator()(int64_t i) const { return load_raw<V>(p + i); }
+  BN_INLINE V part(int64_t i, int64_t n) const { return load_part(p + i, n); }
+};
+
+// All of a run or row that begins with this channel.
+template <class C>
+struct Normalizing {
+  C mean, scale, shift;
+  BN_INLINE Normalizing(const Affine& a, int64_t channel)
+      : mean(a.mean, channel), scale(a.scale, channel), shift(a.shift, channel) {}
+};
+
+template <class C>
+struct Differentiating : Normalizing<C> {
+  C slope, offset;
+  BN_INLINE Differentiating(const Affine& a, const GradCoefficients& g, int64_t channel)
+      : Normalizing<C>(a, channel), slope(g.slope, channel), offset(g.offset, channel) {}
 };
 
 template <class V>
@@ -56,8 +73,8 @@ struct Whole {
       store_raw(static_cast<T*>(p) + i, value);
   }
   template <class C>
-  static BN_INLINE Vector<T> coefficient(const C& c, const PerChannel& v, int64_t k) {
-    return c(v, k);
+  static BN_INLINE Vector<T> coefficient(const C& c, int64_t k) {
+    return c(k);
   }
 };
 
@@ -75,8 +92,8 @@ struct Part {
   BN_INLINE Vector<T> load(const void* p, int64_t i) const { return load_part(static_cast<const T*>(p) + i, n); }
   BN_INLINE void store(void* p, int64_t i, Vector<T> v, bool) const { store_part(static_cast<T*>(p) + i, v, n); }
   template <class C>
-  BN_INLINE Vector<T> coefficient(const C& c, const PerChannel& v, int64_t k) const {
-    return c.part(v, k, n);
+  BN_INLINE Vector<T> coefficient(const C& c, int64_t k) const {
+    return c.part(k, n);
   }
 };
 
