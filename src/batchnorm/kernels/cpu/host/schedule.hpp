@@ -26,8 +26,8 @@ constexpr int64_t kGrain = 1 << 15;         // values that are worth a thread
 constexpr int64_t kAlign = 64;              // parts of planes begin at multiples of this many values
 constexpr int64_t kFewChannels = 256;       // rows of fewer are packed where that fills whole vectors
 static_assert(16 * kFewChannels <= kMaxPackedRow);
-constexpr int64_t kBlocked = 1 << 25;       // bytes: smaller inputs stay in a last-level cache between two sweeps
-constexpr int64_t kBlock = 1 << 20;         // bytes of a block, a share of the last-level cache for each core
+constexpr int64_t kBlocked = 1 << 22;       // bytes: smaller inputs stay in the caches near the cores between two sweeps
+constexpr int64_t kBlock = 1 << 19;         // bytes of a block, of which such a cache holds two
 constexpr int64_t kLargestBlock = 1 << 21;  // bytes that one channel may need
 constexpr int64_t kFewestBlocks = 16;       // with fewer, threads would wait for each other
 
@@ -45,8 +45,8 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // As parts of adjacent values: first all parts for the sums, then all again for the output. Every value is read from
 // memory twice where the cache does not hold them all.
 //
-// As blocks of channels, where an input of planes is larger than a last-level cache: each block is gone through twice
-// in turn, the second time in the cache.
+// As blocks of channels, where an input of planes is larger than the caches near the cores: each block is gone through
+// twice in turn, the second time in the cache.
 //
 // A sum over a channel is the sum over the parts in order, whichever thread adds them up: it depends neither on the
 // number of threads nor on their timing.
@@ -75,7 +75,7 @@ class Schedule {
     length_ = ceil_div(ceil_div(start_, unit), wanted) * unit;
     parts_ = ceil_div(start_, length_);
     const int64_t channel = e.count() * element_size;
-    const bool wide = element_size >= 4;  // half precision was measured to be slower this way; why is not known
+    const bool wide = element_size >= 4;  // half precision waits for arithmetic: no faster this way, or slower
     if (wide && !e.rows() && e.size() * element_size > kBlocked && channel <= kLargestBlock) {
       width_ = std::clamp<int64_t>(kBlock / channel, 1, e.channels);
       if (e.channels / width_ < kFewestBlocks) width_ = 0;

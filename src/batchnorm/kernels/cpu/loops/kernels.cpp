@@ -219,7 +219,7 @@ void moments(const Extents& extents, const void* x, const Mask& mask, const doub
       const auto whole = [&](int64_t k) { return Whole<T>::load(x, at + k); };
       int64_t i = 0;
       if constexpr (narrow) {
-        for (; i + together <= length; all.add(even), all.add(odd), even = odd = {})
+        for (; i + together <= length; all.add(even, odd), even = odd = {})
           for (const int64_t end = i + together; i < end; i += 2 * lanes) {
             add(even, Whole<T>{}, i, whole(i), pivot, local);
             add(odd, Whole<T>{}, i + lanes, whole(i + lanes), pivot, local);
@@ -237,7 +237,7 @@ void moments(const Extents& extents, const void* x, const Mask& mask, const doub
           add(odd, Whole<T>{}, length - lanes, first_lanes(pivot.value, lanes - n, whole(length - lanes)), pivot,
               local);
       }
-      all.add(even), all.add(odd);
+      all.add(even, odd);
       sums.first[channel] += total(all.first), sums.second[channel] += total(all.second);
     });
     return;

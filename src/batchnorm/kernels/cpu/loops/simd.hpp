@@ -407,6 +407,13 @@ struct MomentSums {
   }
 
   BN_INLINE void add(const FewMomentSums<V>& m) { first.add(m.first), second.add(m.second); }
+
+  BN_INLINE void add(const MomentSums& a, const MomentSums& b) { add(a), add(b); }
+
+  // One conversion for both.
+  BN_INLINE void add(const FewMomentSums<V>& a, const FewMomentSums<V>& b) {
+    first.add(a.first + b.first), second.add(a.second + b.second);
+  }
 };
 
 }  // namespace
