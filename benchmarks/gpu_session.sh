@@ -39,7 +39,7 @@ if command -v compute-sanitizer >/dev/null; then
 else echo "memcheck, racecheck: left out, there is no compute-sanitizer here"; fi
 step bench 130 "$python" -m batchnorm bench --device cuda --suite resnet --dtype bfloat16 --no-compile --json "$out/bench.json"
 step small 50 "$python" -m batchnorm bench --device cuda --suite small --dtype float32 --no-compile --json "$out/small.json"
-step resnet50 80 "$python" benchmarks/resnet50.py --device cuda --repeats 20
+step resnet50 80 "$python" benchmarks/networks.py --device cuda --repeats 20
 [ -z "$failed" ] || {
   echo "failed:$failed" >&2
   exit 1

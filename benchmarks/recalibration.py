@@ -1,6 +1,6 @@
 """What `recalibrate` costs beside one plain inference pass over the same data, and what it leaves, as Markdown tables.
 
-ResNet-50 as in resnet50.py. The passes are timed in turn; a number is the median, and a ratio is of medians. A gap is
+ResNet-50 as in networks.py. The passes are timed in turn; a number is the median, and a ratio is of medians. A gap is
 the difference between a layer's running statistics and the moments of what comes into it in inference: of the mean in
 standard deviations, and of the log of the variance. The largest of all layers and channels is shown.
 
@@ -28,7 +28,7 @@ from batchnorm import Moments
 from batchnorm.population.available import hand_back
 from batchnorm.population.recalibrate import METHODS
 from batchnorm.population.result import MemoryUse
-from resnet50 import network
+from networks import build
 
 GAP = 1e-5  # what method "exact" may leave: statistics are stored in float32, and 53 layers follow one another
 
@@ -74,7 +74,7 @@ def gap(model: nn.Module, data: Iterable[Tensor]) -> tuple[float, float]:
 
 def costs(data: list[Tensor], repeats: int, tenth: bool) -> None:
     """The first table."""
-    model = network()
+    model = build("resnet50")
     copies = {name: copy.deepcopy(model) for name in ("pooled", "exact", "exact, a tenth of the memory")}
     memory: dict[str, MemoryUse | None] = {}
 
@@ -115,7 +115,7 @@ def gaps(data: list[Tensor]) -> None:
     print("| method | largest gap, mean | largest gap, log variance |")
     print("|---|---|---|")
     for method in METHODS:
-        model = network()
+        model = build("resnet50")
         batchnorm.recalibrate(model, data, method=method)
         mean, variance = gap(model, data)
         print(f"| {method} | {mean:.1e} | {variance:.1e} |")
