@@ -133,6 +133,7 @@ def test_tests_mirror_the_sources() -> None:
 
 def test_the_public_names() -> None:
     assert set(batchnorm.__all__) == {
+        "Adaptation",
         "BatchNorm",
         "BatchNorm1d",
         "BatchNorm2d",
@@ -144,8 +145,10 @@ def test_the_public_names() -> None:
         "Moments",
         "Monitor",
         "Pending",
+        "PooledStatistics",
         "Recalibration",
         "Renorm",
+        "adapt",
         "check",
         "convert",
         "deferred",
@@ -155,6 +158,7 @@ def test_the_public_names() -> None:
         "functional",
         "fuse",
         "kernels",
+        "pool_statistics",
         "recalibrate",
         "remove_dead_biases",
         "revert",

@@ -9,6 +9,8 @@ from batchnorm.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 from batchnorm.modules import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.moments import Moments
 from batchnorm.ops import kernels
+from batchnorm.population.adapt import Adaptation, adapt
+from batchnorm.population.merged import PooledStatistics, pool_statistics
 from batchnorm.population.recalibrate import recalibrate
 from batchnorm.population.result import Recalibration
 from batchnorm.renorm import Renorm
@@ -22,6 +24,7 @@ from batchnorm.surgery.revert import revert
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adaptation",
     "BatchNorm",
     "BatchNorm1d",
     "BatchNorm2d",
@@ -33,8 +36,10 @@ __all__ = [
     "Moments",
     "Monitor",
     "Pending",
+    "PooledStatistics",
     "Recalibration",
     "Renorm",
+    "adapt",
     "check",
     "convert",
     "deferred",
@@ -44,6 +49,7 @@ __all__ = [
     "functional",
     "fuse",
     "kernels",
+    "pool_statistics",
     "recalibrate",
     "remove_dead_biases",
     "revert",

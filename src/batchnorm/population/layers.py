@@ -45,6 +45,13 @@ class Layer:
     def moments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Moments:
         """The moments of what the layer is called with, under the layer's own mask; empty where that is empty.
 
+        Raises: as `call`.
+        """
+        return functional.batch_moments(self.call(args, kwargs))
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """What the layer is called with, and its own mask.
+
         Raises:
             ShapeError, DTypeError, OptionError: the layer cannot be called like this.
         """
@@ -55,7 +62,7 @@ class Layer:
         call = Call(x, mask=mask, channel_dim=1 if ours is None else ours.channel_dim)
         layout.channel_axis(x.dim(), call.channel_dim)
         layout.check_vector(self.mean, "running_mean", call.num_channels)
-        return functional.batch_moments(call)
+        return call
 
     def write(self, mean: Tensor, var: Tensor) -> None:
         """Have the layer normalise by these, (C,) each."""
@@ -86,8 +93,8 @@ class Layer:
         if in_functorch() or self.module.running_mean is not self.mean or self.module.running_var is not self.var:
             raise OptionError(
                 "got a call with other buffers than the model's own, or inside a transform of torch.func; "
-                "recalibration writes the model's buffers. Call the model itself: not a replica of DataParallel's, and "
-                "not through torch.func"
+                "its statistics are being computed, and are written to the model's buffers. Call the model itself: not "
+                "a replica of DataParallel's, and not through torch.func"
             )
 
 
