@@ -1,6 +1,7 @@
 """Batch normalization for PyTorch that you can trust, at the speed of memory."""
 
 from batchnorm import errors, functional
+from batchnorm.choosing import domain
 from batchnorm.deferral import Pending, deferred
 from batchnorm.diagnosis.check import check
 from batchnorm.diagnosis.monitor import Monitor
@@ -43,6 +44,7 @@ __all__ = [
     "check",
     "convert",
     "deferred",
+    "domain",
     "errors",
     "fold",
     "freeze",

@@ -119,10 +119,13 @@ class Moments:
 
 
 def pool(count: Tensor, mean: Tensor, m2: Tensor) -> Moments:
-    """The sum of G moments that lie in one tensor each: count (G,), mean and m2 (G, C)."""
-    total = count.sum()
-    n = count.to(mean.dtype).unsqueeze(1)
-    pooled = (n * mean).sum(0) / torch.where(total > 0, total, 1)
+    """The sum of G moments that lie in one tensor each: count (G,), mean and m2 (G, C).
+
+    Or of each of D domains: count (G, D), mean and m2 (G, D, C).
+    """
+    total = count.sum(0)
+    n = count.to(mean.dtype).unsqueeze(-1)
+    pooled = (n * mean).sum(0) / torch.where(total > 0, total, 1).unsqueeze(-1)
     return Moments(total, pooled, (m2 + n * (mean - pooled).square()).sum(0))
 
 
