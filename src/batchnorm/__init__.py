@@ -11,6 +11,7 @@ from batchnorm.modules import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.moments import Moments
 from batchnorm.ops import kernels
 from batchnorm.population.adapt import Adaptation, adapt
+from batchnorm.population.distance import DomainDistance, domain_distance
 from batchnorm.population.merged import PooledStatistics, pool_statistics
 from batchnorm.population.recalibrate import recalibrate
 from batchnorm.population.result import Recalibration
@@ -31,6 +32,7 @@ __all__ = [
     "BatchNorm2d",
     "BatchNorm3d",
     "BatchNormError",
+    "DomainDistance",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
@@ -45,6 +47,7 @@ __all__ = [
     "convert",
     "deferred",
     "domain",
+    "domain_distance",
     "errors",
     "fold",
     "freeze",

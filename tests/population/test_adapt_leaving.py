@@ -145,3 +145,36 @@ def test_a_model_that_was_moved_inside() -> None:
     with bn.adapt(layer):
         layer.to("meta")
     assert {buffer.device.type for buffer in layer.buffers()} == {"meta"}
+
+
+@pytest.mark.parametrize("batches", [True, False])
+def test_the_chosen_domain_is_adapted(batches: bool) -> None:
+    model = nn.Sequential(bn.BatchNorm1d(3, domains=("a", "b")), nn.BatchNorm1d(3))
+    before, x = everything(model), torch.randn(20, 3) + 5
+    own = model[0].running_mean_b
+    with bn.domain(model, "b"):
+        with bn.adapt(model, [x] if batches else None, prior=0) as adapted:
+            model(x)
+            close(model[0].running_mean_b, x.mean(0), tolerances.POPULATION)
+            assert model[0].running_mean.tolist() == [0, 0, 0]
+        assert everything(model)["0"][1:] == (*before["0"][1:],)
+        with bn.adapt(model, prior=0) as adapted:
+            model(x)
+            adapted.keep()
+    assert model[0].running_mean_b is own
+    close(own, x.mean(0), tolerances.POPULATION)
+    assert model[0].running_mean.tolist() == [0, 0, 0]
+    with pytest.raises(bn.errors.OptionError, match="no choice of one"), bn.adapt(model):
+        raise AssertionError("not reached")
+
+
+def test_another_domain_inside_is_refused() -> None:
+    """Its statistics are not those that are adapted."""
+    model = nn.Sequential(bn.BatchNorm1d(3, domains=("a", "b")))
+    x = torch.randn(8, 3)
+    before = everything(model)
+    with bn.domain(model, "b"), bn.adapt(model):
+        with bn.domain(model, "a"), pytest.raises(bn.errors.OptionError, match='adapted is the domain "b"'):
+            model(x)
+        model(x)
+    assert everything(model) == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from batchnorm import functional
 from batchnorm._torch import buffers_of, outside_graphs
 from batchnorm.errors import BatchNormError, OptionError
+from batchnorm.modules import BatchNorm
 from batchnorm.population.context import population
 from batchnorm.population.layers import Layer
 from batchnorm.population.seen import Seen, samples_of
@@ -60,11 +62,20 @@ class Adapter:
                     "got a call in training mode; adapted statistics are what inference normalises by. Leave the model "
                     "in eval() inside adapt"
                 )
+            self._check_domain()
             with torch.inference_mode(False), torch.no_grad():
                 self._join(args, kwargs)
         except BatchNormError as error:
             raise error.within(f'layer "{self.layer.name}"') from error
         self._tell(self)
+
+    def _check_domain(self) -> None:
+        module, row = self.layer.module, self.layer.row
+        if isinstance(module, BatchNorm) and module._row != row:
+            raise OptionError(
+                f'got samples of other domains; adapted is the domain "{module.domains[row.index]}", which was chosen '
+                f"when adapt began. Begin one adapt in each domain"
+            )
 
     def _join(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = self.current.call(args, kwargs)
@@ -79,8 +90,9 @@ class Adapter:
 
     def _place(self, mean: Tensor, var: Tensor) -> Layer:
         """Have the layer normalise by these tensors."""
-        buffers_of(self.layer.module).update(running_mean=mean, running_var=var)
-        return Layer(self.layer.name, self.layer.module, mean, var)
+        row = self.layer.row
+        buffers_of(self.layer.module).update({row.mean: mean, row.var: var})
+        return dataclasses.replace(self.layer, mean=mean, var=var)
 
     def keep(self) -> None:
         """Have the layer's own statistics become those that it normalises by now."""
@@ -89,7 +101,7 @@ class Adapter:
     def leave(self) -> None:
         """Put the layer's own tensors back, on the device that it is on by now."""
         buffers = buffers_of(self.layer.module)
-        for name, own in (("running_mean", self.layer.mean), ("running_var", self.layer.var)):
+        for name, own in ((self.layer.row.mean, self.layer.mean), (self.layer.row.var, self.layer.var)):
             now = buffers.get(name)
             buffers[name] = own if now is None else own.to(now.device)
         if self._outer is None:

@@ -14,6 +14,7 @@ from batchnorm import functional, layout
 from batchnorm._torch import buffers_of, in_functorch
 from batchnorm.call import Call
 from batchnorm.errors import BatchNormError, NonFiniteError, OptionError, OrderError
+from batchnorm.layer_state import FIRST, Row
 from batchnorm.models.hooks import forward_hooks
 from batchnorm.models.norm_layers import NormLayer, display_name, named_norm_layers, uninitialized
 from batchnorm.modules import BatchNorm
@@ -30,12 +31,14 @@ class Layer:
         module: the layer itself.
         mean: (C,) its buffer.
         var: (C,) its buffer.
+        row: the names of the buffers: of several domains, the chosen one's.
     """
 
     name: str
     module: NormLayer
     mean: Tensor
     var: Tensor
+    row: Row = FIRST
 
     @property
     def num_channels(self) -> int:
@@ -90,7 +93,8 @@ class Layer:
         Raises:
             OptionError: it is not.
         """
-        if in_functorch() or self.module.running_mean is not self.mean or self.module.running_var is not self.var:
+        mean, var = (getattr(self.module, name) for name in (self.row.mean, self.row.var))
+        if in_functorch() or mean is not self.mean or var is not self.var:
             raise OptionError(
                 "got a call with other buffers than the model's own, or inside a transform of torch.func; "
                 "its statistics are being computed, and are written to the model's buffers. Call the model itself: not "
@@ -98,38 +102,56 @@ class Layer:
             )
 
 
-def statistics_of(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
-    """A layer's running mean and variance."""
-    return buffers_of(module).get("running_mean"), buffers_of(module).get("running_var")
-
-
-def select_layers(model: nn.Module) -> tuple[list[Layer], list[SkippedLayer]]:
+def select_layers(model: nn.Module, *, frozen: bool = False) -> tuple[list[Layer], list[SkippedLayer]]:
     """A model's layers that take part, and those that do not.
 
     A layer that the model holds more than once is one, under its first name. Layers that have not been initialised yet
-    are skipped here, and refused where they are called.
+    are skipped here, and refused where they are called. Of a layer with several domains, the statistics are those of
+    the one that `batchnorm.domain` has chosen.
+
+    Args:
+        model: any module.
+        frozen: whether layers take part whose statistics stand still: where these are read only.
 
     Raises:
-        OptionError: statistics without data, on the device "meta".
+        OptionError: statistics without data, on the device "meta"; several domains, and none of them chosen.
     """
     layers, skipped = [], []
     for path, module in named_norm_layers(model):
-        name = display_name(path)
-        mean, var = statistics_of(module)
-        if isinstance(module, BatchNorm) and module.frozen.statistics:
-            skipped.append(SkippedLayer(name, "frozen"))
-        elif mean is None or var is None:
+        name, row = display_name(path), FIRST
+        if isinstance(module, BatchNorm):
+            if module.frozen.statistics and not frozen:
+                skipped.append(SkippedLayer(name, "frozen"))
+                continue
+            row = _chosen(name, module)
+        mean, var = (buffers_of(module).get(which) for which in (row.mean, row.var))
+        if mean is None or var is None:
             skipped.append(SkippedLayer(name, "no running statistics"))
         elif uninitialized(module):
             skipped.append(SkippedLayer(name, "not initialised yet"))
         elif mean.is_meta:
             raise OptionError(
-                f'layer "{name}": got statistics on the device "meta", which hold no data; they are to be written. '
-                f"Load the model's weights first"
+                f'layer "{name}": got statistics on the device "meta", which hold no data; they are needed. Load the '
+                f"model's weights first"
             )
         else:
-            layers.append(Layer(name, module, mean, var))
+            layers.append(Layer(name, module, mean, var, row))
     return layers, skipped
+
+
+def _chosen(name: str, layer: BatchNorm) -> Row:
+    """The row of the domain that a layer's samples are of.
+
+    Raises:
+        OptionError: nobody has chosen one of several, or more than one.
+    """
+    if isinstance(layer._row, Row):
+        return layer._row
+    names = ", ".join(f'"{domain}"' for domain in layer.domains)
+    raise OptionError(
+        f'layer "{name}": got the domains {names} and no choice of one; each has statistics of its own. Call this '
+        f'inside "with batchnorm.domain(model, "{layer.domains[0]}"):"'
+    )
 
 
 Receive = Callable[[Layer, tuple[Any, ...], dict[str, Any]], None]
