@@ -187,3 +187,45 @@ def test_the_docstring() -> None:
     results = doctest.testmod(merged)
     assert results.attempted >= 4
     assert results.failed == 0
+
+
+# --- domains ---------------------------------------------------------------------------------------------------------
+
+
+def of_domains(means: tuple[float, float], tracked: tuple[int, int]) -> nn.Module:
+    layer: Any = bn.BatchNorm1d(2, domains=("clean", "noisy"), own_affine=True)
+    for name, mean, count in zip(layer.domains, means, tracked, strict=True):
+        layer.statistics_of(name).mean.fill_(mean)
+        layer.statistics_of(name).num_batches_tracked.fill_(count)
+    return nn.Sequential(layer)
+
+
+def test_each_domain_is_pooled_by_itself() -> None:
+    sources = [of_domains((0, 10), (1, 9)), of_domains((4, 30), (5, 2)).state_dict()]
+    counts = [{"clean": 1, "noisy": 3}, {"noisy": 1, "clean": 1}]
+    for pooled, noisy in (
+        (bn.pool_statistics(sources, counts), (15, 76)),
+        (bn.pool_statistics(sources, [2, 2]), (20, 101)),
+    ):
+        state = pooled.state_dict
+        assert pooled.pooled == ("0", "0, noisy")
+        assert state["0.running_mean"].tolist() == [2, 2]
+        assert state["0.running_var"].tolist() == [5, 5]
+        assert state["0.running_mean_noisy"].tolist() == [noisy[0]] * 2
+        assert state["0.running_var_noisy"].tolist() == [noisy[1]] * 2
+        assert (state["0.num_batches_tracked"], state["0.num_batches_tracked_noisy"]) == (5, 9)
+        assert pooled.copied == ("0.weight", "0.bias", "0.weight_noisy", "0.bias_noisy")
+        of_domains((1, 1), (0, 0)).load_state_dict(state)
+
+
+def test_a_domain_that_nobody_saw_is_the_firsts() -> None:
+    sources = [of_domains((0, 10), (1, 9)), of_domains((4, 30), (5, 2))]
+    pooled = bn.pool_statistics(sources, [{"clean": 1, "noisy": 0}] * 2)
+    assert pooled.unpooled == (("0, noisy", "all counts are 0"),)
+    assert pooled.state_dict["0.running_mean_noisy"].tolist() == [10, 10]
+
+
+@pytest.mark.parametrize("count", [{}, {"clean": 1}, {"noisy": 1}, {"clean": 1, "noisy": 1, "odd": 1}])
+def test_a_count_for_each_domain(count: dict[str, float]) -> None:
+    with pytest.raises(OptionError, match="there must be one for"):
+        bn.pool_statistics([of_domains((0, 10), (1, 9))] * 2, [{"clean": 1, "noisy": 1}, count])

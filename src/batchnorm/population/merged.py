@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -50,7 +50,7 @@ class PooledStatistics:
         return "\n".join(lines + [f"not pooled: {name} ({reason})" for name, reason in self.unpooled])
 
 
-def pool_statistics(sources: Sequence[Source], counts: Sequence[float]) -> PooledStatistics:
+def pool_statistics(sources: Sequence[Source], counts: Sequence[float | Mapping[str, float]]) -> PooledStatistics:
     """Pool the running statistics of several models of one architecture: those of all their data in one place.
 
         mean = Σ w_i mean_i,    var = Σ w_i (var_i + (mean_i - mean)^2),    w_i = counts_i / Σ counts
@@ -66,14 +66,15 @@ def pool_statistics(sources: Sequence[Source], counts: Sequence[float]) -> Poole
 
     Args:
         sources: models or state_dicts, one at least; none is changed. Wrappers of models are looked through.
-        counts: how many samples each has seen, >= 0: only their ratios matter.
+        counts: how many samples each has seen, >= 0: only their ratios matter. For layers with domains, instead of a
+            number, a mapping from each domain to one; each domain is pooled by itself.
 
     Returns:
         A `PooledStatistics`: a state_dict to load, and what did not match.
 
     Raises:
         OptionError: no source, another number of counts than of sources, a count that is below 0 or not finite, a
-            variance below 0, or no layer that can be pooled.
+            domain without a count, a variance below 0, or no layer that can be pooled.
         CountError: all counts are 0.
         NonFiniteError: statistics of inf or NaN, or that the first's dtype cannot hold.
 
@@ -88,19 +89,21 @@ def pool_statistics(sources: Sequence[Source], counts: Sequence[float]) -> Poole
     Source: Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979.
     """
     states = [unwrapped(s).state_dict() if isinstance(s, nn.Module) else s for s in sources]
-    weights = _checked(states, counts)
+    _check(states, counts)
     # A copy that keeps what torch.save and load_state_dict look for: the versions of modules.
     result: dict[str, Any] = copy.copy(states[0]) if isinstance(states[0], dict) else dict(states[0])
     pooled: list[str] = []
     unpooled: list[Unpooled] = []
-    for prefix in dict.fromkeys(prefix for state in states for prefix in _layers(state)):
-        name = display_name(prefix.removesuffix("."))
-        reason = _mismatch(prefix, states)
+    rows = list(dict.fromkeys(row for state in states for row in _rows(state)))
+    domains = {row.domain for row in rows}
+    for row in rows:
+        weights = [_weight(count, row.domain, domains) for count in counts]
+        reason = _mismatch(row, states) or (None if any(weights) else "all counts are 0")
         if reason is not None:
-            unpooled.append(Unpooled(name, reason))
+            unpooled.append(Unpooled(row.name, reason))
             continue
-        result.update(_pooled(prefix, name, states, weights))
-        pooled.append(name)
+        result.update(_pooled(row, states, weights))
+        pooled.append(row.name)
     if not pooled:
         raise OptionError(
             f"got {len(states)} sources without a batch-norm layer that all have, with running_mean and running_var of "
@@ -112,33 +115,76 @@ def pool_statistics(sources: Sequence[Source], counts: Sequence[float]) -> Poole
     )
 
 
-def _checked(states: Sequence[Mapping[str, Any]], counts: Sequence[float]) -> list[float]:
+def _check(states: Sequence[Mapping[str, Any]], counts: Sequence[float | Mapping[str, float]]) -> None:
     if not states or len(states) != len(counts):
         raise OptionError(
             f"got {len(states)} sources and {len(counts)} counts; there must be one source at least, and a number of "
             f"samples for each"
         )
-    wrong = next((count for count in counts if not 0 <= count < math.inf), None)
+    numbers = [n for count in counts for n in (count.values() if isinstance(count, Mapping) else (count,))]
+    wrong = next((n for n in numbers if not 0 <= n < math.inf), None)
     if wrong is not None:
         raise OptionError(f"got a count of {wrong}; each must be a finite number of samples >= 0")
-    if not sum(counts):
+    if not any(numbers):
         raise CountError("got counts that are all 0; there is nothing to pool. Give how many samples each source saw")
-    return [float(count) for count in counts]
 
 
-def _layers(state: Mapping[str, Any]) -> list[str]:
-    """The prefixes of a state's batch-norm layers."""
-    means = (name for name in state if isinstance(name, str) and name.rpartition(".")[2] == _MEAN)
-    return [prefix for name in means if (prefix := name.removesuffix(_MEAN)) + _VAR in state]
+def _weight(count: float | Mapping[str, float], domain: str, domains: Set[str]) -> float:
+    """What a source weighs in a domain; "" is the first, whose name a state does not have."""
+    if not isinstance(count, Mapping):
+        return float(count)
+    named = [name for name in count if name == domain or (not domain and name not in domains)]
+    if len(named) != 1:
+        which = f'the domain "{domain}"' if domain else "the first domain"
+        raise OptionError(
+            f"got counts for {', '.join(map(repr, count)) or 'no domain'}; there must be one for {which}, and for each "
+            f"of the others. Give 0 where a source has seen nothing of a domain"
+        )
+    return float(count[named[0]])
 
 
-def _mismatch(prefix: str, states: Sequence[Mapping[str, Any]]) -> str | None:
+class _Row(NamedTuple):
+    """A layer's statistics, of one domain.
+
+    Attributes:
+        prefix: of the layer's keys.
+        domain: "" for the first, or for a layer without domains: its keys are torch's.
+    """
+
+    prefix: str
+    domain: str
+
+    def key(self, kind: str) -> str:
+        """The state_dict's key."""
+        return f"{self.prefix}{kind}_{self.domain}" if self.domain else self.prefix + kind
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        layer = display_name(self.prefix.removesuffix("."))
+        return f"{layer}, {self.domain}" if self.domain else layer
+
+
+def _rows(state: Mapping[str, Any]) -> list[_Row]:
+    """What of a state is statistics: pairs of running_mean and running_var."""
+    found = []
+    for key in state:
+        prefix, dot, last = key.rpartition(".") if isinstance(key, str) else ("", "", "")
+        kind, _, domain = last.partition(f"{_MEAN}_")
+        if last == _MEAN or (not kind and domain):
+            row = _Row(prefix + dot, domain)
+            if row.key(_VAR) in state:
+                found.append(row)
+    return found
+
+
+def _mismatch(row: _Row, states: Sequence[Mapping[str, Any]]) -> str | None:
     """Why a layer cannot be pooled; None if it can."""
     shapes = []
     for number, state in enumerate(states):
-        if prefix + _MEAN not in state or prefix + _VAR not in state:
+        if row.key(_MEAN) not in state or row.key(_VAR) not in state:
             return f"source {number} does not have it"
-        mean, var = state[prefix + _MEAN], state[prefix + _VAR]
+        mean, var = state[row.key(_MEAN)], state[row.key(_VAR)]
         for statistic in (mean, var):
             if not isinstance(statistic, Tensor) or not statistic.is_floating_point() or statistic.is_meta:
                 what = statistic.dtype if isinstance(statistic, Tensor) else type(statistic).__name__
@@ -150,29 +196,28 @@ def _mismatch(prefix: str, states: Sequence[Mapping[str, Any]]) -> str | None:
     return None if other is None else f"shape {shapes[0]} in source 0 and {shapes[other]} in source {other}"
 
 
-def _pooled(prefix: str, name: str, states: Sequence[Mapping[str, Any]], weights: Sequence[float]) -> dict[str, Tensor]:
+def _pooled(row: _Row, states: Sequence[Mapping[str, Any]], weights: Sequence[float]) -> dict[str, Tensor]:
     """A layer's entries."""
     parts = []
     for number, (state, weight) in enumerate(zip(states, weights, strict=True)):
         if weight:  # what nothing was seen for may be anything
-            mean, var = (state[prefix + which].detach().to("cpu", torch.float64) for which in (_MEAN, _VAR))
-            _check_values(mean, var, f'layer "{name}" of source {number}')
+            mean, var = (state[row.key(kind)].detach().to("cpu", torch.float64) for kind in (_MEAN, _VAR))
+            _check_values(mean, var, f'layer "{row.name}" of source {number}')
             parts.append(Moments(torch.tensor(weight, dtype=torch.float64), mean, var * weight))
     whole = pool(*(torch.stack([getattr(part, of) for part in parts]) for of in ("count", "mean", "m2")))
     entries = {}
-    for which, value in ((_MEAN, whole.mean), (_VAR, whole.var())):
-        first = states[0][prefix + which]
-        entries[prefix + which] = value.to(first.device, first.dtype)
-        if not bool(entries[prefix + which].isfinite().all()):
+    for kind, value in ((_MEAN, whole.mean), (_VAR, whole.m2 / whole.count)):
+        first = states[0][row.key(kind)]
+        rounded = entries[row.key(kind)] = value.to(first.device, first.dtype)
+        if not bool(rounded.isfinite().all()):
             raise NonFiniteError(
-                f'layer "{name}": got pooled statistics up to {float(value.abs().max()):.3g} that {first.dtype} cannot '
-                f"hold; they must be finite. Keep running statistics in float32: batchnorm.convert(model)"
+                f'layer "{row.name}": got pooled statistics up to {float(value.abs().max()):.3g} that {first.dtype} '
+                f"cannot hold; they must be finite. Keep running statistics in float32: batchnorm.convert(model)"
             )
-    counters = [state[prefix + _COUNTER] for state in states if isinstance(state.get(prefix + _COUNTER), Tensor)]
-    if isinstance(states[0].get(prefix + _COUNTER), Tensor):
-        own = states[0][prefix + _COUNTER]
-        largest = max(int(counter) for counter in counters)
-        entries[prefix + _COUNTER] = torch.full_like(own, largest)
+    counters = [state.get(row.key(_COUNTER)) for state in states]
+    if isinstance(counters[0], Tensor):
+        largest = max(int(counter) for counter in counters if isinstance(counter, Tensor))
+        entries[row.key(_COUNTER)] = torch.full_like(counters[0], largest)
     return entries
 
 
