@@ -74,9 +74,9 @@ def test_decay_is_a_weight_for_each_sample_that_came_later(decay: float) -> None
     weights = torch.full((14,), decay).double() ** ages
     n, mean, m2 = oracle.moments(torch.cat(parts).double().numpy(), 1, weights[:, None].expand(14, 4).numpy())
     assert seen.samples == pytest.approx(float(weights.sum()))
-    assert float(seen.moments.count) == pytest.approx(n)
-    close(seen.moments.mean, mean, tolerances.STATISTIC)
-    close(seen.moments.m2, m2, relative=tolerances.STATISTIC)
+    assert seen.count == pytest.approx(n)
+    close(seen.mean, mean, tolerances.STATISTIC)
+    close(seen.m2, m2, relative=tolerances.STATISTIC)
 
 
 def test_inf_and_nan_are_left_out() -> None:
@@ -87,7 +87,7 @@ def test_inf_and_nan_are_left_out() -> None:
     assert (seen.refused, seen.batches, seen.samples) == (1, 0, 0)
     seen = seen.join(Moments.of(x), 8, 0.5).join(Moments.of(bad), 2, 0.5)
     assert (seen.refused, seen.batches, seen.samples) == (2, 1, 8)
-    assert torch.equal(seen.moments.mean, Moments.of(x).mean)
+    assert torch.equal(seen.mean, Moments.of(x).mean)
 
 
 # --- what it is worth -----------------------------------------------------------------------------------------------

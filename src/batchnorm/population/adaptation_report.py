@@ -38,7 +38,7 @@ class AdaptedLayer:
     @classmethod
     def of(cls, name: str, seen: Seen, prior: float) -> AdaptedLayer:
         """What a layer has seen."""
-        values = float(seen.moments.count)
+        values = float(seen.count)
         return cls(name, seen.samples, values, seen.batches, seen.refused, seen.effective, seen.weight(prior))
 
     @property

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from batchnorm import functional
 from batchnorm._torch import buffers_of, outside_graphs
 from batchnorm.errors import BatchNormError, OptionError
+from batchnorm.kernels.reference import statistics_dtype
 from batchnorm.modules import BatchNorm
 from batchnorm.population.context import population
 from batchnorm.population.layers import Layer
@@ -42,13 +43,14 @@ class Adapter:
     def __init__(self, layer: Layer, prior: float, decay: float | None, tell: Callable[[Adapter], None]) -> None:
         self.layer = layer
         # Of these, every value stays as it is now, whatever is written to the layer's own meanwhile.
-        self.mean, self.var = (t.detach().to(torch.float64, copy=True) for t in (layer.mean, layer.var))
+        wide = statistics_dtype(layer.mean.device)
+        self.mean, self.var = (t.detach().to(wide, copy=True) for t in (layer.mean, layer.var))
         self.seen = Seen.nothing(layer.num_channels, layer.mean.device)
         self._prior = prior
         self._decay = decay
         self._tell = tell
         self._outer = _innermost.get(layer.module)
-        self.current = self._place(layer.mean.detach().clone(), layer.var.detach().clone())
+        self._place(replace(layer, mean=layer.mean.detach().clone(), var=layer.var.detach().clone()))
         _innermost[layer.module] = self
 
     @outside_graphs
@@ -83,16 +85,16 @@ class Adapter:
         new = population(self.layer, seen.joined_with(self.mean, self.var, self._prior))
         if new is not None:
             # New tensors: a graph may have saved the others.
-            layer = self._place(torch.empty_like(self.current.mean), torch.empty_like(self.current.var))
-            layer.settle(new.mean, new.var)
-            self.current = layer
+            own = self.layer
+            rounded = Layer(own.name, own.module, new.mean.to(own.mean.dtype), new.var.to(own.var.dtype), own.row)
+            rounded.check_rounded(new.mean, new.var)
+            self._place(rounded)
         self.seen = seen
 
-    def _place(self, mean: Tensor, var: Tensor) -> Layer:
+    def _place(self, layer: Layer) -> None:
         """Have the layer normalise by these tensors."""
-        row = self.layer.row
-        buffers_of(self.layer.module).update({row.mean: mean, row.var: var})
-        return dataclasses.replace(self.layer, mean=mean, var=var)
+        buffers_of(layer.module).update({layer.row.mean: layer.mean, layer.row.var: layer.var})
+        self.current = layer
 
     def keep(self) -> None:
         """Have the layer's own statistics become those that it normalises by now."""

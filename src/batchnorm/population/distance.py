@@ -197,13 +197,13 @@ def _within(model: nn.Module, name: str, domains: tuple[str, ...]) -> AbstractCo
 
 
 def _distance(layer: Layer, stored: dict[str, Layer], seen: dict[str, Moments]) -> LayerDistance:
-    variances = torch.stack([of.var.double() for of in stored.values()])
-    unit = variances.mean(0) + vars(layer.module)["eps"]
+    own = {name: (of.mean.cpu().double(), of.var.cpu().double()) for name, of in stored.items()}
+    unit = torch.stack([var for _, var in own.values()]).mean(0) + vars(layer.module)["eps"]
     channels = {}
     for name, moments in seen.items():
-        mean, std = stored[name].mean.double(), stored[name].var.double().sqrt()
-        squared = (moments.mean - mean).square() + (moments.std() - std).square()
-        channels[name] = (squared / unit).sqrt().cpu()
+        mean, var = own[name]
+        squared = (moments.mean.cpu() - mean).square() + (moments.std().cpu() - var.sqrt()).square()
+        channels[name] = (squared / unit).sqrt()
     return LayerDistance(layer.name, next(iter(seen.values())).count.item(), channels)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from batchnorm import functional, layout
 from batchnorm._torch import buffers_of, in_functorch
 from batchnorm.call import Call
 from batchnorm.errors import BatchNormError, NonFiniteError, OptionError, OrderError
+from batchnorm.kernels.reference import statistics_dtype
 from batchnorm.layer_state import FIRST, Row
 from batchnorm.models.hooks import forward_hooks
 from batchnorm.models.norm_layers import NormLayer, display_name, named_norm_layers, uninitialized
@@ -80,7 +82,15 @@ class Layer:
             NonFiniteError: rounded to the buffers' dtype they are not finite.
         """
         self.write(mean, var)
-        if not bool((self.mean.isfinite() & self.var.isfinite()).all()):
+        self.check_rounded(mean, var)
+
+    def check_rounded(self, mean: Tensor, var: Tensor) -> None:
+        """The buffers hold these, rounded to their dtype.
+
+        Raises:
+            NonFiniteError: as `settle`.
+        """
+        if not math.isfinite(float((self.mean + self.var).sum(dtype=statistics_dtype(self.mean.device)))):
             raise NonFiniteError(
                 f'layer "{self.name}": got statistics up to {float(mean.abs().max()):.3g} and {float(var.max()):.3g} '
                 f"that {self.var.dtype} cannot hold; they must be finite. Keep running statistics in float32: "

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from batchnorm.call import Call
-from batchnorm.moments import Moments, pool
+from batchnorm.moments import Moments, pool, union
 
 # Of batches, as many as are needed to see how their means scatter. Decay leaves fractions of one.
 _FREEDOM = 0.5
@@ -30,8 +31,12 @@ def samples_of(call: Call) -> float:
 class Seen:
     """The joined moments of batches, each of a weight that has decayed since.
 
+    Counts are numbers of Python, so that what is joined at every call takes few operations.
+
     Attributes:
-        moments: of all.
+        count: how many values of each channel, by weight; an int where all weigh 1.
+        mean: (C,) float64.
+        m2: (C,) float64.
         samples: how many samples, by weight.
         batches: how many batches, whatever they weigh.
         refused: how many batches had inf or NaN, and were left out.
@@ -40,7 +45,9 @@ class Seen:
         squares: the sum of their squared weights times their counts.
     """
 
-    moments: Moments
+    count: int | float
+    mean: Tensor
+    m2: Tensor
     samples: float
     batches: int
     refused: int
@@ -52,38 +59,44 @@ class Seen:
     def nothing(cls, num_channels: int, device: torch.device) -> Seen:
         """Before the first batch."""
         empty = Moments.empty(num_channels, device=device)
-        return cls(empty, 0.0, 0, 0, empty.m2, 0.0, 0.0)
+        return cls(0, empty.mean, empty.m2, 0.0, 0, 0, empty.m2, 0.0, 0.0)
 
     @classmethod
     def of_batches(cls, batches: Sequence[Moments], samples: float) -> Seen:
         """Batches of equal weight, whose moments are finite: the same in any order, but for rounding."""
         counts, means, squares = (torch.stack([getattr(m, name) for m in batches]) for name in ("count", "mean", "m2"))
         whole = pool(counts, means, squares)
-        used = int((counts > 0).sum())
-        return cls(whole, samples, used, 0, squares.sum(0), float(used), float(whole.count))
+        used, count = int((counts > 0).sum()), whole.count.item()
+        return cls(count, whole.mean, whole.m2, samples, used, 0, squares.sum(0), float(used), float(count))
 
     def join(self, moments: Moments, samples: float, decay: float | None) -> Seen:
         """One batch more, of weight 1. What was there weighs decay^samples of what it weighed.
 
         Args:
-            moments: of the batch; with inf or NaN, it is counted as refused and nothing else.
+            moments: of the batch; with inf or NaN, it is counted as refused and nothing else. They are looked at, which
+                waits for the device.
             samples: how many there are in it.
             decay: for each sample; None for 1.
         """
-        # One look at the device.
-        count, finite = torch.stack([moments.count.double(), (moments.mean + moments.m2).isfinite().all()]).tolist()
-        if not finite:
-            return Seen(**vars(self) | {"refused": self.refused + 1})
+        count = moments.count.item()
+        if not math.isfinite(float((moments.mean + moments.m2).sum())):
+            return replace(self, refused=self.refused + 1)
         if count == 0:
             return self
-        kept = 1.0 if decay is None else decay**samples
-        if kept == 0 or self.batches == 0:  # and not a sum with nothing, whose count is no integer
-            joined, within = moments, moments.m2
+        kept = 1 if decay is None else decay**samples
+        if self.batches == 0 or kept == 0:
+            mean, m2, within, total = moments.mean, moments.m2, moments.m2, count
         else:
-            old = self.moments if kept == 1 else _scaled(self.moments, kept)
-            joined, within = old + moments, self.within * kept + moments.m2
+            old, m2, within = self.count, self.m2, self.within
+            if kept != 1:
+                old, m2, within = old * kept, m2 * kept, within * kept
+            total = old + count
+            mean, m2 = union(old, count / total, self.mean, m2, moments.mean, moments.m2)
+            within = within + moments.m2
         return Seen(
-            joined,
+            total,
+            mean,
+            m2,
             self.samples * kept + samples,
             self.batches + 1,
             self.refused,
@@ -100,10 +113,13 @@ class Seen:
             var: (C,) float64, likewise, biased.
             prior: how many samples it has.
         """
-        if self.samples == 0 or prior == 0:
-            return self.moments
-        count = self.moments.count.to(mean.dtype) * (prior / self.samples)
-        return Moments(count, mean, var * count) + self.moments
+        count, own, m2 = self.count, self.mean, self.m2
+        if self.samples and prior:
+            stored = count * (prior / self.samples)
+            own, m2 = union(stored, self.weight(prior), mean, var * stored, own, m2)
+            count = stored + count
+        dtype = torch.int64 if isinstance(count, int) else own.dtype
+        return Moments(torch.tensor(count, dtype=dtype, device=own.device), own, m2)
 
     @property
     def effective(self) -> float:
@@ -113,24 +129,18 @@ class Seen:
         of a picture, frames of a film, a class) comes in the same batch, and lets them scatter more. One batch tells
         nothing of that: it counts its samples.
         """
-        count = float(self.moments.count)
-        if self.batches == 0 or count == 0:
+        if self.count == 0:
             return 0.0
-        freedom = self.weights - self.squares / count
+        freedom = self.weights - self.squares / self.count
         if self.batches < 2 or freedom < _FREEDOM:
             return self.samples
-        var = self.moments.m2 / count
+        var = self.m2 / self.count
         varies = var > 0
         if not bool(varies.any()):
             return self.samples
-        between = (self.moments.m2 - self.within)[varies] / var[varies]
-        return count**2 / self.squares / max(float(between.mean()) / freedom, 1.0)
+        between = (self.m2 - self.within)[varies] / var[varies]
+        return self.count**2 / self.squares / max(float(between.mean()) / freedom, 1.0)
 
     def weight(self, prior: float) -> float:
         """The share of what was seen in what it is joined to: samples / (samples + prior)."""
         return self.samples / (self.samples + prior) if self.samples else 0.0
-
-
-def _scaled(moments: Moments, weight: float) -> Moments:
-    """The same of values that weigh less."""
-    return Moments(moments.count.to(moments.m2.dtype) * weight, moments.mean, moments.m2 * weight)
