@@ -1,7 +1,7 @@
 """What adapting running statistics to corrupted data is worth, and where it hurts, as Markdown.
 
-Small residual networks learn scikit-learn's handwritten digits. The test digits are then corrupted in six ways, each at
-three strengths, and classified by the statistics of training, by those that `batchnorm.adapt` makes of them online, at
+Small residual networks and perceptrons learn scikit-learn's handwritten digits. The test digits are then corrupted in six
+ways, each at three strengths (for the perceptrons, the middle ones), and classified by the statistics of training, by those that `batchnorm.adapt` makes of them online, at
 several priors and batch sizes, and by the exact ones of all digits that are shown. Digits come in random order, or
 sorted by class.
 
@@ -23,15 +23,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import batchnorm
-from batchnorm.study.dataset import Part, digits
+from batchnorm.study.dataset import Data, Part, digits
 from batchnorm.study.formatting import cell
-from batchnorm.study.networks import OURS, residual
+from batchnorm.study.networks import OURS, perceptron, residual
 from batchnorm.study.statistics import mean_interval
 from batchnorm.study.training import accuracy, descend, one_thread, predict
 
 SEEDS = 5
 STEPS, RATE, BATCH = 400, 0.1, 32  # of the training
-WIDTH, BLOCKS = 16, 1
+WIDTH, BLOCKS = 16, 1  # of the residual network, with three layers of batch norm
+HIDDEN = (64, 64)  # of the perceptron, with two
 PRIORS = (0.0, 4.0, 16.0, 64.0)
 SIZES = (1, 8, 64)
 ALONE, STREAM = "each batch alone", "all so far"  # decay=0, and no decay
@@ -93,6 +94,11 @@ class Setting(NamedTuple):
     prior: float
 
 
+RESIDUAL, PERCEPTRON = "residual network", "perceptron"
+NETWORKS: dict[str, Callable[[torch.Generator], nn.Module]] = {
+    RESIDUAL: lambda g: residual((1, 8, 8), WIDTH, BLOCKS, 10, placement="before", layers=OURS, generator=g),
+    PERCEPTRON: lambda g: perceptron(64, HIDDEN, 10, placement="before", layers=OURS, generator=g),
+}
 SETTINGS = [
     setting
     for setting in itertools.starmap(Setting, itertools.product((SHUFFLED, SORTED), DECAYS, SIZES, PRIORS))
@@ -106,21 +112,21 @@ SOURCE, EXACT = "source", "exact, prior {:g}"
 EXACT_PRIORS = (0.0, 16.0)
 
 
-def trained(part: Part, seed: int) -> nn.Module:
+def trained(kind: str, part: Part, seed: int) -> nn.Module:
     """A network, by its running averages."""
     generator = torch.Generator().manual_seed(seed)
-    network = residual((1, 8, 8), WIDTH, BLOCKS, 10, placement="before", layers=OURS, generator=generator)
+    network = NETWORKS[kind](generator)
     descent = descend(network, part, learning_rate=RATE, batch_size=BATCH, generator=generator)
     for _ in itertools.islice(descent, STEPS):
         pass
     return network.eval()
 
 
-def cases(x: Tensor, generator: torch.Generator) -> Iterator[tuple[Case, Tensor]]:
+def cases(kind: str, x: Tensor, generator: torch.Generator) -> Iterator[tuple[Case, Tensor]]:
     """The images as they are, and corrupted in every way."""
     yield (CLEAN, 0.0), x
     for name, (corrupt, strengths) in CORRUPTIONS.items():
-        for strength in strengths:
+        for strength in strengths if kind == RESIDUAL else strengths[1:2]:
             yield (name, strength), corrupt(x, strength, generator)
 
 
@@ -130,31 +136,33 @@ def online(network: nn.Module, x: Tensor, setting: Setting) -> Tensor:
         return torch.cat([network(batch).argmax(1) for batch in x.split(setting.size)])
 
 
-def of_seed(data: Data, seed: int, samples: int) -> Iterator[tuple[Setting | str, Case, float]]:
+def of_seed(kind: str, data: Data, seed: int, samples: int) -> Iterator[tuple[Setting | str, Case, float]]:
     """The accuracies of one network."""
-    network = trained(data.train, seed)
+    network = trained(kind, data.train, seed)
     generator = torch.Generator().manual_seed(1000 + seed)
     order = torch.randperm(len(data.test.labels), generator=generator)[:samples]
     x, labels = data.test.inputs[order], data.test.labels[order]
     by_class = labels.argsort(stable=True)
-    for case, corrupted in cases(x, generator):
+    for case, corrupted in cases(kind, x, generator):
         yield SOURCE, case, accuracy(predict(network, corrupted), labels)
         for prior in EXACT_PRIORS:
             with batchnorm.adapt(network, [corrupted], prior=prior):
                 yield EXACT.format(prior), case, accuracy(predict(network, corrupted), labels)
         for setting in SETTINGS:
+            if kind == PERCEPTRON and setting.size == 1 and not setting.prior:
+                continue  # one value for each channel has no variance
             drawn = by_class if setting.order == SORTED else torch.arange(len(labels))
             yield setting, case, accuracy(online(network, corrupted[drawn], setting), labels[drawn])
 
 
-def measure(seeds: Sequence[int], samples: int) -> Results:
-    """Everything, for every seed."""
+def measure(kind: str, seeds: Sequence[int], samples: int) -> Results:
+    """Everything of one kind of network, for every seed."""
     data = digits()
     results: Results = {}
     with one_thread(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="layer .* is adapted by")  # what the tables show
         for seed in seeds:
-            for setting, case, share in of_seed(data, seed, samples):
+            for setting, case, share in of_seed(kind, data, seed, samples):
                 results.setdefault(setting, {}).setdefault(case, []).append(share)
     return results
 
@@ -208,11 +216,11 @@ def table_of_corruptions(results: Results) -> list[str]:
     return lines
 
 
-def show(results: Results, samples: int) -> None:
-    """Print the tables."""
+def show(kind: str, results: Results, samples: int) -> None:
+    """Print the tables of one kind of network."""
     seeds = len(results[SOURCE][CLEAN, 0.0])
-    print(f"Accuracy in %, mean and 95 % interval of {seeds} networks, {samples} digits each.")
-    print("\nMean of 18 corruptions:\n")
+    print(f"\n{kind}: accuracy in %, mean and 95 % interval of {seeds} networks, {samples} digits each.")
+    print(f"\nMean of {len(results[SOURCE]) - 1} corruptions:\n")
     print(*table_of_orders(results, corrupted), sep="\n")
     print("\nClean digits:\n")
     print(*table_of_orders(results, lambda name: not corrupted(name)), sep="\n")
@@ -223,10 +231,11 @@ def show(results: Results, samples: int) -> None:
 def main() -> None:
     """Measure as much as the arguments say."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=SEEDS, help="networks")
-    parser.add_argument("--samples", type=int, default=128, help="test digits of each, at most 360")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="networks of each kind")
+    parser.add_argument("--samples", type=int, default=120, help="test digits of each, at most 360")
     arguments = parser.parse_args()
-    show(measure(range(arguments.seeds), arguments.samples), arguments.samples)
+    for kind in NETWORKS:
+        show(kind, measure(kind, range(arguments.seeds), arguments.samples), arguments.samples)
 
 
 if __name__ == "__main__":
