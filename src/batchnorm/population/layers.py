@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from batchnorm import functional, layout
 from batchnorm._torch import buffers_of, in_functorch
 from batchnorm.call import Call
+from batchnorm.choosing import layers_with_domains
 from batchnorm.errors import BatchNormError, NonFiniteError, OptionError, OrderError
+from batchnorm.layer_state import FIRST, Row
 from batchnorm.models.hooks import forward_hooks
 from batchnorm.models.norm_layers import NormLayer, display_name, named_norm_layers, uninitialized
 from batchnorm.modules import BatchNorm
@@ -23,19 +25,23 @@ from batchnorm.population.result import SkippedLayer
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A layer that takes part.
+    """A layer that takes part, or one of its domains.
 
     Attributes:
-        name: its first path in the model.
+        name: its first path in the model, and the domain, if it has several.
         module: the layer itself.
         mean: (C,) its buffer.
         var: (C,) its buffer.
+        row: under which names the layer has them.
+        place: its first path in the model.
     """
 
     name: str
     module: NormLayer
     mean: Tensor
     var: Tensor
+    row: Row = FIRST
+    place: str = ""
 
     @property
     def num_channels(self) -> int:
@@ -83,7 +89,8 @@ class Layer:
         Raises:
             OptionError: it is not.
         """
-        if in_functorch() or self.module.running_mean is not self.mean or self.module.running_var is not self.var:
+        moved = (getattr(self.module, name) for name in (self.row.mean, self.row.var))
+        if in_functorch() or any(a is not b for a, b in zip(moved, (self.mean, self.var), strict=True)):
             raise OptionError(
                 "got a call with other buffers than the model's own, or inside a transform of torch.func; "
                 "recalibration writes the model's buffers. Call the model itself: not a replica of DataParallel's, and "
@@ -96,16 +103,21 @@ def statistics_of(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     return buffers_of(module).get("running_mean"), buffers_of(module).get("running_var")
 
 
-def select_layers(model: nn.Module) -> tuple[list[Layer], list[SkippedLayer]]:
+def select_layers(model: nn.Module, *, all_domains: bool = False) -> tuple[list[Layer], list[SkippedLayer]]:
     """A model's layers that take part, and those that do not.
 
     A layer that the model holds more than once is one, under its first name. Layers that have not been initialised yet
     are skipped here, and refused where they are called.
 
+    Args:
+        model: any module.
+        all_domains: whether each domain of a layer takes part; otherwise the one that is chosen at the moment does.
+
     Raises:
-        OptionError: statistics without data, on the device "meta".
+        OptionError: statistics without data, on the device "meta"; or of several domains none was chosen.
     """
     layers, skipped = [], []
+    several = {layer for layer in layers_with_domains(model) if len(layer.domains) > 1}
     for path, module in named_norm_layers(model):
         name = display_name(path)
         mean, var = statistics_of(module)
@@ -120,9 +132,24 @@ def select_layers(model: nn.Module) -> tuple[list[Layer], list[SkippedLayer]]:
                 f'layer "{name}": got statistics on the device "meta", which hold no data; they are to be written. '
                 f"Load the model's weights first"
             )
+        elif isinstance(module, BatchNorm) and module in several:
+            for row in module._rows if all_domains else (_chosen(module),):
+                mean, var, *_ = module.statistics_of(row.number)
+                layers.append(Layer(f"{name} ({module.domains[row.number]})", module, mean, var, row, name))
         else:
-            layers.append(Layer(name, module, mean, var))
+            layers.append(Layer(name, module, mean, var, place=name))
     return layers, skipped
+
+
+def _chosen(layer: BatchNorm) -> Row:
+    row = layer._row
+    if not isinstance(row, Row):
+        raise OptionError(
+            f"got a model whose layers have the domains {', '.join(map(repr, layer.domains))} without saying which the "
+            f"batches are of. Pass domain_of=lambda batch: ..., a function that returns a batch's domain, or one for "
+            f'each of its samples; or recalibrate one, inside "with batchnorm.domain(model, {layer.domains[0]!r}):"'
+        )
+    return row
 
 
 Receive = Callable[[Layer, tuple[Any, ...], dict[str, Any]], None]
@@ -147,11 +174,13 @@ class CallHooks:
     @contextmanager
     def on(self, model: nn.Module, layers: Sequence[Layer]) -> Iterator[None]:
         """Inside, `receive(layer, args, kwargs)` is called before each layer's forward, after all other hooks."""
-        by_module: dict[nn.Module, Layer] = {layer.module: layer for layer in layers}
+        by_module: dict[nn.Module, dict[object, Layer]] = {}
+        for layer in layers:
+            by_module.setdefault(layer.module, {})[layer.row] = layer
         waiting = [module for module in model.modules() if uninitialized(module)]
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._called(by_module[module], args, kwargs)
+            self._called(by_module[module][getattr(module, "_row", FIRST)], args, kwargs)
 
         # First of all hooks: the module's own would initialise it.
         with forward_hooks(waiting, _refuse_uninitialized, first=True), forward_hooks(by_module, before):
