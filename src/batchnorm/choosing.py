@@ -221,9 +221,8 @@ def _assignment(layer: BatchNorm, which: Any) -> Assignment:  # noqa: ANN401 - a
 
 
 def _number(which: Any) -> int:  # noqa: ANN401 - checked here
-    try:
-        return operator.index(which)
-    except TypeError:
+    if isinstance(which, bool) or not hasattr(which, "__index__"):
         raise OptionError(
             f"got {which!r} of type {type(which).__name__} for a domain; it must be a name or a whole number"
-        ) from None
+        )
+    return operator.index(which)

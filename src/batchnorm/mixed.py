@@ -36,7 +36,7 @@ def normalize(call: Call, statistics: BatchStatistics | SyncStatistics, names: S
     """
     if not 0 < call.eps < math.inf:
         raise functional.wrong_eps(call.eps)
-    if _torch.is_exported() or _torch.is_traced():
+    if ops.read_by_others():
         aten.refuse("samples of several domains")
     if call.channel_dim == 0:
         y, moments = normalize(_samples_first(call), statistics, names)
