@@ -149,6 +149,7 @@ def test_the_public_names() -> None:
         "check",
         "convert",
         "deferred",
+        "domain",
         "errors",
         "fold",
         "freeze",

@@ -174,9 +174,9 @@ def _choice(layer: BatchNorm, which: Which) -> Row | Assignment | Mixture:
         return _mixture(layer, which)
     if isinstance(which, str):
         return layer.row_of(which)
-    if isinstance(which, Tensor) and which.dim() == 0:
-        return layer.row_of(_number(which.item()))
-    if isinstance(which, Tensor) or hasattr(which, "__array__") or isinstance(which, Sequence):
+    if getattr(which, "ndim", None) == 0:  # a tensor or NumPy's
+        return layer.row_of(_number(which.item()))  # type: ignore[union-attr]  # they have it
+    if hasattr(which, "ndim") or isinstance(which, Sequence):
         return _assignment(layer, which)
     return layer.row_of(_number(which))
 
