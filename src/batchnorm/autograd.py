@@ -16,7 +16,7 @@ from batchnorm.kernels.backend import Operations
 from batchnorm.kernels.reference import biased_variance
 from batchnorm.kernels.tables import beside, gradient_of
 from batchnorm.moments import Moments
-from batchnorm.statistics import RunningStatistics
+from batchnorm.statistics import DomainStatistics, RunningStatistics
 
 
 class Synced(NamedTuple):
@@ -49,9 +49,9 @@ class _BatchNorm(torch.autograd.Function):
         mask: Tensor | None,
         options: Options,  # torch looks for tensors among the arguments alone, not in what they hold
         operations: Operations,
-        statistics: RunningStatistics | Synced | None,
+        statistics: RunningStatistics | DomainStatistics | Synced | None,
         commits: bool,  # whether x is normalised by its own moments, and these are committed to the statistics, if any
-        domain: Tensor | None,  # of each sample; not with `commits`
+        domain: Tensor | None,  # of each sample
         domains: int,
     ) -> Any:  # noqa: ANN401 - y, and the batch's moments
         _, _, activation = options
@@ -59,16 +59,22 @@ class _BatchNorm(torch.autograd.Function):
         # Without an activation the residual's value has no part in any gradient.
         saved_residual = None if activation is None else residual
         if commits:
-            running = statistics if isinstance(statistics, RunningStatistics) else (None,) * 5
-            y, count, mean, m2 = operations.forward_commit(x, weight, bias, residual, *options, mask, *running)
-            ctx.save_for_backward(x, count, mean, m2, weight, bias, saved_residual, mask, None)
+            if domain is None:
+                running = statistics if isinstance(statistics, RunningStatistics) else (None,) * 5
+                y, count, mean, m2 = operations.forward_commit(x, weight, bias, residual, *options, mask, *running)
+            else:
+                y, count, mean, m2 = operations.forward(x, weight, bias, residual, *options, mask, domain, domains)
+                of_each = statistics.of_each if isinstance(statistics, DomainStatistics) else ()
+                for number, (mean_, var, tracked, skipped, momentum) in enumerate(of_each):
+                    operations.commit(mean_, var, tracked, skipped, count, mean, m2, momentum, number)
+            ctx.save_for_backward(x, count, mean, m2, weight, bias, saved_residual, mask, domain)
             return y
         ctx.set_materialize_grads(False)
         if isinstance(statistics, RunningStatistics):
             mean, var = statistics.mean, statistics.var
             ctx.save_for_backward(x, None, mean, var, weight, bias, saved_residual, None, domain)
             return operations.normalize(x, mean, var, weight, bias, residual, *options, *_given(domain))
-        if statistics is not None:
+        if isinstance(statistics, Synced):
             moments, ctx.group, ctx.label = statistics
             count, mean, m2 = moments.count, moments.mean, moments.m2
             ctx.save_for_backward(x, count, mean, m2, weight, bias, saved_residual, mask, domain)
@@ -96,10 +102,13 @@ class _BatchNorm(torch.autograd.Function):
                 )
             statistics = (mean, m2_or_var) if count is None else None
             needs = (needs_x, needs_weight, needs_bias, needs_residual)
-            dx, dweight, dbias, dresidual = _differentiable_gradients(dy, x, statistics, arguments, mask, needs, domain, len(mean))
+            dx, dweight, dbias, dresidual = _differentiable_gradients(
+                dy, x, statistics, arguments, mask, needs, domain, len(mean)
+            )
         elif count is not None and ctx.group is None and (needs_x or needs_residual):
-            moments = (count, mean, m2_or_var)
-            dx, dweight, dbias, dresidual = operations.backward(dy, x, *moments, *arguments, mask, *_given(domain))
+            dx, dweight, dbias, dresidual = operations.backward(
+                dy, x, count, mean, m2_or_var, *arguments, mask, *_given(domain)
+            )
         else:
             var = m2_or_var if count is None else biased_variance(count, m2_or_var)
             dx = dresidual = sums = mean_dz = mean_dz_xhat = None
@@ -111,9 +120,7 @@ class _BatchNorm(torch.autograd.Function):
                 mean_dz, mean_dz_xhat = (total / n for total in totals)
             if needs_x or needs_residual:
                 means = (mean_dz, mean_dz_xhat)
-                dx, dresidual = operations.backward_input(
-                    dy, x, mean, var, *arguments, *means, mask, *_given(domain)
-                )
+                dx, dresidual = operations.backward_input(dy, x, mean, var, *arguments, *means, mask, *_given(domain))
             # Of a parameter, this process's part, as of any other in data-parallel training.
             dbias, dweight = (None, None) if sums is None else sums
             dweight = None if dweight is None else gradient_of(weight, dweight)

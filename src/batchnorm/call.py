@@ -16,7 +16,18 @@ from batchnorm.kernels.reference import statistics_dtype
 
 _KNOWN = {None, *ACTIVATIONS}
 
-_ATTRIBUTES = ("x", "weight", "bias", "residual", "mask", "eps", "channel_dim", "activation", "num_channels", "assignment")
+_ATTRIBUTES = (
+    "x",
+    "weight",
+    "bias",
+    "residual",
+    "mask",
+    "eps",
+    "channel_dim",
+    "activation",
+    "num_channels",
+    "assignment",
+)
 
 # eps, channel_dim, activation: what the operators take between the tensors.
 Options = tuple[float, int, str | None]
@@ -34,6 +45,10 @@ class Assignment(NamedTuple):
 
     domain: Tensor
     samples: tuple[int, ...]
+
+    def to(self, device: torch.device) -> Assignment:
+        """The same on another device."""
+        return self._replace(domain=self.domain.to(device))
 
 
 class Call:

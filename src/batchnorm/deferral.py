@@ -55,8 +55,8 @@ def deferred(model: nn.Module) -> Iterator[Pending]:
     is counted. What each forward pass normalises by is still its own micro-batch.
 
     An exception commits nothing. Inside another `deferred` of the same layers, the joined moments are proposed to that
-    one. Each domain of a layer has moments and a commit of its own. A layer that is frozen by the end commits nothing. Layers of torch.nn know no proposals and commit at once; a
-    UserWarning names them.
+    one. Each domain of a layer has moments and a commit of its own. A layer that is frozen by the end commits nothing.
+    Layers of torch.nn know no proposals and commit at once; a UserWarning names them.
 
     Args:
         model: its layers of ours, of all depths, are meant; other models are not, copies made inside included.
@@ -85,6 +85,6 @@ def deferred(model: nn.Module) -> Iterator[Pending]:
                 layer._receiver = receiver
     for layer in layers:
         for row in layer._rows:
-            joined = pending.moments(layer, row.index)
+            joined = pending.moments(layer, row.number)
             if joined is not None and not layer.frozen.statistics:
                 layer._propose(joined, row)

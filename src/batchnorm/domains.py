@@ -10,11 +10,11 @@ from torch import Tensor
 from batchnorm import functional, mixed
 from batchnorm._torch import in_backward_recompute
 from batchnorm.call import Assignment, Call
-from batchnorm.errors import BatchNormError, OptionError
+from batchnorm.errors import OptionError
 from batchnorm.kernels.running_statistics import check_running
 from batchnorm.layer_state import LayerState, Row
 from batchnorm.moments import Moments
-from batchnorm.statistics import BatchStatistics, Frozen, RunningStatistics, SyncStatistics
+from batchnorm.statistics import BatchStatistics, DomainStatistics, Frozen, RunningStatistics, SyncStatistics
 
 
 class Mixture(NamedTuple):
@@ -29,7 +29,9 @@ class DomainLayer(LayerState):
     channel_dim: int
     frozen: Frozen
     inplace: bool
+    renorm: object
     sync: bool
+    virtual_batch_size: int | None
 
     def _forward_by_domain(
         self, input: Tensor, residual: Tensor | None, mask: Tensor | None, activation: str | None
@@ -48,11 +50,14 @@ class DomainLayer(LayerState):
         if by_running and not moves:
             mask = None  # no effect
         call = Call(input, weight, bias, residual, mask, self._eps, self.channel_dim, activation, assignment)
-        running = [self._running(row, getattr(self, row.mean), getattr(self, row.var)) for row in self._rows]
+        running = tuple(self._running(row, getattr(self, row.mean), getattr(self, row.var)) for row in self._rows)
         if moves:
             for mean, var, counter, _, momentum in running:
                 check_running(mean, var, counter, momentum, self._num_features, input.device)
         moments = None
+        plain = self.renorm is None and self.virtual_batch_size is None and not self.sync
+        if moves and plain and not by_running and self._receiver is None and not self._listeners:
+            return mixed.normalize_and_commit(call, DomainStatistics(running), self.domains)
         if by_running:
             mean, var = (torch.stack([statistics[i] for statistics in running]) for i in (0, 1))  # type: ignore[misc]
             output = mixed.normalize_by_running(call, mean, var)
@@ -74,12 +79,12 @@ class DomainLayer(LayerState):
         """
         choice = self._row
         if isinstance(choice, Assignment):
-            return choice._replace(domain=choice.domain.to(input.device))
+            return choice if choice.domain.device == input.device else choice.to(input.device)
         if isinstance(choice, Mixture):
             return None
         if isinstance(choice, Row):  # of processes that may have other domains
             samples = input.shape[1 if self.channel_dim == 0 else 0]
-            domain = torch.full((samples,), choice.index, device=input.device)
+            domain = torch.full((samples,), choice.number, device=input.device)
             return Assignment(domain, tuple(samples if row is choice else 0 for row in self._rows))
         names = ", ".join(f'"{name}"' for name in self.domains)
         raise OptionError(
@@ -91,14 +96,20 @@ class DomainLayer(LayerState):
 
     def _affine_tables(self) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias: (C,), or (D, C) where each domain has its own."""
+        if not self.own_affine:
+            return self._learning(self.weight, self.bias)
         tables: list[Tensor | None] = []
         for kind in ("weight", "bias"):
             rows: list[Tensor | None] = [getattr(self, getattr(row, kind)) for row in self._rows]
-            if self.frozen.affine:
-                rows = [None if t is None else t.detach() for t in rows]
-            own = [t for t in rows if t is not None]
-            tables.append(torch.stack(own) if own and self.own_affine else rows[0])
-        return tables[0], tables[1]
+            table = [t for t in rows if t is not None]
+            tables.append(torch.stack(table) if table else None)
+        return self._learning(tables[0], tables[1])
+
+    def _learning(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Both, as constants where they are frozen."""
+        if not self.frozen.affine:
+            return weight, bias
+        return None if weight is None else weight.detach(), None if bias is None else bias.detach()
 
     def _mixture(self, by_running: bool) -> tuple[Tensor, Tensor]:
         """Mean and variance of the mixture: of moments that weigh as much as their domain."""
@@ -107,22 +118,30 @@ class DomainLayer(LayerState):
                 "got a mixture of domains in training, which normalises each domain by its own samples. Give a domain "
                 "for each sample, or call .eval() first"
             )
+        choice = self._row
+        assert isinstance(choice, Mixture)
+        return self.mixture_of(choice)
+
+    def mixture_of(self, choice: Mixture) -> tuple[Tensor, Tensor]:
+        """Mean and variance, (C,) each, of a mixture of the domains.
+
+        Raises:
+            OptionError: each domain has a weight and a bias of its own.
+        """
         if self.own_affine:
             raise OptionError(
                 "got a mixture of domains for a layer with own_affine=True; statistics have a mixture, the domains' "
                 "weights and biases do not. Choose one domain"
             )
-        choice = self._row
-        assert isinstance(choice, Mixture)
-        return mixture(choice.weights, [self.statistics_of(row.index) for row in self._rows])
+        return mixture(choice.weights, [self.statistics_of(row.number) for row in self._rows])
 
-    def _propose_all(self, moments: Moments, running: list[RunningStatistics]) -> None:
+    def _propose_all(self, moments: Moments, running: tuple[RunningStatistics, ...]) -> None:
         """Commit each domain's moments, or hand them to whoever collects them."""
         if in_backward_recompute():
             return
         if self._receiver is None and not self._listeners:
-            for index, statistics in enumerate(running):
-                functional.commit(moments, statistics, index)
+            for number, statistics in enumerate(running):
+                functional.commit(moments, statistics, number)
             return
         for row, own in zip(self._rows, self._each(moments), strict=True):
             self._propose(own, row)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from batchnorm.errors import OptionError
 from batchnorm.rebuilding import Rebuilding
-from batchnorm.statistics import RunningStatistics
+from batchnorm.statistics import Frozen, RunningStatistics
 
 HALVES = (torch.float16, torch.bfloat16)
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -21,7 +21,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 class Row(NamedTuple):
     """Under which names a layer keeps what belongs to one domain: its row of the table."""
 
-    index: int
+    number: int
     weight: str
     bias: str
     mean: str
@@ -33,12 +33,12 @@ class Row(NamedTuple):
 FIRST = Row(0, "weight", "bias", "running_mean", "running_var", "num_batches_tracked", "_skipped")
 
 
-def _row(index: int, name: str, own_affine: bool) -> Row:
-    """The names are the first domain's with the domain's own behind them; those of parameters only where it has some."""
-    if index == 0:
+def _row(number: int, name: str, own_affine: bool) -> Row:
+    """The names are the first domain's with the domain's own behind; those of parameters only where it has some."""
+    if number == 0:
         return FIRST
     weight, bias = (f"{kind}_{name}" if own_affine else kind for kind in ("weight", "bias"))
-    return Row(index, weight, bias, *(f"{kind}_{name}" for kind in FIRST[3:]))
+    return Row(number, weight, bias, *(f"{kind}_{name}" for kind in FIRST[3:]))
 
 
 def check_domains(domains: Sequence[str] | None, own_affine: bool, affine: bool, track: bool) -> tuple[str, ...]:
@@ -67,7 +67,9 @@ def check_domains(domains: Sequence[str] | None, own_affine: bool, affine: bool,
             "track_running_stats=False, or domains"
         )
     if own_affine and not affine:
-        raise OptionError("got own_affine=True for a layer without weight and bias. Leave one of affine=False and it out")
+        raise OptionError(
+            "got own_affine=True for a layer without weight and bias. Leave one of affine=False and it out"
+        )
     return names
 
 
@@ -85,6 +87,7 @@ class LayerState(Rebuilding):
 
     domains: tuple[str, ...] = ()
     own_affine: bool = False
+    frozen: Frozen
     _rows: tuple[Row, ...] = (FIRST,)
     # Which domain the samples are of: a row, or what `domains` says; None where nobody has chosen one of several.
     _row: Row | object | None = FIRST
@@ -95,23 +98,24 @@ class LayerState(Rebuilding):
     def _add_domains(self, names: tuple[str, ...], own_affine: bool) -> None:
         """Have a row for each domain: the first is what the layer has, the others begin as copies of it."""
         self.domains, self.own_affine = names, own_affine
-        self._rows = tuple(_row(index, name, own_affine) for index, name in enumerate(names)) or (FIRST,)
+        self._rows = tuple(_row(number, name, own_affine) for number, name in enumerate(names)) or (FIRST,)
         if len(names) > 1:
             self._row = None
         for row in self._rows[1:]:
             for name, first in zip(row[3:6], FIRST[3:6], strict=True):
                 self.register_buffer(name, self._buffers[first].clone())  # type: ignore[union-attr]  # checked before
             for name, first in zip(row[1:3], FIRST[1:3], strict=True):
-                if own_affine and name not in self._parameters:
-                    old = self._parameters[first]
+                if own_affine:
+                    old: Tensor | None = getattr(self, first)
                     new = None if old is None else nn.Parameter(old.detach().clone(), old.requires_grad)
                     self.register_parameter(name, new)
 
     def _drop_domains(self, row: Row) -> None:
         """Keep one row, as the layer's only one."""
         for kind, name in zip(FIRST[1:6], row[1:6], strict=True):
-            own = self._parameters if kind in ("weight", "bias") else self._buffers
-            own[kind] = own[name]  # type: ignore[assignment]  # of either
+            if name != kind:
+                own = self._parameters if kind in ("weight", "bias") else self._buffers
+                own[kind] = own[name]  # type: ignore[assignment]  # of either
         if row is not FIRST:
             vars(self)["_skipped"] = vars(self).get(row.skipped)
         for other in self._rows[1:]:
@@ -127,13 +131,13 @@ class LayerState(Rebuilding):
         Raises:
             OptionError: there is no such domain.
         """
-        index = self.domains.index(domain) if domain in self.domains else domain
-        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(self._rows):
+        number = self.domains.index(domain) if domain in self.domains else domain
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(self._rows):
             raise OptionError(
                 f"got domain {domain!r}; this layer has {', '.join(map(repr, self.domains)) or 'no domains'}. Give one "
                 f"of these names, or its number from 0"
             )
-        return self._rows[index]
+        return self._rows[number]
 
     def statistics_of(self, domain: str | int = 0) -> RunningStatistics:
         """The running statistics of a domain, as they are stored: a change in place is one of the layer.
@@ -246,7 +250,7 @@ class LayerState(Rebuilding):
         self._reset_skipped()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the domain that was chosen for a while: a copy is not in the context, whose end never comes for it."""
+        """Without a domain that was chosen for a while: the copy is not in that context, whose end would not come."""
         state = vars(self).copy()
         if "_row" in state:
             state["_row"] = None

@@ -38,8 +38,8 @@ class _Lazy(BatchNorm):
     ) -> None:
         if domains is not None or own_affine:
             raise OptionError(
-                f"got domains for {type(self).__name__}, whose tensors have no sizes yet to be kept for each domain. Run "
-                f"one batch through the model, then call batchnorm.convert(model, domains=...)"
+                f"got domains for {type(self).__name__}, whose tensors have no sizes yet to be kept for each domain. "
+                f"Run one batch through the model, then call batchnorm.convert(model, domains=...)"
             )
         # torch's, which goes on to `BatchNorm.__init__` without our options.
         super().__init__(eps, momentum, affine, track_running_stats, device, dtype)  # type: ignore[arg-type]

@@ -17,12 +17,10 @@ from batchnorm.errors import CountError, OptionError
 from batchnorm.kernels import aten
 from batchnorm.kernels.reference import statistics_dtype
 from batchnorm.moments import Moments, pool
-from batchnorm.statistics import BatchStatistics, RunningStatistics, SyncStatistics
+from batchnorm.statistics import BatchStatistics, DomainStatistics, RunningStatistics, SyncStatistics
 
 
-def normalize(
-    call: Call, statistics: BatchStatistics | SyncStatistics, names: Sequence[str]
-) -> tuple[Tensor, Moments]:
+def normalize(call: Call, statistics: BatchStatistics | SyncStatistics, names: Sequence[str]) -> tuple[Tensor, Moments]:
     """`functional.normalize` of a call with an assignment.
 
     A domain without samples has empty moments. Virtual batches are those that the domain's samples alone would make.
@@ -38,7 +36,7 @@ def normalize(
     """
     if not 0 < call.eps < math.inf:
         raise functional.wrong_eps(call.eps)
-    if _torch.is_exported() or _torch.is_traced():
+    if ops.read_by_others():
         aten.refuse("samples of several domains")
     if call.channel_dim == 0:
         y, moments = normalize(_samples_first(call), statistics, names)
@@ -55,6 +53,29 @@ def normalize(
     if statistics.correction is not None:
         call = call.corrected(*statistics.correction(batch_moments(call)))
     return _normalize(call)
+
+
+def normalize_and_commit(call: Call, running: DomainStatistics, names: Sequence[str]) -> Tensor:
+    """`normalize` by the batch, and `functional.commit` of its moments to each domain's statistics, which were checked.
+
+    In one function of autograd's where that can be: small inputs feel every call.
+    """
+    simple = call.channel_dim != 0 and call.x.numel() > 0 and 0 < call.eps < math.inf
+    operations = ops.select(call.x, call.mask, call.activation, domains=True)
+    if simple and operations.eager:
+        _check_counts(call, names)
+        assignment = _assignment(call)
+        target = running if _torch.current_backward() == -1 else None
+        options = (call.eps, call.channel_dim, call.activation)
+        tensors = (call.x, call.weight, call.bias, call.residual, call.mask)
+        table = (assignment.domain, len(assignment.samples))
+        y: Tensor = autograd.plain_apply(*tensors, options, operations, target, True, *table)
+        return y
+    y, moments = normalize(call, BatchStatistics(), names)
+    if not _torch.in_backward_recompute():
+        for number, statistics in enumerate(running.of_each):
+            functional.commit(moments, statistics, number)
+    return y
 
 
 def normalize_by_running(call: Call, mean: Tensor, var: Tensor) -> Tensor:
@@ -74,8 +95,8 @@ def normalize_by_running(call: Call, mean: Tensor, var: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             operations = ops.DIFFERENTIABLE
         return operations.normalize(x, mean, var, *call.arguments, _assignment(call).domain)
-    y = autograd.apply(call, operations, RunningStatistics(mean.detach(), var.detach()))
-    return y
+    output: Tensor = autograd.apply(call, operations, RunningStatistics(mean.detach(), var.detach()))
+    return output
 
 
 def batch_moments(call: Call, statistics: BatchStatistics | SyncStatistics | None = None) -> Moments:
@@ -114,17 +135,16 @@ def _check_counts(call: Call, names: Sequence[str]) -> None:
     """Raises CountError where a domain has one value for each channel; graphs are for any assignment."""
     if torch.compiler.is_compiling():
         return
-    of_sample = call.count // max(1, call.num_samples)
-    for name, samples in zip(names, _assignment(call).samples, strict=True):
-        if samples * of_sample == 1:
-            raise _one_value(call, name)
+    samples = _assignment(call).samples
+    if 1 in samples and call.count == call.num_samples:
+        raise _one_value(call, names[samples.index(1)])
 
 
 def _one_value(call: Call, name: str, how: str = "") -> CountError:
     return CountError(
-        f'got an input of shape {tuple(call.x.shape)}{how} with one value for each channel in domain "{name}"; expected '
-        f"more than 1 value per channel when training, because the variance of one value is 0. Give that domain more "
-        f"samples of this batch, or none"
+        f"got an input of shape {tuple(call.x.shape)}{how} with one value for each channel in domain {name!r}; "
+        f"expected more than 1 value per channel when training, because the variance of one value is 0. Give that "
+        f"domain more samples of this batch, or none"
     )
 
 
@@ -161,12 +181,8 @@ def _normalize_ghost_batches(call: Call, size: int, names: Sequence[str]) -> tup
             domain_of_ghost += [domain] * ghosts
             samples_of_ghost += [of_each] * ghosts
     rows = torch.tensor(domain_of_ghost, device=call.x.device)
-    weight, bias = (
-        t if t is None or t.dim() == 1 else t.index_select(0, rows) for t in (call.weight, call.bias)
-    )
-    ghosts_of = call.replace(
-        weight=weight, bias=bias, assignment=Assignment(ghost_of_sample, tuple(samples_of_ghost))
-    )
+    weight, bias = (t if t is None or t.dim() == 1 else t.index_select(0, rows) for t in (call.weight, call.bias))
+    ghosts_of = call.replace(weight=weight, bias=bias, assignment=Assignment(ghost_of_sample, tuple(samples_of_ghost)))
     y, each = _normalize(ghosts_of)
     pooled = [
         pool(each.count[rows == domain], each.mean[rows == domain], each.m2[rows == domain])

@@ -264,7 +264,7 @@ class BatchNorm(DomainLayer):
         """What a training pass normalises by."""
         correction = None if self.renorm is None else self._correction
         if self.sync and (group := Group(self.process_group)).size > 1:
-            label = f"{self._title()}, {self.label}"
+            label = f"{type(self).__name__}({self._num_features}), {self.label}"
             return SyncStatistics(group, label, correction)
         return BatchStatistics(self.virtual_batch_size, correction)
 
@@ -280,10 +280,12 @@ class BatchNorm(DomainLayer):
             )
         if moments.mean.dim() == 1:
             row = self._row if isinstance(self._row, Row) else FIRST
-            mean, var, counter, *_ = self.statistics_of(row.index)
+            mean, var, counter, *_ = self.statistics_of(row.number)
             return corrections(moments, mean, var, self._eps, *renorm.limits(counter))
         of_each = []
-        for own, (mean, var, counter, *_) in zip(self._each(moments), map(self.statistics_of, self.domains), strict=True):
+        for own, (mean, var, counter, *_) in zip(
+            self._each(moments), map(self.statistics_of, self.domains), strict=True
+        ):
             of_each.append(corrections(own, mean, var, self._eps, *renorm.limits(counter)))
         r, d = (torch.stack(each) for each in zip(*of_each, strict=True))
         return r, d

@@ -170,6 +170,11 @@ def _is_distributed(x: Tensor) -> bool:
     return module is not None and isinstance(x, module.DTensor)
 
 
+def read_by_others() -> bool:
+    """Whether a graph is recorded that is read where this package is not."""
+    return is_exported() or (not torch.compiler.is_dynamo_compiling() and is_traced())
+
+
 def select(
     x: Tensor, mask: Tensor | None = None, activation: str | None = None, *, domains: bool = False
 ) -> Operations:
@@ -187,7 +192,7 @@ def select(
     device = x.device.type
     choice = _TABLE.get((device, x.dtype, activation))
     if domains:
-        if is_exported() or is_traced():
+        if read_by_others():
             return DIFFERENTIABLE
         choice = _REFERENCE if device not in _WITH_DOMAINS else choice or _REFERENCE
     if choice is None:

@@ -193,9 +193,9 @@ def test_integers_are_refused() -> None:
 
 def test_of_several_domains_the_chosen_one_takes_part() -> None:
     model = nn.Sequential(bn.BatchNorm1d(2, domains=("a", "b")), bn.BatchNorm1d(2, domains=("a",)), nn.BatchNorm1d(2))
-    with pytest.raises(OptionError, match=r'layer "0": got the domains "a", "b" and no choice of one'):
+    with pytest.raises(OptionError, match="have the domains 'a', 'b' without saying which"):
         select_layers(model)
-    with bn.domain(model[0], ["a", "b"]), pytest.raises(OptionError, match="no choice of one"):
+    with bn.domain(model[0], ["a", "b"]), pytest.raises(OptionError, match="without saying which"):
         select_layers(model)
     with bn.domain(model[0], "b"):
         first, second, third = select_layers(model)[0]
@@ -221,3 +221,14 @@ def test_frozen_layers_take_part_where_they_are_only_read() -> None:
     model = bn.freeze(nn.Sequential(bn.BatchNorm1d(2)))
     assert [len(found) for found in select_layers(model)] == [0, 1]
     assert [len(found) for found in select_layers(model, frozen=True)] == [1, 0]
+
+
+def test_a_model_that_chooses_another_domain_itself() -> None:
+    model = nn.Sequential(bn.BatchNorm1d(3, domains=("a", "b")))
+
+    def forward(model: nn.Module, x: Tensor) -> None:
+        with bn.domain(model, "a"):
+            model(x)
+
+    with bn.domain(model, "b"), pytest.raises(OptionError, match=r"other domains than that of 0 \(b\)"):
+        bn.recalibrate(model, [torch.randn(8, 3)], method="pooled", forward=forward)

@@ -208,7 +208,7 @@ def test_each_domain_is_pooled_by_itself() -> None:
         (bn.pool_statistics(sources, [2, 2]), (20, 101)),
     ):
         state = pooled.state_dict
-        assert pooled.pooled == ("0", "0, noisy")
+        assert pooled.pooled == ("0", "0 (noisy)")
         assert state["0.running_mean"].tolist() == [2, 2]
         assert state["0.running_var"].tolist() == [5, 5]
         assert state["0.running_mean_noisy"].tolist() == [noisy[0]] * 2
@@ -221,7 +221,7 @@ def test_each_domain_is_pooled_by_itself() -> None:
 def test_a_domain_that_nobody_saw_is_the_firsts() -> None:
     sources = [of_domains((0, 10), (1, 9)), of_domains((4, 30), (5, 2))]
     pooled = bn.pool_statistics(sources, [{"clean": 1, "noisy": 0}] * 2)
-    assert pooled.unpooled == (("0, noisy", "all counts are 0"),)
+    assert pooled.unpooled == (("0 (noisy)", "all counts are 0"),)
     assert pooled.state_dict["0.running_mean_noisy"].tolist() == [10, 10]
 
 

@@ -5,10 +5,11 @@ Every operation is about the same transformation of an input x, per channel:
     z = (x - mean) / sqrt(var + eps) * weight + bias + residual,    y = activation(z)
 
 Shapes: x, residual, y and dy (N, C, *S) with the channels in dimension `channel_dim`, of one dtype; mean, var, weight,
-bias (C,). With `domain`, (N,) int64, each sample is of one of D domains: mean, var, m2 and the sums are tables (D, C), a
-count is (D,), weight and bias are (D, C) or, for all domains, (C,). `weight`, `bias` and `residual` may be None: 1, 0 and 0. Statistics and sums are float64 (float32 where a
-device has nothing wider), and a value in x's dtype is rounded once, at the end. In memory, y and dx lie as torch lays
-out the result of its own layers: channels_last where x's strides look so, contiguous otherwise.
+bias (C,). With `domain`, (N,) int64, each sample is of one of D domains: mean, var, m2 and sums are tables, (D, C), a
+count is (D,), weight and bias are (D, C) or, for all domains, (C,). `weight`, `bias` and `residual` may be None: 1, 0
+and 0. Statistics and sums are float64 (float32 where a device has nothing wider), and a value in x's dtype is rounded
+once, at the end. In memory, y and dx lie as torch lays out the result of its own layers: channels_last where x's
+strides look so, contiguous otherwise.
 
 Source: Ioffe and Szegedy, "Batch Normalization", 2015, algorithm 1 and the equations of section 3.
 """

@@ -1,6 +1,7 @@
 """Tables: a row of one value for each channel, for each domain that samples come from.
 
-Without domains a table is one row, (C,). With them it is (D, C), and `domain`, (N,) int64, says which row a sample uses.
+Without domains a table is one row, (C,). With them it is (D, C), and `domain`, (N,) int64, says which row each sample
+uses.
 """
 
 from __future__ import annotations

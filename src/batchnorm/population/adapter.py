@@ -75,7 +75,7 @@ class Adapter:
         module, row = self.layer.module, self.layer.row
         if isinstance(module, BatchNorm) and module._row != row:
             raise OptionError(
-                f'got samples of other domains; adapted is the domain "{module.domains[row.index]}", which was chosen '
+                f'got samples of other domains; adapted is the domain "{module.domains[row.number]}", which was chosen '
                 f"when adapt began. Begin one adapt in each domain"
             )
 
@@ -85,8 +85,8 @@ class Adapter:
         new = population(self.layer, seen.joined_with(self.mean, self.var, self._prior))
         if new is not None:
             # New tensors: a graph may have saved the others.
-            own = self.layer
-            rounded = Layer(own.name, own.module, new.mean.to(own.mean.dtype), new.var.to(own.var.dtype), own.row)
+            now = self.current
+            rounded = replace(now, mean=new.mean.to(now.mean.dtype), var=new.var.to(now.var.dtype))
             rounded.check_rounded(new.mean, new.var)
             self._place(rounded)
         self.seen = seen

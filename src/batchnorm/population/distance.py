@@ -158,7 +158,7 @@ def domain_distance(model: nn.Module, batches: Iterable[Any], *, forward: Forwar
         for name in seen:
             with _within(inner, name, domains):
                 layers, skipped = select_layers(inner, frozen=True)
-            stored[name] = {layer.name: layer for layer in layers}
+            stored[name] = {layer.place: layer for layer in layers}
         group, progress = Group.alone(), Progress(None, None)
         context = Context(inner, layers, source, forward or default_forward, group, progress, devices)
         for batch in source:
@@ -169,11 +169,11 @@ def domain_distance(model: nn.Module, batches: Iterable[Any], *, forward: Forwar
             raise nothing_to_learn_from(source.read)
         found = []
         for layer in layers:
-            moments = {name: joined[layer.name] for name, joined in seen.items() if layer.name in joined}
+            moments = {name: joined[layer.place] for name, joined in seen.items() if layer.place in joined}
             if len(moments) == len(seen) and all(bool(m.count > 0) for m in moments.values()):
-                found.append(_distance(layer, {name: stored[name][layer.name] for name in seen}, moments))
+                found.append(_distance(layer, {name: stored[name][layer.place] for name in seen}, moments))
             else:
-                skipped.append(SkippedLayer(layer.name, "never called with a value"))
+                skipped.append(SkippedLayer(layer.place, "never called with a value"))
     return DomainDistance(tuple(seen), source.samples, tuple(found), tuple(skipped))
 
 
@@ -189,7 +189,7 @@ def _join(joined: dict[str, Moments], context: Context, batch: Batch, layers: li
         context.run(batch, hooks)
     check_finite(calls)
     for layer, moments, _ in calls:
-        joined[layer.name] = joined[layer.name] + moments if layer.name in joined else moments
+        joined[layer.place] = joined[layer.place] + moments if layer.place in joined else moments
 
 
 def _within(model: nn.Module, name: str, domains: tuple[str, ...]) -> AbstractContextManager[None]:
@@ -204,7 +204,7 @@ def _distance(layer: Layer, stored: dict[str, Layer], seen: dict[str, Moments]) 
         mean, var = own[name]
         squared = (moments.mean.cpu() - mean).square() + (moments.std().cpu() - var.sqrt()).square()
         channels[name] = (squared / unit).sqrt()
-    return LayerDistance(layer.name, next(iter(seen.values())).count.item(), channels)
+    return LayerDistance(layer.place, next(iter(seen.values())).count.item(), channels)
 
 
 def _root_mean_square(values: Tensor) -> float:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from batchnorm import functional, layout
 from batchnorm._torch import buffers_of, in_functorch
 from batchnorm.call import Call
+from batchnorm.choosing import layers_with_domains
 from batchnorm.errors import BatchNormError, NonFiniteError, OptionError, OrderError
 from batchnorm.kernels.reference import statistics_dtype
 from batchnorm.layer_state import FIRST, Row
@@ -26,14 +27,15 @@ from batchnorm.population.result import SkippedLayer
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A layer that takes part.
+    """A layer that takes part, or one of its domains.
 
     Attributes:
-        name: its first path in the model.
+        name: its first path in the model, and the domain, if it has several.
         module: the layer itself.
         mean: (C,) its buffer.
         var: (C,) its buffer.
-        row: the names of the buffers: of several domains, the chosen one's.
+        row: under which names the layer has them.
+        place: its first path in the model.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Layer:
     mean: Tensor
     var: Tensor
     row: Row = FIRST
+    place: str = ""
 
     @property
     def num_channels(self) -> int:
@@ -103,8 +106,8 @@ class Layer:
         Raises:
             OptionError: it is not.
         """
-        mean, var = (getattr(self.module, name) for name in (self.row.mean, self.row.var))
-        if in_functorch() or mean is not self.mean or var is not self.var:
+        moved = (getattr(self.module, name) for name in (self.row.mean, self.row.var))
+        if in_functorch() or any(a is not b for a, b in zip(moved, (self.mean, self.var), strict=True)):
             raise OptionError(
                 "got a call with other buffers than the model's own, or inside a transform of torch.func; "
                 "its statistics are being computed, and are written to the model's buffers. Call the model itself: not "
@@ -112,30 +115,35 @@ class Layer:
             )
 
 
-def select_layers(model: nn.Module, *, frozen: bool = False) -> tuple[list[Layer], list[SkippedLayer]]:
+def statistics_of(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """A layer's running mean and variance."""
+    return buffers_of(module).get("running_mean"), buffers_of(module).get("running_var")
+
+
+def select_layers(
+    model: nn.Module, *, all_domains: bool = False, frozen: bool = False
+) -> tuple[list[Layer], list[SkippedLayer]]:
     """A model's layers that take part, and those that do not.
 
     A layer that the model holds more than once is one, under its first name. Layers that have not been initialised yet
-    are skipped here, and refused where they are called. Of a layer with several domains, the statistics are those of
-    the one that `batchnorm.domain` has chosen.
+    are skipped here, and refused where they are called.
 
     Args:
         model: any module.
+        all_domains: whether each domain of a layer takes part; otherwise the one that is chosen at the moment does.
         frozen: whether layers take part whose statistics stand still: where these are read only.
 
     Raises:
-        OptionError: statistics without data, on the device "meta"; several domains, and none of them chosen.
+        OptionError: statistics without data, on the device "meta"; or of several domains none was chosen.
     """
     layers, skipped = [], []
+    several = {layer for layer in layers_with_domains(model) if len(layer.domains) > 1}
     for path, module in named_norm_layers(model):
-        name, row = display_name(path), FIRST
-        if isinstance(module, BatchNorm):
-            if module.frozen.statistics and not frozen:
-                skipped.append(SkippedLayer(name, "frozen"))
-                continue
-            row = _chosen(name, module)
-        mean, var = (buffers_of(module).get(which) for which in (row.mean, row.var))
-        if mean is None or var is None:
+        name = display_name(path)
+        mean, var = statistics_of(module)
+        if isinstance(module, BatchNorm) and module.frozen.statistics and not frozen:
+            skipped.append(SkippedLayer(name, "frozen"))
+        elif mean is None or var is None:
             skipped.append(SkippedLayer(name, "no running statistics"))
         elif uninitialized(module):
             skipped.append(SkippedLayer(name, "not initialised yet"))
@@ -144,24 +152,24 @@ def select_layers(model: nn.Module, *, frozen: bool = False) -> tuple[list[Layer
                 f'layer "{name}": got statistics on the device "meta", which hold no data; they are needed. Load the '
                 f"model's weights first"
             )
+        elif isinstance(module, BatchNorm) and module in several:
+            for row in module._rows if all_domains else (_chosen(module),):
+                mean, var, *_ = module.statistics_of(row.number)
+                layers.append(Layer(f"{name} ({module.domains[row.number]})", module, mean, var, row, name))
         else:
-            layers.append(Layer(name, module, mean, var, row))
+            layers.append(Layer(name, module, mean, var, place=name))
     return layers, skipped
 
 
-def _chosen(name: str, layer: BatchNorm) -> Row:
-    """The row of the domain that a layer's samples are of.
-
-    Raises:
-        OptionError: nobody has chosen one of several, or more than one.
-    """
-    if isinstance(layer._row, Row):
-        return layer._row
-    names = ", ".join(f'"{domain}"' for domain in layer.domains)
-    raise OptionError(
-        f'layer "{name}": got the domains {names} and no choice of one; each has statistics of its own. Call this '
-        f'inside "with batchnorm.domain(model, "{layer.domains[0]}"):"'
-    )
+def _chosen(layer: BatchNorm) -> Row:
+    row = layer._row
+    if not isinstance(row, Row):
+        raise OptionError(
+            f"got a model whose layers have the domains {', '.join(map(repr, layer.domains))} without saying which the "
+            f'samples are of. Call this inside "with batchnorm.domain(model, {layer.domains[0]!r}):"; or pass recalibrate '
+            f"domain_of=lambda batch: ..., a function that returns a batch's domain, or one for each of its samples"
+        )
+    return row
 
 
 Receive = Callable[[Layer, tuple[Any, ...], dict[str, Any]], None]
@@ -186,11 +194,20 @@ class CallHooks:
     @contextmanager
     def on(self, model: nn.Module, layers: Sequence[Layer]) -> Iterator[None]:
         """Inside, `receive(layer, args, kwargs)` is called before each layer's forward, after all other hooks."""
-        by_module: dict[nn.Module, Layer] = {layer.module: layer for layer in layers}
+        by_module: dict[nn.Module, dict[object, Layer]] = {}
+        for layer in layers:
+            by_module.setdefault(layer.module, {})[layer.row] = layer
         waiting = [module for module in model.modules() if uninitialized(module)]
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._called(by_module[module], args, kwargs)
+            of_domains = by_module[module]
+            chosen = getattr(module, "_row", FIRST)
+            if chosen not in of_domains:
+                raise OptionError(
+                    f"got a call for samples of other domains than that of {next(iter(of_domains.values())).name}; its "
+                    f"statistics are being computed. Choose the domain around the whole of this, not inside the model"
+                )
+            self._called(of_domains[chosen], args, kwargs)
 
         # First of all hooks: the module's own would initialise it.
         with forward_hooks(waiting, _refuse_uninitialized, first=True), forward_hooks(by_module, before):

@@ -162,7 +162,7 @@ class _Row(NamedTuple):
     def name(self) -> str:
         """In words."""
         layer = display_name(self.prefix.removesuffix("."))
-        return f"{layer}, {self.domain}" if self.domain else layer
+        return f"{layer} ({self.domain})" if self.domain else layer
 
 
 def _rows(state: Mapping[str, Any]) -> list[_Row]:
