@@ -1,9 +1,9 @@
 """What adapting running statistics to corrupted data is worth, and where it hurts, as Markdown.
 
-Small residual networks and perceptrons learn scikit-learn's handwritten digits. The test digits are then corrupted in six
-ways, each at three strengths (for the perceptrons, the middle ones), and classified by the statistics of training, by those that `batchnorm.adapt` makes of them online, at
-several priors and batch sizes, and by the exact ones of all digits that are shown. Digits come in random order, or
-sorted by class.
+Small residual networks and perceptrons learn scikit-learn's handwritten digits. The test digits are then corrupted in
+six ways, each at three strengths (for the perceptrons, the middle ones), and classified by the statistics of training,
+by those that `batchnorm.adapt` makes of them online, at several priors and batch sizes, and by the exact ones of all
+digits that are shown. Digits come in random order, or sorted by class.
 
     python benchmarks/adaptation.py
     python benchmarks/adaptation.py --seeds 2 --samples 40

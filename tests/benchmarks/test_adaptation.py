@@ -10,7 +10,7 @@ from batchnorm.study.dataset import digits
 from support.comparison import close
 
 GENERATOR = torch.Generator().manual_seed(0)
-IMAGES = torch.rand(5, 1, 8, 8, generator=GENERATOR)
+IMAGES = digits().test.inputs[:20]
 
 
 @pytest.mark.parametrize("name", adaptation.CORRUPTIONS)
@@ -52,8 +52,9 @@ def test_tables(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
         assert sum(line.startswith("| noise, ") for line in lines) == corrupted
 
 
+@pytest.mark.filterwarnings("ignore:layer .* is adapted by")
 def test_what_a_setting_is() -> None:
-    """Alone and without a prior, a batch is normalised as in training; sorted by class, classes come one after another."""
+    """Alone and without a prior, a batch is normalised as in training."""
     network = adaptation.trained(adaptation.RESIDUAL, digits().train, 0)
     x = digits().test.inputs[:12]
     with torch.no_grad():

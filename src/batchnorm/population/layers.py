@@ -166,8 +166,9 @@ def _chosen(layer: BatchNorm) -> Row:
     if not isinstance(row, Row):
         raise OptionError(
             f"got a model whose layers have the domains {', '.join(map(repr, layer.domains))} without saying which the "
-            f'samples are of. Call this inside "with batchnorm.domain(model, {layer.domains[0]!r}):"; or pass recalibrate '
-            f"domain_of=lambda batch: ..., a function that returns a batch's domain, or one for each of its samples"
+            f'samples are of. Call this inside "with batchnorm.domain(model, {layer.domains[0]!r}):"; or pass '
+            f"domain_of=lambda batch: ... to recalibrate, a function that returns a batch's domain, or one for each of "
+            f"its samples"
         )
     return row
 
