@@ -28,17 +28,15 @@ class ExactAdaptation(Exact):
         super().__init__(context)
         self._adapters = adapters
         self._prior = prior
-        # By batch: a pass that is repeated comes here twice.
-        self._samples: dict[Layer, dict[int, float]] = {layer: {} for layer in context.layers}
+        self._samples = dict.fromkeys(context.layers, 0.0)
 
     def _moments(self, layer: Layer, batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Moments:
         call = layer.call(args, kwargs)
-        self._samples[layer][batch.index] = samples_of(call)
+        self._samples[layer] += samples_of(call)  # once a pass: one that is repeated goes past solved layers
         return functional.batch_moments(call)
 
     def _solve(self, layer: Layer, moments: Moments) -> None:
-        samples = sum(self._samples.pop(layer).values())
-        seen = Seen.of_batches([call.moments for call in self._waiting()], samples)
+        seen = Seen.of_batches([call.moments for call in self._waiting()], self._samples[layer])
         adapter = self._adapters[layer]
         super()._solve(layer, seen.joined_with(adapter.mean, adapter.var, self._prior))
         adapter.seen = seen

@@ -23,8 +23,7 @@ def samples_of(call: Call) -> float:
     if call.mask is None:
         return float(call.num_samples)
     rows = (call.mask > 0).flatten(1) if call.mask.dim() > 1 else (call.mask > 0).unsqueeze(1)
-    # One row of a mask may stand for all samples.
-    return float(rows.any(1).sum()) * (call.num_samples / len(rows))
+    return float(rows.any(1).sum())
 
 
 @dataclass(frozen=True, eq=False)
