@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import sys
 import types
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -37,13 +36,11 @@ Split.__name__ = Split.__qualname__ = "SplitBatchNorm2d"
 Split.__module__ = "timm.layers.split_batchnorm"
 
 
-@pytest.fixture(autouse=True)
-def under_timms_name(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    if "timm.layers.split_batchnorm" not in sys.modules:
-        module = types.ModuleType("timm.layers.split_batchnorm")
-        vars(module)["SplitBatchNorm2d"] = Split
-        monkeypatch.setitem(sys.modules, "timm.layers.split_batchnorm", module)
-    return
+@pytest.fixture
+def under_timms_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("timm.layers.split_batchnorm")
+    vars(module)["SplitBatchNorm2d"] = Split
+    monkeypatch.setitem(sys.modules, "timm.layers.split_batchnorm", module)
 
 
 def other_values(net: nn.Module) -> nn.Module:
@@ -73,6 +70,7 @@ def same_step(net: nn.Module, ours: nn.Module, parts: int) -> None:
         close(ours(x).detach(), net.eval()(x).detach(), tolerances.OUTPUT * 20)
 
 
+@pytest.mark.usefixtures("under_timms_name")
 def test_its_auxiliary_layers_become_domains() -> None:
     torch.manual_seed(0)
     net, ours = (other_values(nn.Sequential(Split(3))) for _ in range(2))
@@ -91,6 +89,7 @@ def test_its_auxiliary_layers_become_domains() -> None:
     assert not list(ours[0].children())
 
 
+@pytest.mark.usefixtures("under_timms_name")
 def test_its_parts_may_have_names() -> None:
     net = bn.convert(nn.Sequential(Split(3)), domains=("clean", "adversarial"))
     assert net[0].domains == ("clean", "adversarial")
