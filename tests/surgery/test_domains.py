@@ -50,6 +50,9 @@ def test_ours_get_domains_too_and_others_stay() -> None:
     bn.convert(net, domains=NAMES)
     assert [layer.domains for layer in net] == [NAMES, NAMES]
     assert net[0].activation == "relu"
+    with bn.domain(net, [0, 1, 1, 0]):
+        net(torch.randn(4, 3))
+    assert net[0].statistics_of("adversarial").num_batches_skipped.tolist() == [0, 0, 0]
     with pytest.warns(UserWarning, match=r"1 \(BatchNorm1d, which has domains="):
         bn.convert(nn.Sequential(nn.Identity(), bn.BatchNorm1d(3, domains=("other",))), domains=NAMES)
 
