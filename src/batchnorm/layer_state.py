@@ -104,6 +104,7 @@ class LayerState(Rebuilding):
         for row in self._rows[1:]:
             for name, first in zip(row[3:6], FIRST[3:6], strict=True):
                 self.register_buffer(name, self._buffers[first].clone())  # type: ignore[union-attr]  # checked before
+            self._reset_skipped_of(row, self._buffers[row.mean])
             for name, first in zip(row[1:3], FIRST[1:3], strict=True):
                 if own_affine:
                     old: Tensor | None = getattr(self, first)

@@ -6,7 +6,7 @@
 #include <type_traits>
 
 #include "loops/activations.hpp"
-#include "loops/ranges.hpp"
+#include "loops/domains.hpp"
 #include "loops/run_mask.hpp"
 #include "loops/simd.hpp"
 #include "loops/steps.hpp"
@@ -103,7 +103,46 @@ BN_INLINE void grad_run(const Backward& t, const Affine& a, A activation, const 
       });
 }
 
-// --- sums ------------------------------------------------------------------------------------------------------------
+// --- ranges ----------------------------------------------------------------------------------------------------------
+
+// The runs of planes in the range: run(channel, offset of the first value, length).
+template <class Run>
+BN_INLINE void for_each_run(const Extents& e, int64_t begin, int64_t end, Run run) {
+  int64_t channel = begin / e.inner % e.channels, within = begin % e.inner;
+  while (begin < end) {
+    const int64_t length = e.inner - within < end - begin ? e.inner - within : end - begin;
+    run(channel, begin, length);
+    begin += length, within = 0;
+    if (++channel == e.channels) channel = 0;
+  }
+}
+
+template <int64_t N>
+using Fixed = std::integral_constant<int64_t, N>;
+
+// How many rows, or vectors of a run, are taken together: the sums of a channel are read and written once for the whole
+// group, and a gradient's few terms are added up in their own type before they go into the float64 sum. (Moments are
+// not: their differences from the pivot must not round.)
+constexpr int64_t kGroup = 8;
+
+// group(offset of the first row, Fixed<how many rows>) for the range.
+template <class Group>
+BN_INLINE void for_each_group(const Extents& e, int64_t begin, int64_t end, bool single, Group group) {
+  for (; !single && begin + kGroup * e.channels <= end; begin += kGroup * e.channels) group(begin, Fixed<kGroup>{});
+  for (; begin < end; begin += e.channels) group(begin, Fixed<1>{});
+}
+
+// f(row) for the rows of a group. Unrolled where that is wanted, and not for the ends of rows, which are few.
+template <bool Unrolled, class Access, int64_t N, class F>
+BN_INLINE void for_each_row(Access, Fixed<N>, F f) {
+  if constexpr (Unrolled && Access::whole) {
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < N; ++r) f(r);
+  } else {
+#pragma GCC unroll 1
+    for (int64_t r = 0; r < N; ++r) f(r);
+  }
+}
 
 // Adds each lane to its place in memory; of a part, those that exist.
 template <class T, class S>
@@ -190,20 +229,20 @@ void moments(const Extents& extents, const void* x, const Mask& mask, const doub
     return;
   }
   const bool single = packed(e, mask) && kGroup * e.channels > kMaxPackedRow;
-  for_each_group(e, begin, end, single, [&](int64_t first, int64_t at, auto rows) {
+  for_each_group(e, begin, end, single, [&](int64_t at, auto rows) {
     const RunMask local = run_mask(e, mask, at, rows.value, buffer);
     for_each_step<T>(e.channels, [&](auto access, int64_t c) {
       MomentSums<V> all;
       Few m;
       Pivot<V> pivot;
-      load_doubles(access, pivots + first + c, pivot.wide);
+      load_doubles(access, pivots + c, pivot.wide);
       pivot.value = narrowed(pivot.wide);
       for_each_row<true>(access, rows, [&](int64_t r) {
         add(m, access, c, access.load(x, at + r * e.channels + c), pivot, row_mask(local, e, r));
       });
       all.add(m);
-      add_to_memory(access, all.first, sums.first + first + c);
-      add_to_memory(access, all.second, sums.second + first + c);
+      add_to_memory(access, all.first, sums.first + c);
+      add_to_memory(access, all.second, sums.second + c);
     });
   });
 }
@@ -249,8 +288,8 @@ void sums(const Extents& extents, const Backward& tensors, const Affine& affine,
     });
     return;
   }
-  for_each_group(e, begin, end, false, [&](int64_t entry, int64_t at, auto rows) {
-    const Elementwise<V> coefficients{entry};
+  const Elementwise<V> coefficients;
+  for_each_group(e, begin, end, false, [&](int64_t at, auto rows) {
     for_each_step<T>(e.channels, [&](auto access, int64_t c) {
       V f{}, s{};
       const auto add = [&](int64_t r) {
@@ -264,8 +303,8 @@ void sums(const Extents& extents, const Backward& tensors, const Affine& affine,
       Sum<V> first, second;
       first.add(f);
       second.add(s);
-      add_to_memory(access, first, sums.first + entry + c);
-      add_to_memory(access, second, sums.second + entry + c);
+      add_to_memory(access, first, sums.first + c);
+      add_to_memory(access, second, sums.second + c);
     });
   });
 }
@@ -276,9 +315,8 @@ void apply(const Extents& extents, const Forward& tensors, const Affine& affine,
   const Forward t = tensors;
   const Affine a = affine;
   if (e.rows())
-    for_each_whole_row(e, begin, end, [&](int64_t entry, int64_t at) {
-      apply_run<T>(t, a, activation, Elementwise<Vector<T>>{entry}, at, e.channels);
-    });
+    for (; begin < end; begin += e.channels)
+      apply_run<T>(t, a, activation, Elementwise<Vector<T>>{}, begin, e.channels);
   else
     for_each_run(e, begin, end, [&](int64_t channel, int64_t at, int64_t length) {
       apply_run<T>(t, a, activation, Broadcast<Vector<T>>{channel}, at, length);
@@ -294,10 +332,9 @@ void grad(const Extents& extents, const Backward& tensors, const Affine& affine,
   const GradCoefficients s = coefficients;
   MaskBuffer buffer;
   if (e.rows())
-    for_each_whole_row(e, begin, end, [&](int64_t entry, int64_t at) {
-      grad_run<T>(t, a, activation, s, run_mask(e, t.mask, at, 1, buffer), Elementwise<Vector<T>>{entry}, at,
-                  e.channels);
-    });
+    for (; begin < end; begin += e.channels)
+      grad_run<T>(t, a, activation, s, run_mask(e, t.mask, begin, 1, buffer), Elementwise<Vector<T>>{}, begin,
+                               e.channels);
   else
     for_each_run(e, begin, end, [&](int64_t channel, int64_t at, int64_t length) {
       grad_run<T>(t, a, activation, s, run_mask(e, t.mask, at, 1, buffer), Broadcast<Vector<T>>{channel}, at,
@@ -307,21 +344,39 @@ void grad(const Extents& extents, const Backward& tensors, const Affine& affine,
 
 // --- the kernels of a dtype ------------------------------------------------------------------------------------------
 
+// Each domain's part of a range is a range of its own, with that domain's row of the tables.
 template <class T>
 constexpr Kernels kernels_for = {
     [](const Extents& e, const void* x, const Mask& mask, const double* pivots, int64_t begin, int64_t end, Sums s) {
-      if (mask.type == MaskType::none) return moments<T, NoMask>(e, x, mask, pivots, begin, end, s);
-      if (mask.type == MaskType::boolean) return moments<T, BooleanMask>(e, x, mask, pivots, begin, end, s);
-      moments<T, SampleWeights>(e, x, mask, pivots, begin, end, s);
+      for_each_domain(e, begin, end, [&](int64_t row, int64_t first, int64_t last) {
+        const double* p = pivots + row;
+        if (mask.type == MaskType::none)
+          moments<T, NoMask>(e, x, mask, p, first, last, from(s, row));
+        else if (mask.type == MaskType::boolean)
+          moments<T, BooleanMask>(e, x, mask, p, first, last, from(s, row));
+        else
+          moments<T, SampleWeights>(e, x, mask, p, first, last, from(s, row));
+      });
     },
     [](const Extents& e, const Backward& t, const Affine& a, int64_t begin, int64_t end, Sums s) {
-      for_activation<T>(a.activation, [&](auto activation) { sums<T>(e, t, a, activation, begin, end, s); });
+      for_each_domain(e, begin, end, [&](int64_t row, int64_t first, int64_t last) {
+        for_activation<T>(a.activation, [&](auto activation) {
+          sums<T>(e, t, from(a, row), activation, first, last, from(s, row));
+        });
+      });
     },
     [](const Extents& e, const Forward& t, const Affine& a, int64_t begin, int64_t end) {
-      for_activation<T>(a.activation, [&](auto activation) { apply<T>(e, t, a, activation, begin, end); });
+      for_each_domain(e, begin, end, [&](int64_t row, int64_t first, int64_t last) {
+        for_activation<T>(a.activation,
+                          [&](auto activation) { apply<T>(e, t, from(a, row), activation, first, last); });
+      });
     },
     [](const Extents& e, const Backward& t, const Affine& a, const GradCoefficients& g, int64_t begin, int64_t end) {
-      for_activation<T>(a.activation, [&](auto activation) { grad<T>(e, t, a, activation, g, begin, end); });
+      for_each_domain(e, begin, end, [&](int64_t row, int64_t first, int64_t last) {
+        for_activation<T>(a.activation, [&](auto activation) {
+          grad<T>(e, t, from(a, row), activation, from(g, row), first, last);
+        });
+      });
     }};
 
 // In the order of Dtype.

@@ -29,10 +29,9 @@ struct Broadcast {
 
 template <class V>
 struct Elementwise {
-  int64_t entry;  // of the row's first value
-  BN_INLINE V operator()(const PerChannel& v, int64_t i) const { return load_raw<V>(values<Scalar<V>>(v) + entry + i); }
+  BN_INLINE V operator()(const PerChannel& v, int64_t i) const { return load_raw<V>(values<Scalar<V>>(v) + i); }
   BN_INLINE V part(const PerChannel& v, int64_t i, int64_t n) const {
-    return load_part(values<Scalar<V>>(v) + entry + i, n);
+    return load_part(values<Scalar<V>>(v) + i, n);
   }
 };
 
