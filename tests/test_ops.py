@@ -26,17 +26,27 @@ from support.samples import OperatorCase, operator_cases
 @pytest.mark.parametrize("name", ops.OPERATIONS)
 @pytest.mark.parametrize("case", operator_cases(), ids=lambda case: case.name)
 @pytest.mark.filterwarnings("ignore::UserWarning:torch")  # opcheck's own tracing machinery
-def test_opcheck(case: OperatorCase, name: str) -> None:
+@pytest.mark.parametrize("domains", [None, 2])
+def test_opcheck(case: OperatorCase, name: str, domains: int | None) -> None:
     sample = case.sample
     t = sample.tensors()
     _, mean, m2 = reference.batch_moments(t["x"], sample.layout.channel_dim)
     var = m2 / (t["x"].numel() / sample.layout.channels)
+    domain = None
+    if domains is not None:
+        samples = t["x"].shape[1 if sample.layout.channel_dim == 0 else 0]
+        if sample.layout.channel_dim == 0 or name in ("normalize_", "forward_commit"):
+            pytest.skip("has no domains")
+        domain = torch.arange(samples) % domains
+        mean, m2, var = (statistic.repeat(domains, 1) for statistic in (mean, m2, var))
     values = t | {
+        "domain": domain if name != "commit" else domains and 1,
+        "domains": domains or 1,
         "mean": mean,
         "m2": m2,
-        "count": torch.tensor(9),
-        "running_mean": torch.zeros_like(mean),
-        "running_var": torch.ones_like(mean),
+        "count": torch.tensor(9) if domains is None else torch.tensor([9] * domains),
+        "running_mean": torch.zeros(mean.shape[-1:]),
+        "running_var": torch.ones(mean.shape[-1:]),
         "num_batches_tracked": torch.tensor(3) if case.optional else None,
         "momentum": 0.1 if case.optional else None,
         "var": var,
@@ -48,7 +58,7 @@ def test_opcheck(case: OperatorCase, name: str) -> None:
     }
     positions = layout.observed_shape(t["x"].shape, sample.layout.channel_dim % t["x"].dim())
     values["mask"] = None if case.mask is None else (torch.rand(positions) > 0.3).to(case.mask)
-    values["num_batches_skipped"] = torch.zeros(mean.shape, dtype=torch.int64) if case.optional else None
+    values["num_batches_skipped"] = torch.zeros(mean.shape[-1:], dtype=torch.int64) if case.optional else None
     arguments = tuple(values[key] for key in inspect.signature(getattr(reference, name)).parameters)
     result = torch.library.opcheck(getattr(torch.ops.batchnorm, name).default, arguments)
     assert set(result.values()) == {"SUCCESS"}

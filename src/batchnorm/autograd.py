@@ -14,8 +14,9 @@ from batchnorm.errors import TransformError
 from batchnorm.kernels import reference
 from batchnorm.kernels.backend import Operations
 from batchnorm.kernels.reference import biased_variance
+from batchnorm.kernels.tables import beside, gradient_of
 from batchnorm.moments import Moments
-from batchnorm.statistics import RunningStatistics
+from batchnorm.statistics import DomainStatistics, RunningStatistics
 
 
 class Synced(NamedTuple):
@@ -48,38 +49,48 @@ class _BatchNorm(torch.autograd.Function):
         mask: Tensor | None,
         options: Options,  # torch looks for tensors among the arguments alone, not in what they hold
         operations: Operations,
-        statistics: RunningStatistics | Synced | None,
+        statistics: RunningStatistics | DomainStatistics | Synced | None,
         commits: bool,  # whether x is normalised by its own moments, and these are committed to the statistics, if any
+        domain: Tensor | None,  # of each sample
+        domains: int,
     ) -> Any:  # noqa: ANN401 - y, and the batch's moments
         _, _, activation = options
         ctx.operations, ctx.options, ctx.group = operations, options, None
         # Without an activation the residual's value has no part in any gradient.
         saved_residual = None if activation is None else residual
         if commits:
-            running = statistics if isinstance(statistics, RunningStatistics) else (None,) * 5
-            y, count, mean, m2 = operations.forward_commit(x, weight, bias, residual, *options, mask, *running)
-            ctx.save_for_backward(x, count, mean, m2, weight, bias, saved_residual, mask)
+            if domain is None:
+                running = statistics if isinstance(statistics, RunningStatistics) else (None,) * 5
+                y, count, mean, m2 = operations.forward_commit(x, weight, bias, residual, *options, mask, *running)
+            else:
+                y, count, mean, m2 = operations.forward(x, weight, bias, residual, *options, mask, domain, domains)
+                of_each = statistics.of_each if isinstance(statistics, DomainStatistics) else ()
+                for number, (mean_, var, tracked, skipped, momentum) in enumerate(of_each):
+                    operations.commit(mean_, var, tracked, skipped, count, mean, m2, momentum, number)
+            ctx.save_for_backward(x, count, mean, m2, weight, bias, saved_residual, mask, domain)
             return y
         ctx.set_materialize_grads(False)
         if isinstance(statistics, RunningStatistics):
             mean, var = statistics.mean, statistics.var
-            ctx.save_for_backward(x, None, mean, var, weight, bias, saved_residual, None)
-            return operations.normalize(x, mean, var, weight, bias, residual, *options)
-        if statistics is not None:
+            ctx.save_for_backward(x, None, mean, var, weight, bias, saved_residual, None, domain)
+            return operations.normalize(x, mean, var, weight, bias, residual, *options, *_given(domain))
+        if isinstance(statistics, Synced):
             moments, ctx.group, ctx.label = statistics
             count, mean, m2 = moments.count, moments.mean, moments.m2
-            ctx.save_for_backward(x, count, mean, m2, weight, bias, saved_residual, mask)
-            return operations.normalize(x, mean, biased_variance(count, m2), weight, bias, residual, *options)
-        y, count, mean, m2 = operations.forward(x, weight, bias, residual, *options, mask)
+            ctx.save_for_backward(x, count, mean, m2, weight, bias, saved_residual, mask, domain)
+            var = biased_variance(count, m2)
+            return operations.normalize(x, mean, var, weight, bias, residual, *options, *_given(domain))
+        table = () if domain is None else (domain, domains)
+        y, count, mean, m2 = operations.forward(x, weight, bias, residual, *options, mask, *table)
         ctx.mark_non_differentiable(count, mean, m2)
-        ctx.save_for_backward(x, count, mean, m2, weight, bias, saved_residual, mask)
+        ctx.save_for_backward(x, count, mean, m2, weight, bias, saved_residual, mask, domain)
         return y, count, mean, m2
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:  # noqa: ANN401 - the context
         if dy is None:
-            return (None,) * 9
-        x, count, mean, m2_or_var, weight, bias, residual, mask = ctx.saved_tensors
+            return (None,) * 11
+        x, count, mean, m2_or_var, weight, bias, residual, mask, domain = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
         arguments: Arguments = (weight, bias, residual, *ctx.options)
         operations: Operations = ctx.operations
@@ -91,24 +102,29 @@ class _BatchNorm(torch.autograd.Function):
                 )
             statistics = (mean, m2_or_var) if count is None else None
             needs = (needs_x, needs_weight, needs_bias, needs_residual)
-            dx, dweight, dbias, dresidual = _differentiable_gradients(dy, x, statistics, arguments, mask, needs)
+            dx, dweight, dbias, dresidual = _differentiable_gradients(
+                dy, x, statistics, arguments, mask, needs, domain, len(mean)
+            )
         elif count is not None and ctx.group is None and (needs_x or needs_residual):
-            dx, dweight, dbias, dresidual = operations.backward(dy, x, count, mean, m2_or_var, *arguments, mask)
+            dx, dweight, dbias, dresidual = operations.backward(
+                dy, x, count, mean, m2_or_var, *arguments, mask, *_given(domain)
+            )
         else:
             var = m2_or_var if count is None else biased_variance(count, m2_or_var)
             dx = dresidual = sums = mean_dz = mean_dz_xhat = None
             if needs_weight or needs_bias or ctx.group is not None:
-                sums = operations.backward_sums(dy, x, mean, var, *arguments, mask)
+                sums = operations.backward_sums(dy, x, mean, var, *arguments, mask, *_given(domain))
             if ctx.group is not None and sums is not None:
-                n = torch.where(count > 0, count, 1)
+                n = beside(torch.where(count > 0, count, 1), mean)
                 totals = ctx.group.all_reduce(sums, f"the backward pass of {ctx.label}")
                 mean_dz, mean_dz_xhat = (total / n for total in totals)
             if needs_x or needs_residual:
-                dx, dresidual = operations.backward_input(dy, x, mean, var, *arguments, mean_dz, mean_dz_xhat, mask)
+                means = (mean_dz, mean_dz_xhat)
+                dx, dresidual = operations.backward_input(dy, x, mean, var, *arguments, *means, mask, *_given(domain))
             # Of a parameter, this process's part, as of any other in data-parallel training.
             dbias, dweight = (None, None) if sums is None else sums
-            dweight = dweight if weight is None or dweight is None else dweight.to(weight.dtype)
-            dbias = dbias if bias is None or dbias is None else dbias.to(bias.dtype)
+            dweight = None if dweight is None else gradient_of(weight, dweight)
+            dbias = None if dbias is None else gradient_of(bias, dbias)
         if residual is None:
             dresidual = dy
         return (
@@ -116,8 +132,13 @@ class _BatchNorm(torch.autograd.Function):
             dweight if needs_weight else None,
             dbias if needs_bias else None,
             dresidual if needs_residual else None,
-            *(None,) * 5,
+            *(None,) * 7,
         )
+
+
+def _given(domain: Tensor | None) -> tuple[Tensor, ...]:
+    """The last argument of an operation, where there is one."""
+    return () if domain is None else (domain,)
 
 
 # For eager operations only; `functional.normalize_and_commit` calls it itself, because small inputs feel every call.
@@ -128,7 +149,9 @@ def apply(call: Call, operations: Operations, statistics: RunningStatistics | Sy
     """The output y by given statistics; without any, y, count, mean and m2 of the batch."""
     function = plain_apply if operations.eager else _BatchNorm.apply
     options = (call.eps, call.channel_dim, call.activation)
-    return function(call.x, call.weight, call.bias, call.residual, call.mask, options, operations, statistics, False)
+    domain, domains = (None, 1) if call.assignment is None else (call.assignment.domain, len(call.assignment.samples))
+    tensors = (call.x, call.weight, call.bias, call.residual, call.mask)
+    return function(*tensors, options, operations, statistics, False, domain, domains)
 
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -141,6 +164,8 @@ def _differentiable_gradients(
     arguments: Arguments,
     mask: Tensor | None,
     needs: tuple[bool, bool, bool, bool],
+    domain: Tensor | None,
+    domains: int,
 ) -> Gradients:
     """The gradients of x, weight, bias and residual as a differentiable function of everything: for any higher order.
 
@@ -155,9 +180,9 @@ def _differentiable_gradients(
         sample_weight = mask if mask.dim() == x.dim() else mask.unsqueeze(channel_dim)
         x = torch.where((sample_weight > 0) | (dy != 0), x, 0)
     if statistics is None:
-        y, *_ = reference.forward(x, weight, bias, residual, eps, channel_dim, activation, mask)
+        y, *_ = reference.forward(x, weight, bias, residual, eps, channel_dim, activation, mask, domain, domains)
     else:
-        y = reference.normalize(x, *statistics, weight, bias, residual, eps, channel_dim, activation)
+        y = reference.normalize(x, *statistics, weight, bias, residual, eps, channel_dim, activation, domain)
     inputs = (x, weight, bias, residual)
     wanted = [t for t, needed in zip(inputs, needs, strict=True) if needed and t is not None]
     partial = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))

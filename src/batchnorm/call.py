@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from typing_extensions import Self
@@ -9,17 +11,44 @@ from typing_extensions import Self
 from batchnorm import layout
 from batchnorm._torch import in_functorch, is_traced
 from batchnorm.activations import ACTIVATIONS, check_activation
-from batchnorm.errors import DTypeError, OptionError
+from batchnorm.errors import DTypeError, OptionError, ShapeError
 from batchnorm.kernels.reference import statistics_dtype
 
 _KNOWN = {None, *ACTIVATIONS}
 
-_ATTRIBUTES = ("x", "weight", "bias", "residual", "mask", "eps", "channel_dim", "activation", "num_channels")
+_ATTRIBUTES = (
+    "x",
+    "weight",
+    "bias",
+    "residual",
+    "mask",
+    "eps",
+    "channel_dim",
+    "activation",
+    "num_channels",
+    "assignment",
+)
 
 # eps, channel_dim, activation: what the operators take between the tensors.
 Options = tuple[float, int, str | None]
 # weight, bias and residual, then the options: what the operators take after the input and its statistics.
 Arguments = tuple[Tensor | None, Tensor | None, Tensor | None, float, int, str | None]
+
+
+class Assignment(NamedTuple):
+    """Which of several domains each sample is of.
+
+    Attributes:
+        domain: (N,) int64, from 0 to D - 1.
+        samples: how many samples each of the D domains has.
+    """
+
+    domain: Tensor
+    samples: tuple[int, ...]
+
+    def to(self, device: torch.device) -> Assignment:
+        """The same on another device."""
+        return self._replace(domain=self.domain.to(device))
 
 
 class Call:
@@ -35,6 +64,7 @@ class Call:
         eps: added to the variance.
         channel_dim: the dimension of the channels; kept as an index from 0.
         activation: a name of `activations.ACTIVATIONS`, or None.
+        assignment: of samples of several domains; statistics then are tables, (D, C), weight and bias (D, C) or (C,).
 
     Attributes:
         num_channels: C; 0 for an empty input below rank 2.
@@ -56,6 +86,7 @@ class Call:
         eps: float = 1e-5,
         channel_dim: int = 1,
         activation: str | None = None,
+        assignment: Assignment | None = None,
     ) -> None:
         # One function: small inputs feel every call. What is wrong is looked at again, and told, elsewhere.
         if not x.dtype.is_floating_point:
@@ -72,9 +103,9 @@ class Call:
             channel_dim %= rank
             num_channels = x.shape[channel_dim]
             if weight is not None and (weight.dim() != 1 or weight.shape[0] != num_channels):
-                layout.check_vector(weight, "weight", num_channels)
+                _check_parameter(weight, "weight", num_channels, assignment)
             if bias is not None and (bias.dim() != 1 or bias.shape[0] != num_channels):
-                layout.check_vector(bias, "bias", num_channels)
+                _check_parameter(bias, "bias", num_channels, assignment)
             if mask is not None:
                 mask = None if x.numel() == 0 else checked_mask(mask, x, channel_dim)
         elif rank < 2 and x.numel() == 0:  # torch takes an empty tensor of any rank; there is nothing to check
@@ -104,6 +135,9 @@ class Call:
         self.channel_dim = channel_dim
         self.activation = activation
         self.num_channels = num_channels
+        self.assignment = assignment
+        if assignment is not None:
+            _check_assignment(assignment, x, channel_dim)
 
     @property
     def arguments(self) -> Arguments:
@@ -120,7 +154,7 @@ class Call:
         """N: the size of the first dimension that is not the channels'."""
         return self.x.shape[1 if self.channel_dim == 0 else 0]
 
-    def replace(self, **changes: Tensor | int | None) -> Self:
+    def replace(self, **changes: Tensor | int | Assignment | None) -> Self:
         """The same with other attributes, which are not validated."""
         # Not copy.copy, where the graph breaks in torch.compile of torch 2.10.
         changed = object.__new__(type(self))
@@ -154,6 +188,24 @@ def checked_mask(mask: Tensor, x: Tensor, channel_dim: int) -> Tensor:
     if mask.dtype != torch.bool and not mask.is_floating_point():
         mask = mask.to(statistics_dtype(mask.device))
     return layout.expand_mask(mask, x.shape, channel_dim)
+
+
+def _check_parameter(parameter: Tensor, name: str, num_channels: int, assignment: Assignment | None) -> None:
+    """Raises ShapeError unless it has one value for each channel, or for each domain and channel."""
+    if assignment is None or parameter.shape != (len(assignment.samples), num_channels):
+        layout.check_vector(parameter, name, num_channels)
+
+
+def _check_assignment(assignment: Assignment, x: Tensor, channel_dim: int) -> None:
+    """Raises ShapeError unless there is a domain for each sample, OptionError where they are on another device."""
+    samples = x.shape[1 if channel_dim == 0 else 0] if x.dim() >= 2 else 0
+    if assignment.domain.shape[0] != samples:
+        raise ShapeError(
+            f"got the domains of {assignment.domain.shape[0]} samples for an input of shape {tuple(x.shape)} with "
+            f"{samples}; each sample needs one. Give one domain for all, or change the domains where samples are "
+            f"split, repeated or reshaped"
+        )
+    layout.check_device(assignment.domain, "domain", x.device)
 
 
 def check_virtual_batch_size(size: int | None) -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from batchnorm.layer_state import Row
 from batchnorm.models.norm_layers import split_by_origin
 from batchnorm.modules import BatchNorm
 from batchnorm.moments import Moments
@@ -17,19 +18,19 @@ class Pending:
     """What the forward passes inside `deferred` proposed, joined for each layer."""
 
     def __init__(self) -> None:
-        self._moments: dict[BatchNorm, Moments] = {}
+        self._moments: dict[tuple[BatchNorm, Row], Moments] = {}
 
-    def _receive(self, layer: BatchNorm, proposal: Moments) -> None:
-        before = self._moments.get(layer)
-        self._moments[layer] = proposal if before is None else before + proposal
+    def _receive(self, layer: BatchNorm, row: Row, proposal: Moments) -> None:
+        before = self._moments.get((layer, row))
+        self._moments[layer, row] = proposal if before is None else before + proposal
 
     def discard(self) -> None:
         """Drop everything proposed so far: it is not committed."""
         self._moments.clear()
 
-    def moments(self, layer: BatchNorm) -> Moments | None:
-        """The joined moments of what a layer proposed so far; None where it proposed nothing."""
-        return self._moments.get(layer)
+    def moments(self, layer: BatchNorm, domain: str | int = 0) -> Moments | None:
+        """The joined moments of what a layer proposed so far for one of its domains; None where it proposed nothing."""
+        return self._moments.get((layer, layer.row_of(domain)))
 
 
 class _Receiver:
@@ -38,8 +39,8 @@ class _Receiver:
     def __init__(self, pending: Pending, layer: BatchNorm) -> None:
         self._pending, self._layer = pending, layer
 
-    def __call__(self, proposal: Moments) -> None:
-        self._pending._receive(self._layer, proposal)
+    def __call__(self, proposal: Moments, row: Row) -> None:
+        self._pending._receive(self._layer, row, proposal)
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         # A copy of the layer is not in the context, whose end would never come for it: its receiver is None.
@@ -54,8 +55,8 @@ def deferred(model: nn.Module) -> Iterator[Pending]:
     is counted. What each forward pass normalises by is still its own micro-batch.
 
     An exception commits nothing. Inside another `deferred` of the same layers, the joined moments are proposed to that
-    one. A layer that is frozen by the end commits nothing. Layers of torch.nn know no proposals and commit at once; a
-    UserWarning names them.
+    one. Each domain of a layer has moments and a commit of its own. A layer that is frozen by the end commits nothing.
+    Layers of torch.nn know no proposals and commit at once; a UserWarning names them.
 
     Args:
         model: its layers of ours, of all depths, are meant; other models are not, copies made inside included.
@@ -83,6 +84,7 @@ def deferred(model: nn.Module) -> Iterator[Pending]:
             else:
                 layer._receiver = receiver
     for layer in layers:
-        joined = pending.moments(layer)
-        if joined is not None and not layer.frozen.statistics:
-            layer._propose(joined)
+        for row in layer._rows:
+            joined = pending.moments(layer, row.number)
+            if joined is not None and not layer.frozen.statistics:
+                layer._propose(joined, row)

@@ -97,26 +97,28 @@ class Group:
                 self._exchange(_Message(None, f"{type(error).__name__}: {error}", []))
             raise
 
-    def all_reduce_moments(self, moments: Moments, positions: int, label: str) -> tuple[Moments, Tensor]:
+    def all_reduce_moments(self, moments: Moments, positions: int | Tensor, label: str) -> tuple[Moments, Tensor]:
         """The moments of all processes together, the same bits in each of them.
 
         Args:
-            moments: of this process, (C,); of nothing is allowed.
-            positions: how many values of each channel this process has, whether they count in the moments or not.
+            moments: of this process, (C,), or of D domains, (D, C) with D counts; of nothing is allowed.
+            positions: how many values of each channel this process has, whether they count in the moments or not; of D
+                domains, (D,).
             label: where this process is, in words.
 
         Returns:
-            The joined moments, whose count is floating; and the sum of the positions, ().
+            The joined moments, whose count is floating; and the sum of the positions, () or (D,).
 
         Raises:
             ProcessError: another process is gone.
             OrderError: on the CPU, the processes have different numbers of channels; under
                 `TORCH_DISTRIBUTED_DEBUG=DETAIL`, they are at different places.
         """
-        head = torch.stack([moments.count.to(moments.mean.dtype), torch.full_like(moments.count, positions)])
-        all_of_them = self._gather(torch.cat([head.to(moments.mean.dtype), moments.mean, moments.m2]), label)
-        counts, positions_of, means, m2s = all_of_them.split([1, 1, len(moments.mean), len(moments.m2)], dim=1)
-        return pool(counts[:, 0], means, m2s), positions_of.sum()
+        count, channels = moments.count.to(moments.mean.dtype), moments.mean.shape[-1]
+        head = torch.stack([count, torch.ones_like(count) * positions], dim=-1)
+        all_of_them = self._gather(torch.cat([head, moments.mean, moments.m2], dim=-1), label)
+        counts, positions_of, means, m2s = all_of_them.split([1, 1, channels, channels], dim=-1)
+        return pool(counts[..., 0], means, m2s), positions_of[..., 0].sum(0)
 
     def all_reduce(self, tensors: Sequence[Tensor], label: str) -> list[Tensor]:
         """The sums over all processes, the same bits in each of them.

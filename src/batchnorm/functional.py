@@ -124,7 +124,7 @@ def normalize(call: Call, statistics: BatchStatistics | SyncStatistics) -> tuple
     Raises: as `batch_norm`.
     """
     if not 0 < call.eps < math.inf:
-        raise _wrong_eps(call.eps)
+        raise wrong_eps(call.eps)
     if statistics != _BATCH and ops.select(call.x) is ops.ATEN:
         aten.refuse("statistics of ghost batches, of several processes or with a correction")
     if isinstance(statistics, SyncStatistics):
@@ -149,7 +149,7 @@ def normalize_and_commit(call: Call, running: RunningStatistics) -> Tensor:
     checked.
     """
     if not 0 < call.eps < math.inf:
-        raise _wrong_eps(call.eps)
+        raise wrong_eps(call.eps)
     x, channel_dim = call.x, call.channel_dim
     numel = x.numel()
     if numel == call.num_channels or numel == 0:
@@ -164,7 +164,7 @@ def normalize_and_commit(call: Call, running: RunningStatistics) -> Tensor:
         target = running if _torch.current_backward() == -1 else None
         options = (call.eps, channel_dim, call.activation)
         y: Tensor = autograd.plain_apply(
-            x, call.weight, call.bias, call.residual, call.mask, options, operations, target, True
+            x, call.weight, call.bias, call.residual, call.mask, options, operations, target, True, None, 1
         )
         return y
     y, moments = _normalize(call)
@@ -228,17 +228,21 @@ def batch_moments(call: Call, statistics: BatchStatistics | SyncStatistics = _BA
     return Moments(*ops.select(x, call.mask).batch_moments(x, call.channel_dim, call.mask))
 
 
-def commit(moments: Moments, running: RunningStatistics) -> None:
-    """Blend moments into running statistics, in place: `kernels.reference.commit`. Empty ones change nothing."""
+def commit(moments: Moments, running: RunningStatistics, domain: int | None = None) -> None:
+    """Blend moments into running statistics, in place: `kernels.reference.commit`. Empty ones change nothing.
+
+    `domain` says which of the moments are meant, where they are of several: count (D,), mean and m2 (D, C).
+    """
     operations = ops.select(running.mean)
     mean, var, num_batches_tracked, num_batches_skipped, momentum = running
-    check_running(mean, var, num_batches_tracked, momentum, moments.mean.shape[0], moments.mean.device)
+    check_running(mean, var, num_batches_tracked, momentum, moments.mean.shape[-1], moments.mean.device)
     count = moments.count
     if torch.compiler.is_dynamo_compiling():
         count = ops.unless_repeated(count, mean)
     values = count, moments.mean, moments.m2
     if not _torch.in_functorch():
-        operations.commit(mean, var, num_batches_tracked, num_batches_skipped, *values, momentum)
+        which = () if domain is None else (domain,)
+        operations.commit(mean, var, num_batches_tracked, num_batches_skipped, *values, momentum, *which)
         return
     if any(torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in (mean, var)):
         raise TransformError(
@@ -247,7 +251,8 @@ def commit(moments: Moments, running: RunningStatistics) -> None:
         )
     try:
         # Without the counter: it is not among torch's buffers, so that callers may not have given it to the transform.
-        operations.commit(mean, var, num_batches_tracked, None, *values, momentum)
+        which = () if domain is None else (domain,)
+        operations.commit(mean, var, num_batches_tracked, None, *values, momentum, *which)
     except RuntimeError as error:
         raise TransformError(
             "got running statistics that this transform of torch.func may not change in place. Make them arguments of "
@@ -296,7 +301,8 @@ def _normalize_ghost_batches(call: Call, size: int) -> tuple[Tensor, Moments]:
     return layout.laid_out(y, call.x), sum(proposals[1:], start=proposals[0])
 
 
-def _wrong_eps(eps: float) -> OptionError:
+def wrong_eps(eps: float) -> OptionError:
+    """The error for an eps that training cannot have."""
     return OptionError(f"got eps={eps}; eps must be positive and finite in training. torch's default is 1e-5")
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from batchnorm import layout
+from batchnorm.errors import OptionError
 from batchnorm.modules import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.renorm import Renorm
 
@@ -32,7 +33,14 @@ class _Lazy(BatchNorm):
         renorm: Renorm | None = None,
         channel_dim: int = 1,
         inplace: bool = False,
+        domains: Any | None = None,  # noqa: ANN401 - refused
+        own_affine: bool = False,
     ) -> None:
+        if domains is not None or own_affine:
+            raise OptionError(
+                f"got domains for {type(self).__name__}, whose tensors have no sizes yet to be kept for each domain. "
+                f"Run one batch through the model, then call batchnorm.convert(model, domains=...)"
+            )
         # torch's, which goes on to `BatchNorm.__init__` without our options.
         super().__init__(eps, momentum, affine, track_running_stats, device, dtype)  # type: ignore[arg-type]
         if not bias:

@@ -5,38 +5,28 @@ A forward pass in training mode *proposes* the batch's moments; a *commit* blend
 
 from __future__ import annotations
 
-import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, fx
-from typing_extensions import Self
 
 from batchnorm import functional, layout
 from batchnorm._torch import in_backward_recompute
 from batchnorm.activations import check_activation
 from batchnorm.call import Call, check_sync, check_virtual_batch_size
 from batchnorm.distributed import Group
+from batchnorm.domains import DomainLayer
 from batchnorm.errors import BatchNormError, DTypeError, OptionError, ShapeError
 from batchnorm.kernels.running_statistics import check_running
+from batchnorm.layer_state import FIRST, HALVES, Row, check_domains
 from batchnorm.moments import Moments
-from batchnorm.rebuilding import Rebuilding
 from batchnorm.renorm import Renorm, check_renorm, corrections
-from batchnorm.statistics import BatchStatistics, Frozen, RunningStatistics, SyncStatistics
+from batchnorm.statistics import BatchStatistics, Frozen, SyncStatistics
 
-_STATISTICS = ("running_mean", "running_var")
 _NUMBERS = itertools.count(1)
-_HALVES = (torch.float16, torch.bfloat16)
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
-def _at_least_float32(buffer: Tensor) -> Tensor:
-    return buffer.float() if buffer.dtype in _HALVES else buffer
-
-
 _BATCH = BatchStatistics()
 _OPTIONS: dict[str, Any] = {
     "activation": None,
@@ -47,10 +37,12 @@ _OPTIONS: dict[str, Any] = {
     "renorm": None,
     "inplace": False,
     "frozen": Frozen(),
+    "domains": (),
+    "own_affine": False,
 }
 
 
-class BatchNorm(Rebuilding):
+class BatchNorm(DomainLayer):
     r"""Batch normalization of an input of any rank >= 2, with an optional residual and activation inside.
 
         y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)
@@ -79,6 +71,9 @@ class BatchNorm(Rebuilding):
             running statistics see the joined moments; a single sample that is left over joins the last.
         renorm: batch renormalization, `Renorm`; training then normalises by nearly the running statistics.
         inplace: in inference without gradients, write the output over the input; no effect otherwise.
+        domains: names of populations that samples come from, each with running statistics of its own, of which
+            `batchnorm.domain` chooses: docs/domains.md. Torch's buffers are the first one's.
+        own_affine: with domains, whether each has a weight and a bias of its own.
 
     Shapes:
         input, residual, output: (N, C, *S), or with the channels in `channel_dim`.
@@ -116,15 +111,12 @@ class BatchNorm(Rebuilding):
     inplace: bool
     frozen: Frozen
     label: str
-    # What `num_batches_skipped` shows, where the running statistics are, and made again where they are others. No
-    # buffer, because tools that copy, prune, broadcast or load buffers expect torch's and no others.
-    _skipped: Tensor | None = None
     # fairscale's checkpointing leaves layers alone that have this: ours notice a repeated pass by themselves.
     disable_patch_batchnorm: ClassVar[bool] = True
     # pfn-extras' checkpointing takes the root of 1 - momentum, for two passes, of layers that do not have this.
     _bn_momentum_patched: ClassVar[bool] = True
     # Where proposals go instead of being committed: `deferred` sets it for a while.
-    _receiver: Callable[[Moments], None] | None = None
+    _receiver: Callable[[Moments, Row], None] | None = None
     # Who is told of proposals, whatever becomes of them: monitors, for the time of one forward pass.
     _listeners: tuple[Callable[[BatchNorm, Moments], None], ...] = ()
 
@@ -146,13 +138,18 @@ class BatchNorm(Rebuilding):
         renorm: Renorm | None = None,
         channel_dim: int = 1,
         inplace: bool = False,
+        domains: Sequence[str] | None = None,
+        own_affine: bool = False,
     ) -> None:
+        names = check_domains(domains, own_affine, affine, track_running_stats)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if not bias:
             self.register_parameter("bias", None)
         self._set_options(activation, channel_dim, sync, process_group, virtual_batch_size, renorm, inplace)
         self.frozen = Frozen()
         self.label = f"number {next(_NUMBERS)}"
+        if names:
+            self._add_domains(names, own_affine)
         self._complete()
 
     def _set_options(
@@ -184,35 +181,7 @@ class BatchNorm(Rebuilding):
             setattr(self, name, vars(self)[name])
         self._widen_statistics()
         self._tell_opacus()
-        self._reset_skipped(self._buffers.get("running_mean"))  # not at the first call: that would compile twice
-
-    def _reset_skipped(self, mean: Tensor | None) -> None:
-        """Nothing was skipped of these. Those that only stand for others get no counter: it would outlive them."""
-        self._skipped = None
-        if mean is not None and type(mean) in _PLAIN and not mean.is_meta:
-            self._skipped = torch.zeros_like(mean, dtype=torch.int64)
-
-    def _widen_statistics(self) -> None:
-        """Give running statistics the dtype that a running average needs."""
-        for name in _STATISTICS:
-            if (buffer := self._buffers.get(name)) is not None:
-                self._buffers[name] = _at_least_float32(buffer)
-
-    @property
-    def num_batches_skipped(self) -> Tensor | None:
-        """(C,) int64, or None: see the class."""
-        mean, var = self.running_mean, self.running_var
-        return None if mean is None or var is None else self._running(mean, var).num_batches_skipped
-
-    def _running(self, mean: Tensor, var: Tensor) -> RunningStatistics:
-        """The running statistics and how they move."""
-        skipped = self._skipped
-        if type(mean) not in _PLAIN:  # the counter cannot be changed with it
-            skipped = None
-        elif skipped is None or skipped.shape != mean.shape or skipped.device != mean.device:
-            self._reset_skipped(mean)
-            skipped = self._skipped
-        return RunningStatistics(mean, var, self._buffers["num_batches_tracked"], skipped, self._momentum)
+        self._reset_skipped()  # not at the first call: that would compile twice
 
     def forward(
         self,
@@ -235,14 +204,20 @@ class BatchNorm(Rebuilding):
                 f"got activation={activation!r} for a layer with activation={self.activation!r}; one call has one. "
                 f"Leave one of them out"
             )
+        row, training, frozen = self._row, self.training, self.frozen
+        if type(row) is not Row or (self.domains and self.sync and training):
+            try:
+                self._check_input_dim(input)
+                return self._forward_by_domain(input, residual, mask, activation)
+            except BatchNormError as error:
+                raise error.within(self._title()) from None
         own = self._parameters  # attributes take several times as long, and `get` would look at them all the same
-        weight: Tensor | None = own["weight"] if "weight" in own else self.weight  # noqa: SIM401 - not `get`: see above
-        bias: Tensor | None = own["bias"] if "bias" in own else self.bias  # noqa: SIM401 - not `get`: see above
+        weight: Tensor | None = own[row.weight] if row.weight in own else getattr(self, row.weight)
+        bias: Tensor | None = own[row.bias] if row.bias in own else getattr(self, row.bias)
         buffers = self._buffers
         # Statistics that are parameters, or computed, are attributes.
-        mean: Tensor | None = buffers["running_mean"] if "running_mean" in buffers else self.running_mean  # noqa: SIM401 - likewise
-        var: Tensor | None = buffers["running_var"] if "running_var" in buffers else self.running_var  # noqa: SIM401 - likewise
-        training, frozen = self.training, self.frozen
+        mean: Tensor | None = buffers[row.mean] if row.mean in buffers else getattr(self, row.mean)
+        var: Tensor | None = buffers[row.var] if row.var in buffers else getattr(self, row.var)
         # Of an empty batch nothing is proposed, unless other processes have parts of it.
         moves = self.track_running_stats and not frozen.statistics and (input.numel() > 0 or self.sync)
         by_running = mean is not None and var is not None and (not training or frozen.normalization)
@@ -258,13 +233,13 @@ class BatchNorm(Rebuilding):
                     return functional.normalize_by_running(call, mean, var, inplace=self.inplace)
                 output = functional.normalize_by_running(call, mean, var)
                 if moves:
-                    self._propose(functional.batch_moments(call, self._statistics()))
+                    self._propose(functional.batch_moments(call, self._statistics()), row)
                 return output
             if not training:  # without running statistics
                 return functional.normalize(call, _BATCH)[0]
             if moves and mean is not None and var is not None:
-                running = self._running(mean, var)
-                if mean.dtype in _HALVES or var.dtype in _HALVES:
+                running = self._running(row, mean, var)
+                if mean.dtype in HALVES or var.dtype in HALVES:
                     raise DTypeError(
                         f"got running statistics of dtype {mean.dtype} and {var.dtype} in training, where such "
                         f"averages stand still. Leave buffers out of mixed precision, or convert with .float()"
@@ -276,27 +251,26 @@ class BatchNorm(Rebuilding):
                     return functional.normalize_and_commit(call, running)
             output, moments = functional.normalize(call, self._statistics())
             if moves:
-                self._propose(moments)
+                self._propose(moments, row)
         except BatchNormError as error:
             raise error.within(self._title()) from None
         return output
 
     def _title(self) -> str:
-        return f"{type(self).__name__}({self._num_features})"
+        label = f", {self.label}" if self.domains else ""
+        return f"{type(self).__name__}({self._num_features}){label}"
 
     def _statistics(self) -> BatchStatistics | SyncStatistics:
         """What a training pass normalises by."""
         correction = None if self.renorm is None else self._correction
         if self.sync and (group := Group(self.process_group)).size > 1:
-            label = f"{self._title()}, {self.label}"
+            label = f"{type(self).__name__}({self._num_features}), {self.label}"
             return SyncStatistics(group, label, correction)
         return BatchStatistics(self.virtual_batch_size, correction)
 
     def _correction(self, moments: Moments) -> tuple[Tensor, Tensor]:
         """Batch renormalization's r and d."""
-        mean, var, renorm = self.running_mean, self.running_var, self.renorm
-        assert mean is not None
-        assert var is not None
+        renorm = self.renorm
         assert renorm is not None
         if in_backward_recompute() and self._receiver is None and not self.frozen.statistics:
             raise OptionError(
@@ -304,56 +278,30 @@ class BatchNorm(Rebuilding):
                 "one, so batch renormalization would correct differently. Keep this layer out of activation "
                 "checkpointing, or train inside batchnorm.deferred"
             )
-        return corrections(moments, mean, var, self._eps, *renorm.limits(self.num_batches_tracked))
+        if moments.mean.dim() == 1:
+            row = self._row if isinstance(self._row, Row) else FIRST
+            mean, var, counter, *_ = self.statistics_of(row.number)
+            return corrections(moments, mean, var, self._eps, *renorm.limits(counter))
+        of_each = []
+        for own, (mean, var, counter, *_) in zip(
+            self._each(moments), map(self.statistics_of, self.domains), strict=True
+        ):
+            of_each.append(corrections(own, mean, var, self._eps, *renorm.limits(counter)))
+        r, d = (torch.stack(each) for each in zip(*of_each, strict=True))
+        return r, d
 
-    def _propose(self, proposal: Moments) -> None:
+    def _propose(self, proposal: Moments, row: Row) -> None:
         """Commit, or hand the proposal to whoever collects them; a pass that a backward pass repeats does neither."""
         if not in_backward_recompute():
             for listener in self._listeners:
                 listener(self, proposal)
-            (self._receiver or self._commit)(proposal)
+            (self._receiver or self._commit)(proposal, row)
 
-    def _commit(self, proposal: Moments) -> None:
-        """Blend moments into the running statistics, and count one batch."""
-        mean, var = self.running_mean, self.running_var
+    def _commit(self, proposal: Moments, row: Row) -> None:
+        """Blend moments into a domain's running statistics, and count one batch."""
+        mean, var = getattr(self, row.mean), getattr(self, row.var)
         if mean is not None and var is not None:
-            functional.commit(proposal, self._running(mean, var))
-
-    def reset_running_stats(self) -> None:
-        """Reset running statistics and counters, `num_batches_skipped` too, as torch's layers do.
-
-        Frozen statistics stay: `torch.optim.swa_utils.update_bn` begins with this.
-        """
-        if "frozen" in vars(self) and self.frozen.statistics:  # torch's constructor comes here before ours is done
-            return
-        super().reset_running_stats()
-        self._reset_skipped(self._buffers.get("running_mean"))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Torch's `.to()`, `.half()` and the like, but running statistics keep the precision that they had."""
-        before = {name: self._buffers.get(name) for name in _STATISTICS}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's
-        for name, old in before.items():
-            new = self._buffers.get(name)
-            if old is not None and new is not None and new.dtype in _HALVES:
-                self._buffers[name] = _at_least_float32(old.to(new.device))
-        if (mean := self._buffers.get("running_mean")) is not None and self._skipped is not None:
-            self._skipped = None if mean.is_meta else self._skipped.to(mean.device)
-        return self
-
-    def _load_from_state_dict(self, state_dict: Any, *args: Any) -> None:  # noqa: ANN401 - torch's own has no types
-        """torch's; what a checkpoint assigns in half precision becomes float32, and nothing was skipped since."""
-        super()._load_from_state_dict(state_dict, *args)
-        self._widen_statistics()
-        self._reset_skipped(self._buffers.get("running_mean"))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """A copy that refers to the same processes: their group is a handle, which cannot be copied."""
-        memo[id(self.process_group)] = self.process_group
-        copied = self.__new__(type(self))
-        memo[id(self)] = copied
-        vars(copied).update(copy.deepcopy(vars(self), memo))
-        return copied
+            functional.commit(proposal, self._running(row, mean, var))
 
     def _check_input_dim(self, input: Tensor) -> None:
         if self.ranks and input.dim() not in self.ranks:

@@ -88,9 +88,7 @@ class Moments:
         count = self.count + other.count
         # Two integer tensors would divide in torch's default dtype, float32.
         fraction = other.count.to(self.mean.dtype) / torch.where(count > 0, count, 1)
-        delta = other.mean - self.mean
-        mean = self.mean + delta * fraction
-        m2 = self.m2 + other.m2 + delta.square() * (fraction * self.count)
+        mean, m2 = union(self.count, fraction, self.mean, self.m2, other.mean, other.m2)
         # Empty sets are chosen away rather than computed away: the other side comes back bit for bit.
         pick_self, pick_other = other.count == 0, self.count == 0
         return Moments(
@@ -118,11 +116,31 @@ class Moments:
         return self.var(correction=correction).sqrt()
 
 
+def union(
+    count: Tensor | float, fraction: Tensor | float, mean: Tensor, m2: Tensor, other_mean: Tensor, other_m2: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The formula by which moments add up: mean and m2 of both sets.
+
+    Args:
+        count: of the first.
+        fraction: the other's count in the sum of both.
+        mean: of the first.
+        m2: likewise.
+        other_mean: of the other.
+        other_m2: likewise.
+    """
+    delta = other_mean - mean
+    return mean + delta * fraction, m2 + other_m2 + delta.square() * (fraction * count)
+
+
 def pool(count: Tensor, mean: Tensor, m2: Tensor) -> Moments:
-    """The sum of G moments that lie in one tensor each: count (G,), mean and m2 (G, C)."""
-    total = count.sum()
-    n = count.to(mean.dtype).unsqueeze(1)
-    pooled = (n * mean).sum(0) / torch.where(total > 0, total, 1)
+    """The sum of G moments that lie in one tensor each: count (G,), mean and m2 (G, C).
+
+    Or of each of D domains: count (G, D), mean and m2 (G, D, C).
+    """
+    total = count.sum(0)
+    n = count.to(mean.dtype).unsqueeze(-1)
+    pooled = (n * mean).sum(0) / torch.where(total > 0, total, 1).unsqueeze(-1)
     return Moments(total, pooled, (m2 + n * (mean - pooled).square()).sum(0))
 
 

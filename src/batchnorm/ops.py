@@ -68,7 +68,7 @@ def _on_cuda(name: str) -> Callable[..., object]:
 
     def operator(*args: Any) -> object:  # noqa: ANN401 - of the operation
         given = dict(zip(parameters, args, strict=False))  # without those at the end that have their defaults
-        served = _runs(args[0].device)
+        served = _runs(args[0].device) and given.get("domain") is None
         if "x" in given:
             chosen = select(given["x"], given.get("mask"), given.get("activation"))
             served = served and chosen.forward is _operator("forward")
@@ -154,6 +154,8 @@ _REFERENCE = _Choice(
 _FALLBACK = _Choice(*[Operations(fallback.operation, differentiable=True)] * 2)
 # Where the reference is better than torch's layers, and no slower than it has to be.
 _WITHOUT_FALLBACK = ("cpu",)
+# Where the kernels take samples of several domains.
+_WITH_DOMAINS = ("cpu",)
 _TABLE: dict[tuple[str, torch.dtype, str | None], _Choice] = {}
 for _backend in BACKENDS:
     _choice = _Choice(*(Operations(_backend.find, eager=eager) for eager in (True, False)))
@@ -168,19 +170,31 @@ def _is_distributed(x: Tensor) -> bool:
     return module is not None and isinstance(x, module.DTensor)
 
 
-def select(x: Tensor, mask: Tensor | None = None, activation: str | None = None) -> Operations:
+def read_by_others() -> bool:
+    """Whether a graph is recorded that is read where this package is not."""
+    return is_exported() or (not torch.compiler.is_dynamo_compiling() and is_traced())
+
+
+def select(
+    x: Tensor, mask: Tensor | None = None, activation: str | None = None, *, domains: bool = False
+) -> Operations:
     """The implementation for a call: the only place that decides.
 
     Under transforms of torch.func, and for a `DTensor`, of which processes have parts and with which torch's own
     operators compute as with the whole, it is `DIFFERENTIABLE`; in graphs that are exported or traced it is `ATEN`. A
     device, dtype or activation without kernels of ours goes to torch's batch norm, on the CPU to the reference. An
     empty input, more than 16 dimensions, and a mask go to the reference, too, the mask for which there are kernels only
-    with a value for every value of x.
+    with a value for every value of x. So do samples of several domains, but for the CPU's kernels; in graphs that are
+    exported they are plain torch.
     """
     if in_functorch() or (type(x) is not Tensor and _is_distributed(x)):
         return DIFFERENTIABLE
     device = x.device.type
     choice = _TABLE.get((device, x.dtype, activation))
+    if domains:
+        if read_by_others():
+            return DIFFERENTIABLE
+        choice = _REFERENCE if device not in _WITH_DOMAINS else choice or _REFERENCE
     if choice is None:
         choice = _FALLBACK if mask is None and device not in _WITHOUT_FALLBACK else _REFERENCE
     rank = x.dim()

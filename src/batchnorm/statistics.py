@@ -53,6 +53,12 @@ class RunningStatistics(NamedTuple):
     momentum: float | None = None
 
 
+class DomainStatistics(NamedTuple):
+    """The running statistics of each domain."""
+
+    of_each: tuple[RunningStatistics, ...]
+
+
 class Frozen(NamedTuple):
     """Which of a layer's parts stand still, in training mode too.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from batchnorm import _torch, autograd, layout, ops
@@ -34,10 +35,19 @@ def normalize(call: Call, statistics: SyncStatistics) -> tuple[Tensor, Moments]:
             f"got a transform of torch.func around {label}, whose statistics {group.size} processes share; processes "
             f"cannot meet inside one. Use sync=False there"
         )
-    operations = ops.select(call.x, call.mask, call.activation)
-    moments, total = group.all_reduce_moments(_own_moments(call), call.count, label)
+    operations = ops.select(call.x, call.mask, call.activation, domains=call.assignment is not None)
+    moments, total = group.all_reduce_moments(_own_moments(call), _positions(call), label)
     # Who has two values of a channel knows enough, and need not wait for the device.
-    if call.count < 2 and (n := int(total.item())) < 2:
+    if call.assignment is not None:
+        if not bool(total.any()):
+            return empty_output(call), moments
+        if alone := (total == 1).nonzero().flatten().tolist():
+            raise CountError(
+                f"got inputs of {group.size} processes with one value for each channel together in domain {alone[0]}; "
+                f"expected more than 1 value per channel when training, because the variance of one value is 0. Use "
+                f"larger batches, or leave that domain out of this one"
+            )
+    elif call.count < 2 and (n := int(total.item())) < 2:
         if n == 0:
             return empty_output(call), moments
         raise CountError(
@@ -55,11 +65,24 @@ def normalize(call: Call, statistics: SyncStatistics) -> tuple[Tensor, Moments]:
 @_torch.outside_graphs
 def batch_moments(call: Call, statistics: SyncStatistics) -> Moments:
     """The moments of all parts, for a layer that normalises by others."""
-    moments, _ = statistics.group.all_reduce_moments(_own_moments(call), call.count, statistics.label)
+    moments, _ = statistics.group.all_reduce_moments(_own_moments(call), _positions(call), statistics.label)
     return moments
 
 
 def _own_moments(call: Call) -> Moments:
     layout.channel_axis(call.x.dim(), call.channel_dim)  # empty inputs of other ranks have no channels to compare
-    x = call.x.detach()
-    return Moments(*ops.select(x, call.mask).batch_moments(x, call.channel_dim, call.mask))
+    x, assignment = call.x.detach(), call.assignment
+    if assignment is None:
+        return Moments(*ops.select(x, call.mask).batch_moments(x, call.channel_dim, call.mask))
+    operations = ops.select(x, call.mask, domains=True)
+    return Moments(
+        *operations.batch_moments(x, call.channel_dim, call.mask, assignment.domain, len(assignment.samples))
+    )
+
+
+def _positions(call: Call) -> int | Tensor:
+    """How many values of each channel there are; in each domain."""
+    if call.assignment is None:
+        return call.count
+    of_sample = call.count // max(1, call.num_samples)
+    return torch.tensor(call.assignment.samples, device=call.x.device) * of_sample

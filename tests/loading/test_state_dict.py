@@ -17,6 +17,7 @@ from batchnorm.errors import UsageError
 from batchnorm.files import check_writable
 from batchnorm.loading import state_dict
 from batchnorm.loading.state_dict import (
+    Weights,
     check_state_dict,
     check_state_dict_path,
     load_state_dict,
@@ -262,3 +263,12 @@ def test_weights_without_a_model_that_cannot_be_read(name: str, words: str, tmp_
     (tmp_path / "w.pt").write_bytes(b"{ no weights }")
     with pytest.raises(UsageError, match=words):
         read_state_dict(tmp_path / name)
+
+
+def test_a_state_dict_without_its_model(tmp_path: Path) -> None:
+    weights = Tied(0).state_dict()
+    for name in ("w.pt", "w.safetensors"):
+        save_state_dict(Weights(weights), tmp_path / name)
+        other = Tied(1)
+        load_state_dict(other, tmp_path / name)
+        assert state(other) == state(Tied(0))

@@ -186,3 +186,49 @@ def test_statistics_without_data_are_refused() -> None:
 def test_integers_are_refused() -> None:
     with pytest.raises(DTypeError, match=r'layer "the model itself": got an input of dtype torch.int64'):
         bn.recalibrate(nn.BatchNorm1d(3), [torch.ones(2, 3, dtype=torch.int64)])
+
+
+# --- domains ---------------------------------------------------------------------------------------------------------
+
+
+def test_of_several_domains_the_chosen_one_takes_part() -> None:
+    model = nn.Sequential(bn.BatchNorm1d(2, domains=("a", "b")), bn.BatchNorm1d(2, domains=("a",)), nn.BatchNorm1d(2))
+    with pytest.raises(OptionError, match="have the domains 'a', 'b' without saying which"):
+        select_layers(model)
+    with bn.domain(model[0], ["a", "b"]), pytest.raises(OptionError, match="without saying which"):
+        select_layers(model)
+    with bn.domain(model[0], "b"):
+        first, second, third = select_layers(model)[0]
+    assert first.mean is model[0].running_mean_b
+    assert first.var is model[0].running_var_b
+    assert [second.mean, third.mean] == [model[1].running_mean, model[2].running_mean]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_domain_is_recalibrated_by_itself(method: str) -> None:
+    model, plain = nn.Sequential(bn.BatchNorm1d(3, domains=("a", "b"))), nn.Sequential(bn.BatchNorm1d(3))
+    data = [torch.randn(8, 3) + 4, torch.randn(5, 3)]
+    with bn.domain(model, "b"):
+        result = bn.recalibrate(model, data, method=method)
+    expected = bn.recalibrate(plain, data, method=method)
+    assert torch.equal(result.layers[0].new_mean, expected.layers[0].new_mean)
+    assert torch.equal(model[0].running_mean_b, plain[0].running_mean)
+    assert torch.equal(model[0].running_var_b, plain[0].running_var)
+    assert model[0].running_mean.tolist() == [0, 0, 0]
+
+
+def test_frozen_layers_take_part_where_they_are_only_read() -> None:
+    model = bn.freeze(nn.Sequential(bn.BatchNorm1d(2)))
+    assert [len(found) for found in select_layers(model)] == [0, 1]
+    assert [len(found) for found in select_layers(model, frozen=True)] == [1, 0]
+
+
+def test_a_model_that_chooses_another_domain_itself() -> None:
+    model = nn.Sequential(bn.BatchNorm1d(3, domains=("a", "b")))
+
+    def forward(model: nn.Module, x: Tensor) -> None:
+        with bn.domain(model, "a"):
+            model(x)
+
+    with bn.domain(model, "b"), pytest.raises(OptionError, match=r"other domains than that of 0 \(b\)"):
+        bn.recalibrate(model, [torch.randn(8, 3)], method="pooled", forward=forward)

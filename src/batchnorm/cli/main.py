@@ -16,6 +16,7 @@ from batchnorm.cli.explain import explain
 from batchnorm.cli.fold import fold
 from batchnorm.cli.kernels import kernels
 from batchnorm.cli.monitor import monitor
+from batchnorm.cli.pool import pool
 from batchnorm.cli.recalibrate import recalibrate
 from batchnorm.cli.study import study
 from batchnorm.errors import BatchNormError
@@ -34,7 +35,7 @@ def _commands(context: click.Context) -> None:
         context.exit(2)
 
 
-for _command in (check, explain, monitor, recalibrate, fold, study, kernels, bench):
+for _command in (check, explain, monitor, recalibrate, pool, fold, study, kernels, bench):
     _commands.add_command(_command)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from batchnorm.choosing import check_one_population
 from batchnorm.diagnosis import gap
 from batchnorm.diagnosis.catalogue import selected
 from batchnorm.diagnosis.checks.inference import gap_severity, is_far, is_fresh
@@ -77,6 +78,7 @@ def check(
 
     checks = selected(select, ignore)
     inner = uncompiled(model.module if isinstance(model, DistributedDataParallel) else model)
+    check_one_population(inner, "check")
     for name, value in (("loss", loss), ("second", second)):
         if value is not None and batches is None:
             raise OptionError(f"got {name} without batches; there is nothing to compute it with. Give batches, too")

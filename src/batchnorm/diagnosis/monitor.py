@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from typing_extensions import Self
 
 from batchnorm import _torch
+from batchnorm.choosing import check_one_population
 from batchnorm.diagnosis.listening import Listening
 from batchnorm.diagnosis.measuring import Measured, Snapshot
 from batchnorm.diagnosis.records import LayerRecord
@@ -65,6 +66,7 @@ class Monitor:
     def __init__(self, model: nn.Module, every: int = 10, writer: Any = None) -> None:  # noqa: ANN401 - see above
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise OptionError(f"got every={every!r}; it must be a number of steps, 1 or more")
+        check_one_population(model, "Monitor")
         if next(named_norm_layers(model), None) is None:
             raise OptionError(f"got a {type(model).__name__} without batch-norm layers; there is nothing to monitor")
         self.records: list[LayerRecord] = []

@@ -5,9 +5,11 @@ Every operation is about the same transformation of an input x, per channel:
     z = (x - mean) / sqrt(var + eps) * weight + bias + residual,    y = activation(z)
 
 Shapes: x, residual, y and dy (N, C, *S) with the channels in dimension `channel_dim`, of one dtype; mean, var, weight,
-bias (C,). `weight`, `bias` and `residual` may be None: 1, 0 and 0. Statistics and sums are float64 (float32 where a
-device has nothing wider), and a value in x's dtype is rounded once, at the end. In memory, y and dx lie as torch lays
-out the result of its own layers: channels_last where x's strides look so, contiguous otherwise.
+bias (C,). With `domain`, (N,) int64, each sample is of one of D domains: mean, var, m2 and sums are tables, (D, C), a
+count is (D,), weight and bias are (D, C) or, for all domains, (C,). `weight`, `bias` and `residual` may be None: 1, 0
+and 0. Statistics and sums are float64 (float32 where a device has nothing wider), and a value in x's dtype is rounded
+once, at the end. In memory, y and dx lie as torch lays out the result of its own layers: channels_last where x's
+strides look so, contiguous otherwise.
 
 Source: Ioffe and Szegedy, "Batch Normalization", 2015, algorithm 1 and the equations of section 3.
 """
@@ -20,6 +22,7 @@ from torch import Tensor
 from batchnorm import layout
 from batchnorm.activations import ACTIVATIONS
 from batchnorm.kernels.running_statistics import check_both, check_commit
+from batchnorm.kernels.tables import beside, counted, gradient_of, spread, summed
 
 
 def statistics_dtype(device: torch.device) -> torch.dtype:
@@ -27,7 +30,9 @@ def statistics_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def batch_moments(x: Tensor, channel_dim: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def batch_moments(
+    x: Tensor, channel_dim: int, mask: Tensor | None = None, domain: Tensor | None = None, domains: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
     r"""Count, mean and m2 as `Moments` has them; zeros when x has no values, or none that counts.
 
         count = \sum w,    mean = \sum w x / count,    m2 = \sum w (x - mean)^2,    w = 1 without a mask
@@ -39,20 +44,26 @@ def batch_moments(x: Tensor, channel_dim: int, mask: Tensor | None = None) -> tu
         channel_dim: the dimension of the channels.
         mask: w: bool or floating, >= 0, of x's shape without the channels; or of x's rank, where it may differ between
             channels. It then gives a count for each channel, (C,).
+        domain: as everywhere; not with a mask that may differ between channels.
+        domains: D.
     """
     axis, rank = channel_dim % x.dim(), x.dim()
-    dims = layout.observed_dims(rank, axis)
     values = x.to(statistics_dtype(x.device))
     if mask is None:
-        n = layout.count(x.shape, axis)
-        mean = values.mean(dims) if n else values.sum(dims)
-        m2 = (values - layout.per_channel(mean, rank, axis)).square().sum(dims)
-        return torch.full((), n, device=x.device), mean, m2
+        n = counted(x, axis, domain, domains)
+        sums = summed(values, axis, domain, domains)
+        # Of one population by a number: a DTensor is divided by no other tensor.
+        of_each = max(1, layout.count(x.shape, axis)) if domain is None else beside(n.clamp(min=1), sums)
+        mean = sums / of_each
+        m2 = summed((values - spread(mean, rank, axis, domain)).square(), axis, domain, domains)
+        return n, mean, m2
     w = _with_rank(mask, x, axis).to(values.dtype)
     values = torch.where(w > 0, values, 0)
-    total = w.sum() if w.shape[axis] == 1 else w.sum(dims)
-    mean = (w * values).sum(dims) / torch.where(total > 0, total, 1)
-    m2 = (w * (values - layout.per_channel(mean, rank, axis)).square()).sum(dims)
+    total = summed(w, axis, domain, domains)
+    total = total.squeeze(-1) if w.shape[axis] == 1 else total
+    sums = summed(w * values, axis, domain, domains)
+    mean = sums / beside(torch.where(total > 0, total, 1), sums)
+    m2 = summed(w * (values - spread(mean, rank, axis, domain)).square(), axis, domain, domains)
     return total.to(torch.int64) if mask.dtype == torch.bool else total, mean, m2
 
 
@@ -66,9 +77,10 @@ def normalize(
     eps: float,
     channel_dim: int,
     activation: str | None,
+    domain: Tensor | None = None,
 ) -> Tensor:
     """The output y, for given statistics."""
-    y = _activated(x, mean, var, weight, bias, residual, eps, channel_dim, activation)
+    y = _activated(x, mean, var, weight, bias, residual, eps, channel_dim, activation, domain)
     return layout.laid_out(y.to(x.dtype), x)
 
 
@@ -96,14 +108,16 @@ def forward(
     channel_dim: int,
     activation: str | None,
     mask: Tensor | None = None,
+    domain: Tensor | None = None,
+    domains: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The output y, by the statistics of x itself, and these moments: `batch_moments`, then `normalize`.
 
     A mask decides what the moments are taken from; y is there for all of x.
     """
     wide = x.to(statistics_dtype(x.device))  # once, so that a gradient through it is rounded once
-    count, mean, m2 = batch_moments(wide, channel_dim, mask)
-    y = _activated(wide, mean, biased_variance(count, m2), weight, bias, residual, eps, channel_dim, activation)
+    count, mean, m2 = batch_moments(wide, channel_dim, mask, domain, domains)
+    y = _activated(wide, mean, biased_variance(count, m2), weight, bias, residual, eps, channel_dim, activation, domain)
     return layout.laid_out(y.to(x.dtype), x), count, mean, m2
 
 
@@ -119,6 +133,7 @@ def backward_sums(
     channel_dim: int,
     activation: str | None,
     mask: Tensor | None = None,
+    domain: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""What the gradients need from all observations: \sum dz and \sum dz x_hat, (C,) each.
 
@@ -126,11 +141,11 @@ def backward_sums(
     d loss / d weight. They are sums over all of x, with a mask as well: y depends on both parameters everywhere. But
     with one, x may be anything where dy is 0, NaN included.
     """
-    dims = layout.observed_dims(x.dim(), channel_dim % x.dim())
-    x = _without_unused(dy, x, mean, channel_dim, mask)
-    dz = _preactivation_grad(dy, x, mean, var, weight, bias, residual, eps, channel_dim, activation)
-    x_hat = _preactivation(x, mean, var, None, None, None, eps, channel_dim)
-    return dz.sum(dims), (dz * x_hat).sum(dims)
+    axis, domains = channel_dim % x.dim(), mean.shape[0]
+    x = _without_unused(dy, x, mean, channel_dim, mask, domain)
+    dz = _preactivation_grad(dy, x, mean, var, weight, bias, residual, eps, channel_dim, activation, domain)
+    x_hat = _preactivation(x, mean, var, None, None, None, eps, channel_dim, domain)
+    return summed(dz, axis, domain, domains), summed(dz * x_hat, axis, domain, domains)
 
 
 def backward_input(
@@ -147,6 +162,7 @@ def backward_input(
     mean_dz: Tensor | None,
     mean_dz_xhat: Tensor | None,
     mask: Tensor | None = None,
+    domain: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""The gradients that have the input's shape.
 
@@ -159,13 +175,13 @@ def backward_input(
         dx, and dresidual. The latter is empty, (0,), unless there are a residual and an activation: without a
         residual nobody needs it, and without an activation it is dy.
     """
-    axis = channel_dim % x.dim()
-    used = _without_unused(dy, x, mean, channel_dim, mask)
-    dz = _preactivation_grad(dy, used, mean, var, weight, bias, residual, eps, channel_dim, activation)
+    axis, rank = channel_dim % x.dim(), x.dim()
+    used = _without_unused(dy, x, mean, channel_dim, mask, domain)
+    dz = _preactivation_grad(dy, used, mean, var, weight, bias, residual, eps, channel_dim, activation, domain)
     inner = dz
     if mean_dz is not None and mean_dz_xhat is not None:
-        x_hat = _preactivation(x, mean, var, None, None, None, eps, channel_dim)
-        through = layout.per_channel(mean_dz, x.dim(), axis) + x_hat * layout.per_channel(mean_dz_xhat, x.dim(), axis)
+        x_hat = _preactivation(x, mean, var, None, None, None, eps, channel_dim, domain)
+        through = spread(mean_dz, rank, axis, domain) + x_hat * spread(mean_dz_xhat, rank, axis, domain)
         if mask is not None:
             w = _with_rank(mask, x, axis)
             through = torch.where(w > 0, through * w, 0)
@@ -173,7 +189,7 @@ def backward_input(
     scale = (var.to(dz.dtype) + eps).rsqrt()
     if weight is not None:
         scale = scale * weight
-    dx = layout.laid_out((layout.per_channel(scale, x.dim(), axis) * inner).to(x.dtype), x)
+    dx = layout.laid_out((spread(scale, rank, axis, domain) * inner).to(x.dtype), x)
     dresidual = dx.new_empty(0) if residual is None or activation is None else layout.laid_out(dz.to(x.dtype), x)
     return dx, dresidual
 
@@ -191,20 +207,19 @@ def backward(
     channel_dim: int,
     activation: str | None,
     mask: Tensor | None = None,
+    domain: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`forward`'s gradients from the moments that it returned: `backward_sums`, then `backward_input`.
 
     Returns:
-        dx, dweight, dbias and dresidual, each of the dtype of what it is the gradient of; dweight and dbias float64
-        where there is no weight or bias, dresidual as `backward_input`'s.
+        dx, dweight, dbias and dresidual, each of the dtype and shape of what it is the gradient of; dweight and dbias
+        float64, of the sums' shape, where there is no weight or bias, dresidual as `backward_input`'s.
     """
     common = (dy, x, mean, biased_variance(count, m2), weight, bias, residual, eps, channel_dim, activation)
-    sum_dz, sum_dz_xhat = backward_sums(*common, mask)
-    n = torch.where(count > 0, count, 1).to(m2.dtype)
-    dx, dresidual = backward_input(*common, sum_dz / n, sum_dz_xhat / n, mask)
-    dweight = sum_dz_xhat if weight is None else sum_dz_xhat.to(weight.dtype)
-    dbias = sum_dz if bias is None else sum_dz.to(bias.dtype)
-    return dx, dweight, dbias, dresidual
+    sum_dz, sum_dz_xhat = backward_sums(*common, mask, domain)
+    n = beside(torch.where(count > 0, count, 1).to(m2.dtype), m2)
+    dx, dresidual = backward_input(*common, sum_dz / n, sum_dz_xhat / n, mask, domain)
+    return dx, gradient_of(weight, sum_dz_xhat), gradient_of(bias, sum_dz), dresidual
 
 
 def commit(
@@ -216,6 +231,7 @@ def commit(
     mean: Tensor,
     m2: Tensor,
     momentum: float | None,
+    domain: int | None = None,
 ) -> None:
     """Blend moments into running statistics and count one batch, in place.
 
@@ -229,7 +245,11 @@ def commit(
     floating dtype or None, num_batches_skipped (C,) int64 or None. A momentum of None is 1 / num_batches_tracked, after
     counting: the equal-weight average of all batches. Statistics that are not the initial 0 and 1 while that counter is
     0 were loaded without it, and weigh as one batch.
+
+    With `domain` the moments are of several, and it says which are meant.
     """
+    if domain is not None:
+        count, mean, m2 = (moment[domain] for moment in (count, mean, m2))
     check_commit(running_mean, running_var, num_batches_tracked, num_batches_skipped, count, mean, m2, momentum)
     any_counted = count > 0
     factor: float | Tensor | None = momentum
@@ -289,16 +309,18 @@ def _with_rank(mask: Tensor, x: Tensor, axis: int) -> Tensor:
     return mask.unsqueeze(axis) if mask.dim() < x.dim() else mask
 
 
-def _without_unused(dy: Tensor, x: Tensor, mean: Tensor, channel_dim: int, mask: Tensor | None) -> Tensor:
+def _without_unused(
+    dy: Tensor, x: Tensor, mean: Tensor, channel_dim: int, mask: Tensor | None, domain: Tensor | None
+) -> Tensor:
     """x, but the mean where the mask may have left it out and dy is 0: the gradient there would be 0 times anything."""
     if mask is None:
         return x
-    return torch.where(dy != 0, x, layout.per_channel(mean, x.dim(), channel_dim % x.dim()).to(x.dtype))
+    return torch.where(dy != 0, x, spread(mean, x.dim(), channel_dim % x.dim(), domain).to(x.dtype))
 
 
 def biased_variance(count: Tensor, m2: Tensor) -> Tensor:
     """The biased variance; 0 of nothing."""
-    return m2 / torch.where(count > 0, count, 1).to(m2.dtype)
+    return m2 / beside(torch.where(count > 0, count, 1).to(m2.dtype), m2)
 
 
 def _activated(
@@ -311,9 +333,10 @@ def _activated(
     eps: float,
     channel_dim: int,
     activation: str | None,
+    domain: Tensor | None,
 ) -> Tensor:
     """The output y, in the statistics' dtype."""
-    z = _preactivation(x, mean, var, weight, bias, residual, eps, channel_dim)
+    z = _preactivation(x, mean, var, weight, bias, residual, eps, channel_dim, domain)
     return z if activation is None else ACTIVATIONS[activation].formula(z)
 
 
@@ -326,16 +349,17 @@ def _preactivation(
     residual: Tensor | None,
     eps: float,
     channel_dim: int,
+    domain: Tensor | None,
 ) -> Tensor:
     """The preactivation z, in the statistics' dtype."""
-    dtype, axis = statistics_dtype(x.device), channel_dim % x.dim()
+    dtype, axis, rank = statistics_dtype(x.device), channel_dim % x.dim(), x.dim()
     scale = (var.to(dtype) + eps).rsqrt()
     if weight is not None:
         scale = scale * weight
     # The mean goes first: shifting a large value by a large amount afterwards would round twice.
-    z = (x.to(dtype) - layout.per_channel(mean.to(dtype), x.dim(), axis)) * layout.per_channel(scale, x.dim(), axis)
+    z = (x.to(dtype) - spread(mean.to(dtype), rank, axis, domain)) * spread(scale, rank, axis, domain)
     if bias is not None:
-        z = z + layout.per_channel(bias, x.dim(), axis)
+        z = z + spread(bias, rank, axis, domain)
     return z if residual is None else z + residual
 
 
@@ -350,10 +374,11 @@ def _preactivation_grad(
     eps: float,
     channel_dim: int,
     activation: str | None,
+    domain: Tensor | None,
 ) -> Tensor:
     """The gradient dz, in the statistics' dtype."""
     wide = dy.to(statistics_dtype(x.device))
     if activation is None:
         return wide
-    z = _preactivation(x, mean, var, weight, bias, residual, eps, channel_dim)
+    z = _preactivation(x, mean, var, weight, bias, residual, eps, channel_dim, domain)
     return ACTIVATIONS[activation].gradient(wide, z)

@@ -6,7 +6,7 @@ import pickle
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,22 @@ class _Format(NamedTuple):
     read: Callable[[Path], Mapping[str, object]]
     refuses: Callable[[object], str | None]
     needs: tuple[str, ...] = ()
+
+
+class Weights(nn.Module):
+    """A state_dict without its model, where a model is asked for its own.
+
+    Args:
+        state: what to answer.
+    """
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        super().__init__()
+        self._state = state
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]  # there is nothing to ask for in other ways
+        """The dict itself."""
+        return self._state
 
 
 def load_state_dict(model: nn.Module, path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,12 @@ def cut(batch: Any, n: int) -> Any:  # noqa: ANN401 - as `map_tensors`
     """A batch's first n samples: every tensor that has as many rows as the batch has samples loses the others."""
     size = samples(batch)
     return map_tensors(batch, lambda t: t[:n] if t.dim() and t.shape[0] == size else t)
+
+
+def of_samples(batch: Any, numbers: list[int]) -> Any:  # noqa: ANN401 - as `map_tensors`
+    """Some of a batch's samples: of every tensor that has as many rows as the batch has samples these rows."""
+    size = samples(batch)
+    return map_tensors(batch, lambda t: t[numbers] if t.dim() and t.shape[0] == size else t)
 
 
 def default_forward(model: nn.Module, batch: object) -> object:
@@ -54,10 +60,12 @@ class Batch:
     Attributes:
         index: its position in the iterable, from 0.
         content: what the iterable gave, cut where only a part of it is wanted.
+        domain: of its samples, by name or number; None where none was asked for.
     """
 
     index: int
     content: Any
+    domain: str | int | None = None
 
 
 _EXHAUSTED = object()
@@ -66,6 +74,11 @@ _EXHAUSTED = object()
 class Batches:
     """An iterable of batches, read once, one at a time; empty ones are left out.
 
+    Args:
+        iterable: the batches.
+        max_samples: how many samples to use at most; None for all.
+        domain_of: the domain of a batch, or one for each of its samples, which then makes a batch for each domain.
+
     Attributes:
         expected: how many the iterable says there are, or None.
         read: how many items were read.
@@ -73,16 +86,19 @@ class Batches:
         samples: how many samples these held; None where a batch has no tensor to count by.
     """
 
-    def __init__(self, iterable: Iterable[Any], max_samples: int | None) -> None:
+    def __init__(
+        self, iterable: Iterable[Any], max_samples: int | None, domain_of: Callable[[Any], Any] | None = None
+    ) -> None:
         if max_samples is not None and (not isinstance(max_samples, int) or max_samples < 1):
             raise OptionError(f"got max_samples={max_samples}; it must be a positive number of samples, or None")
         self._iterable = iterable
         self._items: Iterator[Any] | None = None
         self._limit = max_samples
+        self._domain_of = domain_of
         # Not len(): that of a DataLoader over an iterable data set raises.
         length = operator.length_hint(iterable, -1)
         # With a limit, how many batches there will be depends on their sizes.
-        self.expected = length if max_samples is None and length >= 0 else None
+        self.expected = length if max_samples is None and length >= 0 and domain_of is None else None
         self.read = 0
         self.used = 0
         self.samples: int | None = 0
@@ -107,7 +123,8 @@ class Batches:
             if n != 0:
                 self.used += 1
                 self.samples = None if n is None or self.samples is None else self.samples + n
-                yield Batch(index, content)
+                for domain, part in self._parts(content):
+                    yield Batch(index, part, domain)
 
     def _next(self) -> Any:  # noqa: ANN401 - as `map_tensors`
         """The next item, or _EXHAUSTED. The first one may draw random numbers, to shuffle."""
@@ -115,6 +132,26 @@ class Batches:
             if self._items is None:
                 self._items = iter(self._iterable)
             return next(self._items, _EXHAUSTED)
+
+    def _parts(self, content: Any) -> Iterator[tuple[str | int | None, Any]]:  # noqa: ANN401 - as `map_tensors`
+        """The samples of each domain with its name or number; all of them where nobody asks for domains."""
+        if self._domain_of is None:
+            yield None, content
+            return
+        with caller():
+            domain = self._domain_of(content)
+        if hasattr(domain, "tolist"):  # tensors and arrays
+            domain = domain.tolist()
+        if isinstance(domain, (str, int)):
+            yield domain, content
+            return
+        if not isinstance(domain, Sequence) or len(domain) != samples(content):
+            raise OptionError(
+                f"got {domain!r} from domain_of for a batch of {samples(content)} samples; it must return a domain, or "
+                f"one for each sample"
+            )
+        for one in dict.fromkeys(domain):
+            yield one, of_samples(content, [number for number, of_it in enumerate(domain) if of_it == one])
 
     def _within_limit(self, content: Any, n: int | None) -> tuple[Any, int]:  # noqa: ANN401 - as `map_tensors`
         assert self._limit is not None

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from batchnorm.choosing import choose, layers_with_domains
 from batchnorm.distributed import Group
 from batchnorm.errors import CountError, NonFiniteError
 from batchnorm.moments import Moments
@@ -89,6 +90,7 @@ class Context:
     def run(self, batch: Batch, hooks: CallHooks) -> None:
         """One forward pass; its exceptions say which batch it was."""
         self.running = True
+        self.choose(batch)
         try:
             with caller():
                 self.forward(self.model, batch.content)
@@ -99,6 +101,11 @@ class Context:
         finally:
             self.running = False
         hooks.check()
+
+    def choose(self, batch: Batch) -> None:
+        """Have the layers know the domain of the batch whose forward pass begins or goes on."""
+        if batch.domain is not None:
+            choose(layers_with_domains(self.model), batch.domain)
 
     def gathered(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
         """What every process has from all its data, in the order of ranks.

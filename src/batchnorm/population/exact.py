@@ -37,7 +37,9 @@ class Exact:
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._layers = {layer.name: layer for layer in context.layers}
+        self._places: dict[str, list[Layer]] = {}  # the domains of a layer, or the layer alone
+        for layer in context.layers:
+            self._places.setdefault(layer.place, []).append(layer)
         self._solved: dict[Layer, Population | None] = {}  # None for a layer that was called with nothing
         self._hooks = CallHooks(self._receive, lambda: self._lockstep.current is not None)
         self._lockstep = Lockstep(lambda batch: context.run(batch, self._hooks), context.devices)
@@ -59,7 +61,8 @@ class Exact:
         with self._memory, self._hooks.on(self._context.model, self._context.layers), self._lockstep:
             self._begin_all(first, unread)
             while (arrived := self._gather()) is not None:
-                self._solve(*arrived)
+                for layer, moments in arrived:
+                    self._solve(layer, moments)
                 self._proceed_all()
         solved = {layer: new for layer, new in self._solved.items() if new is not None}
         return MethodResult(solved, self._memory.use)
@@ -78,7 +81,7 @@ class Exact:
         ended = False
         # A model may not take one sample; if it is wrong in another way, the batch itself will tell.
         with contextlib.suppress(Exception), hooks.on(context.model, context.layers):
-            context.run(Batch(first.index, cut(first.content, 1)), hooks)
+            context.run(Batch(first.index, cut(first.content, 1), first.domain), hooks)
             ended = True
         before.restore()
         for layer, times in Counter(called).items():
@@ -106,35 +109,42 @@ class Exact:
             batch_pass.at, batch_pass.moments = layer, self._moments(layer, batch_pass.batch, args, kwargs)
             with closed():
                 self._lockstep.wait()
+            self._context.choose(batch_pass.batch)  # others have run since
 
     def _moments(self, layer: Layer, batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Moments:
         """The moments of a layer's input. For subclasses, too, which want to see more of it."""
         return layer.moments(args, kwargs)
 
-    def _gather(self) -> tuple[Layer, Moments] | None:
-        """The layer that all passes of all processes wait at, and the moments of its inputs; None at their end.
+    def _gather(self) -> list[tuple[Layer, Moments]] | None:
+        """The layer that all passes of all processes wait at, each of its domains, and the moments; None at their end.
 
         Raises:
             CountError: no process has a pass.
         """
         passes = self._lockstep.passes
         here = _where(passes)
-        tensors = self._pool() if here in self._layers else []
+        tensors = [t for layer in self._places.get(here or "", ()) for t in self._pool(layer)]
         with caller():  # others may take long
             label, shares = self._context.group.all_gather(here, tensors)
         if label is None:
             raise nothing_to_learn_from(self._context.batches.read)
         if label == _END:
             return None
-        parts = [Moments(*share) for share in shares if share]
-        return self._layers[label], sum(parts[1:], start=parts[0])
+        arrived = []
+        for number, layer in enumerate(self._places[label]):
+            parts = [Moments(*share[3 * number : 3 * number + 3]) for share in shares if share]
+            arrived.append((layer, sum(parts[1:], start=parts[0])))
+        return arrived
 
-    def _pool(self) -> list[Tensor]:
+    def _pool(self, layer: Layer) -> list[Tensor]:
         """Count, mean and m2 of all inputs to the layer that passes wait at."""
-        inputs = [call.moments for call in self._waiting()]
+        inputs = [call.moments for call in self._waiting() if call.layer is layer]
+        if not inputs:  # all are of other domains
+            empty = Moments.empty(layer.num_channels, device=layer.mean.device)
+            return [empty.count, empty.mean, empty.m2]
         if not bool(torch.stack([m.mean + m.m2 for m in inputs]).isfinite().all()):  # one look: it waits for the device
             self._refuse_non_finite(self._waiting())
-            inputs = [call.moments for call in self._waiting()]
+            inputs = [call.moments for call in self._waiting() if call.layer is layer]
         counts, means, squares = (torch.stack([getattr(m, name) for m in inputs]) for name in ("count", "mean", "m2"))
         whole = pool(counts, means, squares)
         return [whole.count, whole.mean, whole.m2]
@@ -215,4 +225,4 @@ def _where(passes: Sequence[Pass]) -> str | None:
 
 
 def _label(batch_pass: Pass) -> str:
-    return _END if batch_pass.at is None else batch_pass.at.name
+    return _END if batch_pass.at is None else batch_pass.at.place

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 
+from batchnorm.choosing import Which, layers_with_domains, preserved
 from batchnorm.distributed import Group
 from batchnorm.errors import OptionError
 from batchnorm.models.devices import device_types
@@ -53,6 +54,7 @@ def recalibrate(
     *,
     method: str = "exact",
     forward: Forward | None = None,
+    domain_of: Callable[[Any], Which] | None = None,
     max_samples: int | None = None,
     process_group: ProcessGroup | None = None,
     memory_limit: int | None = None,
@@ -83,6 +85,10 @@ def recalibrate(
         forward: `forward(model, batch)` runs the model. By default the model is called with the batch if it is a
             tensor, its first item if it is a tuple or list, or its items as keywords if it is a dict, on the model's
             device.
+        domain_of: of a model whose layers have domains, `domain_of(batch)` returns the domain of a batch, by name or
+            number, or a sequence or tensor of one for each sample, whose parts then are run one by one; such as
+            `lambda batch: batch[1]` for batches (input, domain). Each domain's statistics become those of its own
+            samples; one without samples keeps its own. Without it the batches are of the domain that is chosen.
         max_samples: use at most so many samples, in each process; the last batch is cut.
         process_group: the processes that share the work, each with batches of its own, of any number. By default the
             default group, where torch.distributed is initialised.
@@ -96,7 +102,8 @@ def recalibrate(
         What changed, in each layer, and which layers were skipped, with the reason.
 
     Raises:
-        OptionError: an argument outside what it may be, or a checkpoint of something else.
+        OptionError: an argument outside what it may be, a checkpoint of something else, or layers with several domains
+            of which none is chosen.
         CountError: no samples, or one value for each channel.
         OrderError: "exact": a layer is called twice in a forward pass, or batches call layers in different orders.
         NonFiniteError: inf or NaN came into a layer.
@@ -110,9 +117,12 @@ def recalibrate(
     group = Group(process_group)
     with group.reporting():
         chosen = _chosen(method, checkpoint, memory_limit)
-        layers, skipped = select_layers(inner)
+        layers, skipped = select_layers(inner, all_domains=domain_of is not None)
         group.all_gather(_identity(method, layers))
-        source = Batches(batches, max_samples)
+        with_domains = layers_with_domains(inner)
+        if domain_of is not None and not with_domains:
+            raise OptionError("got domain_of for a model without a layer that has domains. Leave it out")
+        source = Batches(batches, max_samples, domain_of)
         context = Context(
             inner,
             layers,
@@ -126,7 +136,7 @@ def recalibrate(
         )
         if not layers:
             return Recalibration(method, 0, 0, (), tuple(skipped))
-        with transaction(inner, layers, context.devices):
+        with transaction(inner, layers, context.devices), preserved(with_domains):
             takes_part = {layer.module for layer in layers}
             for module in inner.modules():
                 set_training(module, chosen.training and module not in takes_part)

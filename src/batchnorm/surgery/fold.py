@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from batchnorm._torch import children_of
+from batchnorm.choosing import settle
 from batchnorm.errors import OptionError
 from batchnorm.models.hooks import forward_hooks, has_hooks
 from batchnorm.models.modes import inference
@@ -33,7 +34,12 @@ _APART = f"as {_ALONE}"
 LARGE_SCALE = 1e4  # with torch's eps, a variance cannot give more than 316
 
 
-def fold(model: nn.Module | ExportedProgram, example_inputs: Any) -> nn.Module:  # noqa: ANN401 - what the model takes
+def fold(
+    model: nn.Module | ExportedProgram,
+    example_inputs: Any,  # noqa: ANN401 - what the model takes
+    *,
+    domain: str | int | Mapping[str, float] | None = None,
+) -> nn.Module:
     """A copy of a model for inference, in which batch-norm layers are part of the linear layers beside them.
 
         (W x + b) scale + shift = (scale W) x + (b scale + shift),    scale = weight / sqrt(var + eps)
@@ -53,19 +59,23 @@ def fold(model: nn.Module | ExportedProgram, example_inputs: Any) -> nn.Module: 
     Args:
         model: any module, or a program of torch.export, made in inference mode; it is not changed.
         example_inputs: what it is called with: a tensor, a tuple of arguments or a dict of keywords.
+        domain: of a model whose layers have several domains, the one to fold: a name, a number or the weights of a
+            mixture, as `batchnorm.domain` takes them.
 
     Returns:
         A new module in inference mode, with a `report`: for each layer into what it was folded, or why not; the largest
         difference of the outputs from the original's.
 
     Raises:
-        OptionError: `example_inputs` is something else or verifies nothing, or the model has a `report` of its own.
+        OptionError: `example_inputs` is something else or verifies nothing, the model has a `report` of its own, or a
+            layer needs a `domain`, or knows no such one.
     """
     if isinstance(model, ExportedProgram):
         model = as_module(model)
     model = uncompiled(model)
     check_free(model)
     folded = _copied(model)
+    settle(folded, domain)
     norms = {norm: path for path, norm in named_norm_layers(folded)}
     with linear_layers(folded) as known:
         calls, returned = observe(folded, example_inputs)

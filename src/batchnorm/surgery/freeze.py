@@ -62,7 +62,8 @@ def unfreeze(model: nn.Module) -> nn.Module:
 def _set(layer: BatchNorm, frozen: Frozen) -> None:
     stopped: set[str] = vars(layer).pop(_STOPPED, set())
     # Not the attributes: a pruned or parametrized weight is computed, and only a leaf has a requires_grad of its own.
-    own = {name: p for name in ("weight", "bias") if (p := parameters_of(layer).get(name)) is not None}
+    names = [name for row in layer._rows for name in (row.weight, row.bias)]
+    own = {name: p for name in names if (p := parameters_of(layer).get(name)) is not None}
     if frozen.affine:
         for parameter in own.values():
             parameter.grad = None  # an optimizer would still apply it

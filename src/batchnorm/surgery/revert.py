@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from batchnorm._torch import buffers_of, parameters_of
+from batchnorm.choosing import settle
 from batchnorm.models.norm_layers import display_name, named_norm_layers
 from batchnorm.modules import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.surgery.convert import ORIGIN, Origin, additions
@@ -22,7 +24,7 @@ TORCH_CLASSES: dict[type[BatchNorm], type[nn.Module]] = {
 _STATISTICS = ("running_mean", "running_var")
 
 
-def revert(model: nn.Module) -> nn.Module:
+def revert(model: nn.Module, *, domain: str | int | Mapping[str, float] | None = None) -> nn.Module:
     """Make every layer of ours in a model one of torch.nn's, in place, without loss: `convert` and `fuse` are undone.
 
     A layer stays the object that it was, with its parameters, buffers, hooks, flags and other attributes, and gets the
@@ -33,12 +35,21 @@ def revert(model: nn.Module) -> nn.Module:
     A layer that torch.nn cannot express is left, and one UserWarning names all of these with the reason: an option of
     ours that `convert` did not set, frozen parts (`unfreeze` first), `BatchNorm`, which takes any rank, or a subclass.
 
+    A layer with several domains keeps one of them, `domain`, and loses the others; without a `domain` it is left.
+
     Args:
         model: any module; it may be a layer itself.
+        domain: for layers with domains, the name or number of the one to keep, or the weights of a mixture, as
+            `batchnorm.domain` takes them.
 
     Returns:
         `model`, the same object.
+
+    Raises:
+        OptionError: a layer has no such `domain`; nothing is changed.
     """
+    if domain is not None:
+        settle(model, domain)
     unfuse(model)
     skipped = []
     for path, layer in list(named_norm_layers(model)):
@@ -66,8 +77,11 @@ def _become_torchs(layer: BatchNorm) -> str | None:
         for name, value in layer.options().items()
         if name not in timms and origin.options.get(name) != value
     ]
+    if len(layer.domains) > 1:
+        beyond = [f"domains={layer.domains}: pass domain= to keep one"]
     if beyond:
         return f"{ours.__qualname__} with {', '.join(beyond)}"
+    layer._drop_domains(layer._rows[0])
     attributes, buffers = additions(ours, origin.cls)
     for name in (*attributes, ORIGIN, "_skipped"):
         vars(layer).pop(name, None)

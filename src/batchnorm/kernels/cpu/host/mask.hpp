@@ -9,6 +9,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "host/domains.hpp"
 #include "host/tensors.hpp"
 #include "loops/kernels.hpp"
 
@@ -17,22 +18,25 @@ namespace {
 
 // --- counts ----------------------------------------------------------------------------------------------------------
 
-// How much of an input counts.
+// How much of an input, or of a domain's samples, counts.
 struct Count {
   double sum;            // of the positions, or of their sample weights
   int64_t first = 0;     // the first position that counts, if any does
   bool integral = true;  // without a mask, or by booleans
-
-  // `Moments.count`.
-  Tensor tensor() const {
-    Tensor t = allocate(0, nullptr, nullptr, integral ? aoti_torch_dtype_int64() : aoti_torch_dtype_float64());
-    if (integral)
-      *t.mutable_data_ptr<int64_t>() = static_cast<int64_t>(sum);
-    else
-      *t.mutable_data_ptr<double>() = sum;
-    return t;
-  }
 };
+
+// `Moments.count`; of several domains one for each.
+Tensor count_tensor(const std::vector<Count>& counts, bool one) {
+  const bool integral = counts.front().integral;
+  const int64_t size = static_cast<int64_t>(counts.size()), stride = 1;
+  Tensor t = allocate(one ? 0 : 1, &size, &stride, integral ? aoti_torch_dtype_int64() : aoti_torch_dtype_float64());
+  for (int64_t i = 0; i < size; ++i)
+    if (integral)
+      t.mutable_data_ptr<int64_t>()[i] = static_cast<int64_t>(counts[i].sum);
+    else
+      t.mutable_data_ptr<double>()[i] = counts[i].sum;
+  return t;
+}
 
 // How many of n booleans are set: counted in bytes as long as that fits, which the compiler does by whole vectors.
 double total(const uint8_t* p, int64_t n) {
@@ -88,19 +92,44 @@ class MaskInput {
 
   const Mask& view() const { return view_; }
 
-  Count count() const {
+  // Of each domain.
+  std::vector<Count> counts(const Domains& domains) const {
     switch (view_.type) {
-      case MaskType::boolean: return count_as<uint8_t>();
-      case MaskType::float32: return count_as<float>();
-      case MaskType::float64: return count_as<double>();
-      default: return {static_cast<double>(positions_)};
+      case MaskType::boolean: return counts_as<uint8_t>(domains);
+      case MaskType::float32: return counts_as<float>(domains);
+      case MaskType::float64: return counts_as<double>(domains);
+      default: break;
     }
+    if (!domains) return {{static_cast<double>(positions_)}};
+    std::vector<Count> found(domains.number, {0.0});
+    const int64_t sample = positions_ / std::max<int64_t>(1, domains.samples());
+    for (int64_t i = domains.samples() - 1; i >= 0; --i) {
+      Count& count = found[domains.of_sample[i]];
+      count.sum += static_cast<double>(sample);
+      count.first = i * sample;
+    }
+    return found;
   }
 
  private:
   template <class W>
-  Count count_as() const {
-    return count_of(static_cast<const W*>(view_.values), positions_);
+  std::vector<Count> counts_as(const Domains& domains) const {
+    const W* values = static_cast<const W*>(view_.values);
+    if (!domains) return {count_of(values, positions_)};
+    std::vector<Count> found(domains.number, {0.0, 0, std::is_same_v<W, uint8_t>});
+    const int64_t n = domains.samples(), sample = positions_ / std::max<int64_t>(1, n);
+    std::vector<double> sums(n);
+    torch::stable::parallel_for(0, n, std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(1, sample)),
+                                [&](int64_t begin, int64_t end) {
+                                  for (int64_t i = begin; i < end; ++i) sums[i] = total(values + i * sample, sample);
+                                });
+    for (int64_t i = 0; i < n; ++i) {
+      Count& count = found[domains.of_sample[i]];
+      if (count.sum == 0 && sums[i] > 0)
+        count.first = std::find_if(values + i * sample, values + (i + 1) * sample, [](W w) { return w > 0; }) - values;
+      count.sum += sums[i];
+    }
+    return found;
   }
 
   static MaskType type_of(const Tensor& values) {

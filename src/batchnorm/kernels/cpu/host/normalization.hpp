@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "host/domains.hpp"
 #include "host/levels.hpp"
 #include "host/strings.hpp"
 #include "host/tensors.hpp"
@@ -29,14 +30,16 @@ int take_activation(const OptionalString& argument) {
   return index;
 }
 
-// One value for each channel, as the kernels read it: repeated for packed rows, and rounded unless x is float64.
+// One value for each channel, of each domain, as the kernels read it: repeated for packed rows, and rounded unless x is
+// float64.
 class Coefficient {
  public:
-  Coefficient(const Input& input, int64_t repeat)
+  Coefficient(const Input& input, const Domains& domains, int64_t repeat)
       : channels_(input.extents.channels),
-        size_(channels_ * repeat),
-        exact_(input.dtype == Dtype::float64 ? size_ : 0),
-        rounded_(input.dtype == Dtype::float64 ? 0 : size_) {}
+        width_(channels_ * repeat),
+        one_(domains.number == 1),
+        exact_(input.dtype == Dtype::float64 ? width_ * domains.number : 0),
+        rounded_(input.dtype == Dtype::float64 ? 0 : width_ * domains.number) {}
 
   // A finite value stays so: a scale beyond float32 would make NaN of the zeros that it is multiplied with. Of NaNs there
   // is one, which loops can round to bfloat16 like any other value.
@@ -44,35 +47,40 @@ class Coefficient {
     constexpr double largest = std::numeric_limits<float>::max();
     if (std::isnan(value)) value = std::numeric_limits<double>::quiet_NaN();
     if (exact_.empty() && std::isfinite(value)) value = std::clamp(value, -largest, largest);
+    const int64_t row = one_ ? 0 : c / channels_, end = (row + 1) * width_;
+    c += row * (width_ - channels_);
     if (exact_.empty())
-      for (int64_t i = c; i < size_; i += channels_) rounded_[i] = static_cast<float>(value);
+      for (int64_t i = c; i < end; i += channels_) rounded_[i] = static_cast<float>(value);
     else
-      for (int64_t i = c; i < size_; i += channels_) exact_[i] = value;
+      for (int64_t i = c; i < end; i += channels_) exact_[i] = value;
   }
 
   PerChannel view() const { return {exact_.data(), rounded_.data()}; }
 
  private:
-  int64_t channels_, size_;
+  int64_t channels_, width_;
+  bool one_;
   std::vector<double> exact_;
   std::vector<float> rounded_;
 };
 
-// The normalization of all channels, in the numbers that the kernels use.
+// The normalization of all channels, of each domain, in the numbers that the kernels use.
 class Normalization {
  public:
-  Normalization(const Input& input, int64_t repeat, const OptionalTensor& weight, const OptionalTensor& bias,
-                double eps, int activation)
-      : wide_(input.dtype == Dtype::float64),
-        weight_(read(weight, input.extents.channels, "weight", 1)),
-        bias_(read(bias, input.extents.channels, "bias", 0)),
+  Normalization(const Input& input, const Domains& domains, int64_t repeat, const OptionalTensor& weight,
+                const OptionalTensor& bias, double eps, int activation)
+      : domains_(domains),
+        channels_(input.extents.channels),
+        wide_(input.dtype == Dtype::float64),
+        weight_(read_table(weight, domains, channels_, "weight", 1)),
+        bias_(read_table(bias, domains, channels_, "bias", 0)),
         eps_(eps),
         activation_(activation),
-        invstd_(input.extents.channels),
-        mean_error_(input.extents.channels),
-        mean_(input, repeat),
-        scale_(input, repeat),
-        shift_(input, repeat) {}
+        invstd_(weight_.size()),
+        mean_error_(weight_.size()),
+        mean_(input, domains, repeat),
+        scale_(input, domains, repeat),
+        shift_(input, domains, repeat) {}
 
   void set(int64_t c, double mean, double var) {
     const double rounded = wide_ ? mean : static_cast<float>(mean);
@@ -83,10 +91,12 @@ class Normalization {
     shift_.set(c, bias_[c] - mean_error_[c] * (weight_[c] * invstd_[c]));
   }
 
-  // The variance is m2 / count; with a count of 1, m2 is the variance itself.
-  void set_all(const Tensor& mean, const Tensor& m2, double count = 1) {
-    const auto means = read(mean, invstd_.size(), "mean"), m2s = read(m2, invstd_.size(), "variance");
-    for (size_t c = 0; c < means.size(); ++c) set(c, means[c], m2s[c] / count);
+  // The variance is m2 over the domain's count; without counts, m2 is the variance itself.
+  void set_all(const Tensor& mean, const Tensor& m2, const std::vector<double>& counts = {}) {
+    const auto means = read_table(mean, domains_, channels_, "mean");
+    const auto m2s = read_table(m2, domains_, channels_, "variance");
+    for (int64_t d = 0, c = 0; d < domains_.number; ++d)
+      for (const int64_t end = c + channels_; c < end; ++c) set(c, means[c], counts.empty() ? m2s[c] : m2s[c] / counts[d]);
   }
 
   Affine affine() const { return {mean_.view(), scale_.view(), shift_.view(), activation_}; }
@@ -104,6 +114,8 @@ class Normalization {
   }
 
  private:
+  const Domains& domains_;
+  int64_t channels_;
   bool wide_;
   std::vector<double> weight_, bias_;
   double eps_;

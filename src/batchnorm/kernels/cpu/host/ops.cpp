@@ -8,7 +8,9 @@
 #include <optional>
 #include <tuple>
 #include <utility>
+#include <vector>
 
+#include "host/domains.hpp"
 #include "host/guarded.hpp"
 #include "host/memory_limit.hpp"
 #include "host/normalization.hpp"
@@ -23,10 +25,12 @@
 namespace batchnorm {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> batch_moments(const Tensor& x, int64_t channel_dim, const OptionalTensor& mask) {
-  const Input input(x, channel_dim, Order::own);
-  const Schedule schedule(input.extents, input.tensor.element_size());
-  MomentsPass moments(input, channel_dim, schedule.repeat(), mask);
+std::tuple<Tensor, Tensor, Tensor> batch_moments(const Tensor& x, int64_t channel_dim, const OptionalTensor& mask,
+                                                 const OptionalTensor& domain, int64_t domains_) {
+  const Input input(x, channel_dim, domain ? Order::outputs : Order::own);
+  const Domains domains(input, channel_dim, domain, domains_);
+  const Schedule schedule(domains.in(input), input.tensor.element_size(), domains.number);
+  MomentsPass moments(input, domains, channel_dim, schedule.repeat(), mask);
   schedule.reduce([&](const Extents& e, int64_t begin, int64_t end, Sums s) { moments.add(e, begin, end, s); },
                   [&](int64_t c, double first, double second) { return moments.finish(c, first, second); });
   return {moments.count, moments.mean, moments.m2};
@@ -35,11 +39,13 @@ std::tuple<Tensor, Tensor, Tensor> batch_moments(const Tensor& x, int64_t channe
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward_of(const Tensor& x, const OptionalTensor& weight,
                                                       const OptionalTensor& bias, const OptionalTensor& residual,
                                                       double eps, int64_t channel_dim, int activation,
-                                                      const OptionalTensor& mask) {
+                                                      const OptionalTensor& mask, const OptionalTensor& domain,
+                                                      int64_t domains_) {
   const Input input(x, channel_dim, Order::outputs);
-  const Schedule schedule(input.extents, input.tensor.element_size());
-  MomentsPass moments(input, channel_dim, schedule.repeat(), mask);
-  Normalization norm(input, schedule.repeat(), weight, bias, eps, activation);
+  const Domains domains(input, channel_dim, domain, domains_);
+  const Schedule schedule(domains.in(input), input.tensor.element_size(), domains.number);
+  MomentsPass moments(input, domains, channel_dim, schedule.repeat(), mask);
+  Normalization norm(input, domains, schedule.repeat(), weight, bias, eps, activation);
   const ApplyPass apply(input, norm, residual, Output::like(input));
   schedule.reduce_then(
       schedule.blocks() && !apply.in_order(),
@@ -56,15 +62,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_of(const Tensor& x, const Opt
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight,
                                                    const OptionalTensor& bias, const OptionalTensor& residual,
                                                    double eps, int64_t channel_dim, const OptionalString& activation,
-                                                   const OptionalTensor& mask) {
-  return forward_of(x, weight, bias, residual, eps, channel_dim, take_activation(activation), mask);
+                                                   const OptionalTensor& mask, const OptionalTensor& domain,
+                                                   int64_t domains) {
+  return forward_of(x, weight, bias, residual, eps, channel_dim, take_activation(activation), mask, domain, domains);
 }
 
 Tensor normalize_into(const Input& input, Output output, const Tensor& mean, const Tensor& var,
                       const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
-                      double eps, int activation) {
-  const Schedule schedule(input.extents, input.tensor.element_size());
-  Normalization norm(input, schedule.repeat(), weight, bias, eps, activation);
+                      double eps, int activation, const Domains& domains) {
+  const Schedule schedule(domains.in(input), input.tensor.element_size(), domains.number);
+  Normalization norm(input, domains, schedule.repeat(), weight, bias, eps, activation);
   norm.set_all(mean, var);
   const ApplyPass apply(input, norm, residual, std::move(output));
   schedule.each(apply);
@@ -73,11 +80,12 @@ Tensor normalize_into(const Input& input, Output output, const Tensor& mean, con
 
 Tensor normalize(const Tensor& x, const Tensor& mean, const Tensor& var, const OptionalTensor& weight,
                  const OptionalTensor& bias, const OptionalTensor& residual, double eps, int64_t channel_dim,
-                 const OptionalString& activation) {
+                 const OptionalString& activation, const OptionalTensor& domain) {
   const int index = take_activation(activation);
   const Input input(x, channel_dim, Order::outputs);
+  const Domains domains(input, channel_dim, domain, mean.dim() == 2 ? mean.size(0) : 1);
   Output output = Output::like(input);
-  return normalize_into(input, std::move(output), mean, var, weight, bias, residual, eps, index);
+  return normalize_into(input, std::move(output), mean, var, weight, bias, residual, eps, index, domains);
 }
 
 void normalize_(const Tensor& x, const Tensor& mean, const Tensor& var, const OptionalTensor& weight,
@@ -98,7 +106,8 @@ void normalize_(const Tensor& x, const Tensor& mean, const Tensor& var, const Op
     else if (residual)
       check_apart(x, *residual, "residual");
   }
-  const Tensor y = normalize_into(input, Output{input.tensor}, mean, var, weight, bias, aligned, eps, index);
+  const Domains one(input, channel_dim, std::nullopt, 1);
+  const Tensor y = normalize_into(input, Output{input.tensor}, mean, var, weight, bias, aligned, eps, index, one);
   if (copied) {
     Tensor target = x;
     torch::stable::copy_(target, y);
@@ -110,8 +119,10 @@ void normalize_(const Tensor& x, const Tensor& mean, const Tensor& var, const Op
 std::tuple<Tensor, Tensor> backward_sums(const Tensor& dy, const Tensor& x, const Tensor& mean, const Tensor& var,
                                          const OptionalTensor& weight, const OptionalTensor& bias,
                                          const OptionalTensor& residual, double eps, int64_t channel_dim,
-                                         const OptionalString& activation, const OptionalTensor& mask) {
-  const BackwardInputs b(dy, x, mean, var, weight, bias, residual, eps, channel_dim, take_activation(activation), mask);
+                                         const OptionalString& activation, const OptionalTensor& mask,
+                                         const OptionalTensor& domain) {
+  BackwardInputs b(dy, x, mean, weight, bias, residual, eps, channel_dim, take_activation(activation), mask, domain);
+  b.norm.set_all(mean, var);
   SumsPass sums(b);
   b.schedule.reduce([&](const Extents& e, int64_t begin, int64_t end, Sums s) { sums.add(e, begin, end, s); },
                     [&](int64_t c, double first, double second) { return sums.finish(c, first, second); });
@@ -122,11 +133,14 @@ std::tuple<Tensor, Tensor> backward_input(const Tensor& dy, const Tensor& x, con
                                           const OptionalTensor& weight, const OptionalTensor& bias,
                                           const OptionalTensor& residual, double eps, int64_t channel_dim,
                                           const OptionalString& activation, const OptionalTensor& mean_dz,
-                                          const OptionalTensor& mean_dz_xhat, const OptionalTensor& mask) {
-  BackwardInputs b(dy, x, mean, var, weight, bias, residual, eps, channel_dim, take_activation(activation), mask);
+                                          const OptionalTensor& mean_dz_xhat, const OptionalTensor& mask,
+                                          const OptionalTensor& domain) {
+  BackwardInputs b(dy, x, mean, weight, bias, residual, eps, channel_dim, take_activation(activation), mask, domain);
+  b.norm.set_all(mean, var);
   const int64_t channels = b.input.extents.channels;
-  const auto first = read(mean_dz, channels, "mean_dz", 0), second = read(mean_dz_xhat, channels, "mean_dz_xhat", 0);
-  for (int64_t c = 0; c < channels; ++c) b.set_grad(c, first[c], second[c]);
+  const auto first = read_table(mean_dz, b.domains, channels, "mean_dz", 0);
+  const auto second = read_table(mean_dz_xhat, b.domains, channels, "mean_dz_xhat", 0);
+  for (int64_t c = 0; c < b.entries(); ++c) b.set_grad(c, first[c], second[c]);
   const GradPass apply(b, !mean_dz || !mean_dz_xhat);
   b.schedule.each(apply);
   return {apply.dx(), apply.dresidual()};
@@ -136,10 +150,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tens
                                                     const Tensor& mean, const Tensor& m2, const OptionalTensor& weight,
                                                     const OptionalTensor& bias, const OptionalTensor& residual,
                                                     double eps, int64_t channel_dim, const OptionalString& activation,
-                                                    const OptionalTensor& mask) {
+                                                    const OptionalTensor& mask, const OptionalTensor& domain) {
   const int index = take_activation(activation);
-  const double total = read_count(count), n = total > 0 ? total : 1;
-  BackwardInputs b(dy, x, mean, m2, weight, bias, residual, eps, channel_dim, index, mask, n);
+  BackwardInputs b(dy, x, mean, weight, bias, residual, eps, channel_dim, index, mask, domain);
+  std::vector<double> counts = read_counts(count, b.domains);
+  for (double& n : counts) n = n > 0 ? n : 1;
+  b.norm.set_all(mean, m2, counts);
   SumsPass sums(b);
   const GradPass apply(b);
   b.schedule.reduce_then(
@@ -147,6 +163,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tens
       [&](const Extents& e, int64_t begin, int64_t end, Sums s) { sums.add(e, begin, end, s); },
       [&](int64_t c, double first, double second) {
         const bool again = sums.finish(c, first, second);
+        const double n = counts.size() == 1 ? counts[0] : counts[c / b.input.extents.channels];
         b.set_grad(c, sums.sum_of(c) / n, sums.product_of(c) / n);
         return again;
       },
@@ -163,9 +180,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_commit(
     const OptionalTensor& num_batches_skipped, std::optional<double> momentum) {
   if (running_mean.has_value() != running_var.has_value())
     refuse("got running_mean without running_var, or the other way round; give both, or None for both");
-  auto result = forward_of(x, weight, bias, residual, eps, channel_dim, take_activation(activation), mask);
+  auto result =
+      forward_of(x, weight, bias, residual, eps, channel_dim, take_activation(activation), mask, std::nullopt, 1);
   const auto& [y, count, mean, m2] = result;
-  if (running_mean) commit(*running_mean, *running_var, num_batches_tracked, num_batches_skipped, count, mean, m2, momentum);
+  if (running_mean)
+    commit(*running_mean, *running_var, num_batches_tracked, num_batches_skipped, count, mean, m2, momentum,
+           std::nullopt);
   return result;
 }
 

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "host/domains.hpp"
 #include "host/levels.hpp"
 #include "host/mask.hpp"
 #include "host/normalization.hpp"
@@ -33,27 +34,31 @@ void zero(const Tensor& t) { std::fill_n(t.mutable_data_ptr<double>(), t.numel()
 // is the mean of a few values, and where that turns out to be far away, the sums are taken once more about the mean.
 class MomentsPass {
  public:
-  MomentsPass(const Input& input, int64_t channel_dim, int64_t repeat, const OptionalTensor& mask)
+  MomentsPass(const Input& input, const Domains& domains, int64_t channel_dim, int64_t repeat,
+              const OptionalTensor& mask)
       : mask_(input, channel_dim, mask),
-        total_(mask_.count()),
-        count(total_.tensor()),
-        mean(input.statistic()),
-        m2(input.statistic()),
+        counts_(mask_.counts(domains)),
+        count(count_tensor(counts_, !domains)),
+        mean(allocate_table(domains, input.extents.channels)),
+        m2(allocate_table(domains, input.extents.channels)),
         narrow_(input.tensor.element_size() < 4 && !mask),
         channels_(input.extents.channels),
+        width_(channels_ * repeat),
         data_(input.data()),
-        n_(total_.sum),
         kernels_(kernels(input.dtype)),
-        pivots_(input.extents.channels * repeat),
+        pivots_(width_ * domains.number),
         means_(mean.mutable_data_ptr<double>()),
         m2s_(m2.mutable_data_ptr<double>()) {
     if (input.extents.size() == 0) {
       zero(mean), zero(m2);
       return;
     }
-    input.values_at(total_.first, pivots_.data());
-    if (narrow_) average(input);
-    for (size_t i = channels_; i < pivots_.size(); ++i) pivots_[i] = pivots_[i - channels_];
+    for (int64_t d = 0; d < domains.number; ++d) {
+      double* row = pivots_.data() + d * width_;
+      if (counts_[d].sum > 0 || !domains) input.values_at(counts_[d].first, row);
+      if (narrow_) average(input, domains, d, row);
+      for (int64_t i = channels_; i < width_; ++i) row[i] = row[i - channels_];
+    }
   }
 
   void add(const Extents& e, int64_t begin, int64_t end, Sums sums) const {
@@ -62,51 +67,62 @@ class MomentsPass {
 
   // Whether the sums have to be taken again, about another pivot.
   bool finish(int64_t c, double first, double second) {
-    if (n_ == 0) {
+    const int64_t domain = domain_of(c);
+    const double n = counts_[domain].sum;
+    if (n == 0) {
       means_[c] = m2s_[c] = 0;
       return false;
     }
-    means_[c] = pivots_[c] + first / n_;
-    const double squares = second - first * (first / n_);
+    double* row = pivots_.data() + domain * width_;
+    const int64_t channel = c - domain * channels_;
+    means_[c] = row[channel] + first / n;
+    const double squares = second - first * (first / n);
     m2s_[c] = squares < 0 ? 0 : squares;  // NaN stays NaN
-    const bool far = first * (first / n_) > kNear * kNear * m2s_[c];
+    const bool far = first * (first / n) > kNear * kNear * m2s_[c];
     const double pivot = static_cast<float>(means_[c]);
-    if (!narrow_ || !far || pivot == pivots_[c]) return false;
-    for (size_t i = c; i < pivots_.size(); i += channels_) pivots_[i] = pivot;
+    if (!narrow_ || !far || pivot == row[channel]) return false;
+    for (int64_t i = channel; i < width_; i += channels_) row[i] = pivot;
     return true;
   }
 
   double mean_of(int64_t c) const { return means_[c]; }
-  double variance_of(int64_t c) const { return n_ == 0 ? 0 : m2s_[c] / n_; }
+  double variance_of(int64_t c) const {
+    const double n = counts_[domain_of(c)].sum;
+    return n == 0 ? 0 : m2s_[c] / n;
+  }
 
  private:
   static constexpr double kNear = 1.5;  // standard deviations: the sum of squares is then at most 3.25 times the least
   static constexpr int64_t kFew = 8;    // their mean is further away in one channel of 40,000
 
-  // Pivots from several places, where these values are finite.
-  void average(const Input& input) {
-    const int64_t positions = input.extents.count();
+  int64_t domain_of(int64_t c) const { return counts_.size() == 1 ? 0 : c / channels_; }
+
+  // A domain's pivots from several places, where these values are finite.
+  void average(const Input& input, const Domains& domains, int64_t domain, double* pivots) {
+    const int64_t sample = domains ? input.extents.count() / domains.samples() : 0;  // positions
+    const std::vector<int64_t> samples = domains.samples_of(domain);
+    const int64_t positions = domains ? sample * static_cast<int64_t>(samples.size()) : input.extents.count();
     if (positions < 8 * kFew) return;
     std::vector<double> sums(channels_), values(channels_);
     for (int64_t i = 0; i < kFew; ++i) {
-      input.values_at(positions / kFew * i, values.data());
+      const int64_t at = positions / kFew * i;
+      input.values_at(domains ? samples[at / sample] * sample + at % sample : at, values.data());
       for (int64_t c = 0; c < channels_; ++c) sums[c] += values[c];
     }
     for (int64_t c = 0; c < channels_; ++c)
-      if (std::isfinite(sums[c])) pivots_[c] = static_cast<float>(sums[c] / kFew);
+      if (std::isfinite(sums[c])) pivots[c] = static_cast<float>(sums[c] / kFew);
   }
 
   MaskInput mask_;
-  Count total_;
+  std::vector<Count> counts_;  // of each domain
 
  public:
   Tensor count, mean, m2;
 
  private:
   bool narrow_;
-  int64_t channels_;
+  int64_t channels_, width_;
   const void* data_;
-  double n_;
   const Kernels& kernels_;
   std::vector<double> pivots_;
   double *means_, *m2s_;
@@ -143,6 +159,7 @@ class ApplyPass {
 // What the three backward operations share: their tensors in one memory order, and the normalization.
 struct BackwardInputs {
   Input input;
+  Domains domains;
   Schedule schedule;
   Tensor dy;
   OptionalTensor residual;
@@ -151,21 +168,25 @@ struct BackwardInputs {
   Coefficient slope, offset;
   MaskInput mask;
 
-  // The variance is m2 / count; with a count of 1, m2 is the variance itself.
-  BackwardInputs(const Tensor& dy_, const Tensor& x, const Tensor& mean, const Tensor& m2, const OptionalTensor& weight,
+  // The domains are as many as the mean has rows.
+  BackwardInputs(const Tensor& dy_, const Tensor& x, const Tensor& mean, const OptionalTensor& weight,
                  const OptionalTensor& bias, const OptionalTensor& residual_, double eps, int64_t channel_dim,
-                 int activation, const OptionalTensor& mask_, double count = 1)
+                 int activation, const OptionalTensor& mask_, const OptionalTensor& domain)
       : input(x, channel_dim, Order::outputs),
-        schedule(input.extents, input.tensor.element_size()),
+        domains(input, channel_dim, domain, mean.dim() == 2 ? mean.size(0) : 1),
+        schedule(domains.in(input), input.tensor.element_size(), domains.number),
         dy(input.aligned(dy_, "dy")),
         residual(input.aligned(residual_, "residual")),
-        norm(input, schedule.repeat(), weight, bias, eps, activation),
+        norm(input, domains, schedule.repeat(), weight, bias, eps, activation),
         affine(norm.affine()),
-        slope(input, schedule.repeat()),
-        offset(input, schedule.repeat()),
-        mask(input, channel_dim, mask_) {
-    norm.set_all(mean, m2, count);
-  }
+        slope(input, domains, schedule.repeat()),
+        offset(input, domains, schedule.repeat()),
+        mask(input, channel_dim, mask_) {}
+
+  BackwardInputs(const BackwardInputs&) = delete;  // its parts refer to each other
+
+  // How many entries the tables have.
+  int64_t entries() const { return domains.number * input.extents.channels; }
 
   Backward tensors() const {
     return {dy.const_data_ptr(), input.data(), residual ? residual->const_data_ptr() : nullptr,
@@ -186,8 +207,10 @@ class SumsPass {
         norm_(b.norm),
         affine_(b.affine),
         kernels_(kernels(b.input.dtype)),
-        sums_(b.input.extents.channels),
-        products_(b.input.extents.channels) {}
+        domains_(b.domains),
+        channels_(b.input.extents.channels),
+        sums_(b.entries()),
+        products_(b.entries()) {}
 
   void add(const Extents& e, int64_t begin, int64_t end, Sums s) const {
     kernels_.sums(e, tensors_, affine_, begin, end, s);
@@ -203,14 +226,20 @@ class SumsPass {
   double product_of(int64_t c) const { return products_[c]; }
 
   // In float64, or in the dtype of what they are the gradients of.
-  Tensor sum_dz(const OptionalTensor& like = std::nullopt) const { return vector_of(sums_, like); }
-  Tensor sum_dz_xhat(const OptionalTensor& like = std::nullopt) const { return vector_of(products_, like); }
+  Tensor sum_dz(const OptionalTensor& like = std::nullopt) const { return gradient(sums_, like); }
+  Tensor sum_dz_xhat(const OptionalTensor& like = std::nullopt) const { return gradient(products_, like); }
 
  private:
+  Tensor gradient(const std::vector<double>& sums, const OptionalTensor& like) const {
+    return gradient_of(sums, domains_, channels_, like);
+  }
+
   Backward tensors_;
   const Normalization& norm_;
   Affine affine_;
   const Kernels& kernels_;
+  const Domains& domains_;
+  int64_t channels_;
   std::vector<double> sums_, products_;
 };
 

@@ -7,6 +7,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "host/domains.hpp"
 #include "host/errors.hpp"
 #include "host/tensors.hpp"
 
@@ -60,14 +61,14 @@ class RunningStatistic {
   }
 };
 
-// Everything is checked before anything is written.
+// Everything is checked before anything is written. `domain`: of moments of several, which.
 void commit(const Tensor& running_mean, const Tensor& running_var, const OptionalTensor& num_batches_tracked,
             const OptionalTensor& num_batches_skipped, const Tensor& count, const Tensor& mean, const Tensor& m2,
-            std::optional<double> momentum) {
-  const double n = read_count(count);
-  const int64_t channels = mean.numel();
-  const auto means = read(mean, channels, "mean");
-  auto variances = read(m2, channels, "m2");
+            std::optional<double> momentum, std::optional<int64_t> domain) {
+  const double n = domain ? read_count_of(count, *domain) : read_count(count);
+  const int64_t channels = domain && mean.dim() == 2 ? mean.size(1) : mean.numel();
+  const auto means = domain ? read_row(mean, *domain, channels, "mean") : read(mean, channels, "mean");
+  auto variances = domain ? read_row(m2, *domain, channels, "m2") : read(m2, channels, "m2");
   const RunningStatistic old_mean(running_mean, channels, "running_mean");
   const RunningStatistic old_var(running_var, channels, "running_var");
   double batches = 0;

@@ -55,12 +55,15 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // fill whole vectors. What is left over, less than `repeat` rows, belongs to the last part.
 class Schedule {
  public:
-  Schedule(const Extents& e, int64_t element_size)
-      : extents_(e), rest_(e), repeat_(1), start_(0), length_(0), parts_(0), width_(0) {
+  // `domains`: how many there are, each with sums of its own.
+  Schedule(const Extents& e, int64_t element_size, int64_t domains)
+      : extents_(e), rest_(e), domains_(domains), repeat_(1), start_(0), length_(0), parts_(0), width_(0) {
     if (e.size() == 0) return;
     if (e.rows() && e.channels < kFewChannels && e.channels % 16 != 0) {
       repeat_ = 16 / std::gcd<int64_t>(e.channels, 16);
       while (repeat_ * e.channels < 64) repeat_ *= 2;
+      // A packed row is of one sample, whose rows are all packed.
+      if (e.domains) repeat_ = divisor(e.sample / e.channels, repeat_, kMaxPackedRow / e.channels);
       if (e.outer < 2 * repeat_) repeat_ = 1;
     }
     extents_.outer = e.outer / repeat_;
@@ -68,7 +71,7 @@ class Schedule {
     start_ = extents_.size();
     rest_.outer = repeat_ == 1 ? 0 : e.outer % repeat_;
     // Where channels are many and their values few, the sums of many parts would be larger than the input.
-    const int64_t sums = 2 * static_cast<int64_t>(sizeof(double)) * extents_.channels;
+    const int64_t sums = 2 * static_cast<int64_t>(sizeof(double)) * row();
     const int64_t room = std::max(kKept, e.size() * element_size / 2) / sums;
     const int64_t wanted = std::clamp<int64_t>(start_ / kPart, 1, std::clamp<int64_t>(room, 1, kMaxParts));
     const int64_t unit = e.rows() ? extents_.channels : kAlign;
@@ -93,22 +96,23 @@ class Schedule {
     each_part(false, [&](int64_t, const Extents& e, int64_t begin, int64_t end) { then(e, begin, end); });
   }
 
-  // Two sums for each channel: `add(extents, begin, end, sums)` adds those of a range, `finish(channel, first, second)`
-  // gets the totals, and says whether all sums are to be taken again. Nothing is called for an empty input.
+  // Two sums for each channel of each domain: `add(extents, begin, end, sums)` adds those of a range,
+  // `finish(domain * channels + channel, first, second)` gets the totals, and says whether all sums are to be taken
+  // again. Nothing is called for an empty input.
   template <class Add, class Finish>
   void reduce(const Add& add, const Finish& finish) const {
     if (parts_ == 0) return;
-    const Scratch scratch(2 * extents_.channels * parts_);
+    const Scratch scratch(2 * row() * parts_);
     double* sums = scratch.data;
     const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, 2 * repeat_ * parts_));
     std::atomic<bool> again;
     do {
       each_part(false, [&](int64_t part, const Extents& e, int64_t begin, int64_t end) {
-        if (&e == &extents_) clear(sums_of(sums, part, 0), extents_.channels);
+        if (&e == &extents_) clear(sums_of(sums, part, 0), row());
         add(e, begin, end, sums_of(sums, part, 0));
       });
       again = false;
-      torch::stable::parallel_for(0, rest_.channels, grain, [&](int64_t begin, int64_t end) {
+      torch::stable::parallel_for(0, domains_ * rest_.channels, grain, [&](int64_t begin, int64_t end) {
         if (total(sums, begin, end, finish)) again = true;
       });
     } while (again);
@@ -123,14 +127,16 @@ class Schedule {
       each_part(true, [&](int64_t, const Extents& e, int64_t begin, int64_t end) { then(e, begin, end); });
       return;
     }
-    const Scratch scratch(2 * extents_.channels * parts_);
+    const Scratch scratch(2 * row() * parts_);
     double* sums = scratch.data;
     const int64_t blocks = ceil_div(extents_.channels, width_);
     torch::stable::parallel_for(0, blocks, 1, [&](int64_t first_block, int64_t last_block) {
       for (int64_t block = first_block; block < last_block; ++block) {
         const int64_t first = block * width_, last = std::min(extents_.channels, first + width_);
         do {
-          for (int64_t part = 0; part < parts_; ++part) clear(sums_of(sums, part, first), last - first);
+          for (int64_t part = 0; part < parts_; ++part)
+            for (int64_t d = 0; d < domains_; ++d)
+              clear(sums_of(sums, part, d * extents_.channels + first), last - first);
           for (int64_t o = 0; o < extents_.outer; ++o)
             for (int64_t begin = (o * extents_.channels + first) * extents_.inner,
                          stop = (o * extents_.channels + last) * extents_.inner;
@@ -139,7 +145,7 @@ class Schedule {
               add(extents_, begin, end, sums_of(sums, part, 0));
               begin = end;
             }
-        } while (total(sums, first, last, finish));
+        } while (total_of_all(sums, first, last, finish));
         for (int64_t o = extents_.outer - 1; o >= 0; --o)
           then(extents_, (o * extents_.channels + first) * extents_.inner,
                (o * extents_.channels + last) * extents_.inner);
@@ -184,15 +190,34 @@ class Schedule {
     }
   };
 
-  // A part's sums, from a channel on.
-  Sums sums_of(double* sums, int64_t part, int64_t channel) const {
-    double* first = sums + part * 2 * extents_.channels + channel;
-    return {first, first + extents_.channels};
+  // The greatest divisor of n up to `most`, or a smaller one that is a multiple of `wanted`.
+  static int64_t divisor(int64_t n, int64_t wanted, int64_t most) {
+    if (n % wanted == 0) return wanted;
+    while (most > 1 && n % most != 0) --most;
+    return most;
   }
 
-  static void clear(Sums sums, int64_t channels) {
-    std::fill_n(sums.first, channels, 0.0);
-    std::fill_n(sums.second, channels, 0.0);
+  // How many sums of a kind a part has.
+  int64_t row() const { return domains_ * extents_.channels; }
+
+  // A part's sums, from an entry on.
+  Sums sums_of(double* sums, int64_t part, int64_t entry) const {
+    double* first = sums + part * 2 * row() + entry;
+    return {first, first + row()};
+  }
+
+  static void clear(Sums sums, int64_t entries) {
+    std::fill_n(sums.first, entries, 0.0);
+    std::fill_n(sums.second, entries, 0.0);
+  }
+
+  // `total` of these channels in every domain.
+  template <class Finish>
+  bool total_of_all(double* sums, int64_t first, int64_t last, const Finish& finish) const {
+    bool again = false;
+    for (int64_t d = 0; d < domains_; ++d)
+      again |= total(sums, d * rest_.channels + first, d * rest_.channels + last, finish);
+    return again;
   }
 
   template <class Finish>
@@ -200,10 +225,11 @@ class Schedule {
     bool again = false;
     for (int64_t c = begin; c < end; ++c) {
       double first = 0, second = 0;
+      const int64_t domain = domains_ == 1 ? 0 : c / rest_.channels;
+      const int64_t from = c + domain * (extents_.channels - rest_.channels), end = (domain + 1) * extents_.channels;
       for (int64_t part = 0; part < parts_; ++part) {
         const Sums of_part = sums_of(sums, part, 0);
-        for (int64_t i = c; i < extents_.channels; i += rest_.channels)
-          first += of_part.first[i], second += of_part.second[i];
+        for (int64_t i = from; i < end; i += rest_.channels) first += of_part.first[i], second += of_part.second[i];
       }
       again |= finish(c, first, second);
     }
@@ -211,7 +237,7 @@ class Schedule {
   }
 
   Extents extents_, rest_;
-  int64_t repeat_, start_, length_, parts_;
+  int64_t domains_, repeat_, start_, length_, parts_;
   int64_t width_;  // channels of a block; 0 where there are none
 };
 

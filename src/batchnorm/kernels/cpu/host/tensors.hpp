@@ -270,8 +270,6 @@ struct Input {
     return other ? OptionalTensor(aligned(*other, name)) : std::nullopt;
   }
 
-  Tensor statistic() const { return allocate_vector(extents.channels, aoti_torch_dtype_float64()); }
-
   // The value of every channel at a position; positions are counted in memory order.
   void values_at(int64_t position, double* out) const {
     with_element(tensor, "x", [&]<class T>() {
@@ -317,10 +315,6 @@ double read_count(const Tensor& t) {
   check_storage(t, "count");
   if (t.scalar_type() == ScalarType::Long) return static_cast<double>(*t.const_data_ptr<int64_t>());
   return *t.const_data_ptr<double>();
-}
-
-std::vector<double> read(const OptionalTensor& t, int64_t channels, const char* name, double fallback) {
-  return t ? read(*t, channels, name) : std::vector<double>(channels, fallback);
 }
 
 }  // namespace

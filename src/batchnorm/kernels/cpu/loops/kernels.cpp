@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "loops/activations.hpp"
+#include "loops/domains.hpp"
 #include "loops/run_mask.hpp"
 #include "loops/simd.hpp"
 #include "loops/steps.hpp"
@@ -363,21 +364,39 @@ void grad(const Extents& extents, const Backward& tensors, const Affine& affine,
 
 // --- the kernels of a dtype ------------------------------------------------------------------------------------------
 
+// Each domain's part of a range is a range of its own, with that domain's row of the tables.
 template <class T>
 constexpr Kernels kernels_for = {
     [](const Extents& e, const void* x, const Mask& mask, const double* pivots, int64_t begin, int64_t end, Sums s) {
-      if (mask.type == MaskType::none) return moments<T, NoMask>(e, x, mask, pivots, begin, end, s);
-      if (mask.type == MaskType::boolean) return moments<T, BooleanMask>(e, x, mask, pivots, begin, end, s);
-      moments<T, SampleWeights>(e, x, mask, pivots, begin, end, s);
+      for_each_domain(e, begin, end, [&](int64_t row, int64_t first, int64_t last) {
+        const double* p = pivots + row;
+        if (mask.type == MaskType::none)
+          moments<T, NoMask>(e, x, mask, p, first, last, from(s, row));
+        else if (mask.type == MaskType::boolean)
+          moments<T, BooleanMask>(e, x, mask, p, first, last, from(s, row));
+        else
+          moments<T, SampleWeights>(e, x, mask, p, first, last, from(s, row));
+      });
     },
     [](const Extents& e, const Backward& t, const Affine& a, int64_t begin, int64_t end, Sums s) {
-      for_activation<T>(a.activation, [&](auto activation) { sums<T>(e, t, a, activation, begin, end, s); });
+      for_each_domain(e, begin, end, [&](int64_t row, int64_t first, int64_t last) {
+        for_activation<T>(a.activation, [&](auto activation) {
+          sums<T>(e, t, from(a, row), activation, first, last, from(s, row));
+        });
+      });
     },
     [](const Extents& e, const Forward& t, const Affine& a, int64_t begin, int64_t end) {
-      for_activation<T>(a.activation, [&](auto activation) { apply<T>(e, t, a, activation, begin, end); });
+      for_each_domain(e, begin, end, [&](int64_t row, int64_t first, int64_t last) {
+        for_activation<T>(a.activation,
+                          [&](auto activation) { apply<T>(e, t, from(a, row), activation, first, last); });
+      });
     },
     [](const Extents& e, const Backward& t, const Affine& a, const GradCoefficients& g, int64_t begin, int64_t end) {
-      for_activation<T>(a.activation, [&](auto activation) { grad<T>(e, t, a, activation, g, begin, end); });
+      for_each_domain(e, begin, end, [&](int64_t row, int64_t first, int64_t last) {
+        for_activation<T>(a.activation, [&](auto activation) {
+          grad<T>(e, t, from(a, row), activation, from(g, row), first, last);
+        });
+      });
     }};
 
 // In the order of Dtype.

@@ -16,6 +16,10 @@ namespace batchnorm {
 
 struct Extents {
   int64_t outer, channels, inner;
+  // Of an input whose samples come from several domains, the domain of each sample, and the values of a sample, which
+  // then are adjacent. Whatever has one entry for each channel has as many rows of `channels` entries as domains.
+  const int64_t* domains = nullptr;
+  int64_t sample = 0;
 
   BN_INLINE int64_t count() const { return outer * inner; }  // values of each channel
   BN_INLINE int64_t size() const { return outer * channels * inner; }

@@ -1,0 +1,99 @@
+"""What two domains in a batch cost: forward and backward through a layer with them and without, in turn, as a table.
+
+    python benchmarks/domains.py
+
+The samples are half of one domain and half of the other, one after the other ("sorted") or in random order. A number is
+the median of the turns; the ratios are of the medians. What the mixed passes give is compared with a pass for each
+domain before anything is timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from masks import medians
+from torch import Tensor
+
+import batchnorm as bn
+
+# shape, memory order, dtype
+CASES: tuple[tuple[tuple[int, ...], str, torch.dtype], ...] = (
+    ((128, 256), "contiguous", torch.float32),
+    ((256, 64), "contiguous", torch.float32),
+    ((4096, 512), "contiguous", torch.float32),
+    ((32, 64, 8, 8), "contiguous", torch.float32),
+    ((32, 64, 56, 56), "contiguous", torch.float32),
+    ((32, 64, 56, 56), "channels_last", torch.float32),
+    ((64, 256, 14, 14), "contiguous", torch.float32),
+    ((64, 256, 14, 14), "channels_last", torch.float32),
+    ((32, 24, 49), "contiguous", torch.float32),
+    ((64, 256, 14, 14), "contiguous", torch.bfloat16),
+)
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # over 1 + |value|: rounding of one dtype
+DOMAINS = ("first", "second")
+
+
+def inputs(shape: tuple[int, ...], memory: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """An input and the gradient of its output."""
+    x, dy = (torch.randn(shape, dtype=torch.float32).to(dtype) for _ in range(2))
+    if memory == "channels_last":
+        x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
+    return x.requires_grad_(), dy
+
+
+def step(layer: bn.BatchNorm, x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+    """Forward and backward."""
+    y = layer(x)
+    return y.detach(), *torch.autograd.grad(y, [x, *layer.parameters()], dy)
+
+
+def compare(layer: bn.BatchNorm, x: Tensor, dy: Tensor, domain: Tensor) -> None:
+    """The mixed pass gives what a pass for each domain gives.
+
+    Raises:
+        AssertionError: it does not.
+    """
+    with bn.domain(layer, domain):
+        y, dx, *parameters = step(layer, x, dy)
+    sums = [torch.zeros_like(p) for p in parameters]
+    for number in range(len(DOMAINS)):
+        of_it = domain == number
+        with bn.domain(layer, number):
+            own_y, own_dx, *own = step(layer, x.detach()[of_it].requires_grad_(), dy[of_it])
+        sums = [a + b for a, b in zip(sums, own, strict=True)]
+        for mixed, alone in ((y[of_it], own_y), (dx[of_it], own_dx)):
+            torch.testing.assert_close(mixed, alone, rtol=TOLERANCE[x.dtype], atol=TOLERANCE[x.dtype])
+    for mixed, alone in zip(parameters, sums, strict=True):
+        torch.testing.assert_close(mixed, alone, rtol=1e-4, atol=1e-3)
+
+
+def main() -> None:
+    """Print the table."""
+    torch.manual_seed(0)
+    print("| shape | memory | dtype | plain, ms | sorted, ms | random, ms | sorted / plain | random / plain |")
+    print("|---|---|---|---|---|---|---|---|")
+    for shape, memory, dtype in CASES:
+        x, dy = inputs(shape, memory, dtype)
+        plain = bn.BatchNorm(shape[1], activation="relu")
+        layer = bn.BatchNorm(shape[1], activation="relu", domains=DOMAINS)
+        halves = torch.arange(shape[0]) * 2 // shape[0]
+        orders = {"sorted": halves, "random": halves[torch.randperm(shape[0])]}
+
+        def mixed(domain: Tensor, layer: bn.BatchNorm = layer, x: Tensor = x, dy: Tensor = dy) -> object:
+            with bn.domain(layer, domain):
+                return step(layer, x, dy)
+
+        for domain in orders.values():
+            compare(layer, x, dy, domain)
+        works: dict[str, Callable[[], object]] = {"plain": partial(step, plain, x, dy)}
+        works |= {name: partial(mixed, domain) for name, domain in orders.items()}
+        seconds = medians(works)
+        times = " | ".join(f"{1e3 * seconds[name]:.3f}" for name in works)
+        ratios = " | ".join(f"{seconds[name] / seconds['plain']:.2f}" for name in orders)
+        print(f"| {shape} | {memory} | {str(dtype).removeprefix('torch.')} | {times} | {ratios} |")
+
+
+if __name__ == "__main__":
+    main()
