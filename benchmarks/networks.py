@@ -153,7 +153,8 @@ class Contender:
     """A network, its optimizer and the batch it is trained on."""
 
     def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype) -> None:
-        self.model, self.images, self.labels, self.dtype = model, images, labels, dtype
+        self.model: Callable[[Tensor], Tensor] = model
+        self.images, self.labels, self.dtype = images, labels, dtype
         self.optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
         self.seconds: list[float] = []
         self.compiled = ""
