@@ -70,16 +70,17 @@ class _BatchNorm(torch.autograd.Function):
             ctx.save_for_backward(x, count, mean, m2, weight, bias, saved_residual, mask, domain)
             return y
         ctx.set_materialize_grads(False)
+        given = () if domain is None else (domain,)  # the last argument of an operation
         if isinstance(statistics, RunningStatistics):
             mean, var = statistics.mean, statistics.var
             ctx.save_for_backward(x, None, mean, var, weight, bias, saved_residual, None, domain)
-            return operations.normalize(x, mean, var, weight, bias, residual, *options, *_given(domain))
+            return operations.normalize(x, mean, var, weight, bias, residual, *options, *given)
         if isinstance(statistics, Synced):
             moments, ctx.group, ctx.label = statistics
             count, mean, m2 = moments.count, moments.mean, moments.m2
             ctx.save_for_backward(x, count, mean, m2, weight, bias, saved_residual, mask, domain)
             var = biased_variance(count, m2)
-            return operations.normalize(x, mean, var, weight, bias, residual, *options, *_given(domain))
+            return operations.normalize(x, mean, var, weight, bias, residual, *options, *given)
         table = () if domain is None else (domain, domains)
         y, count, mean, m2 = operations.forward(x, weight, bias, residual, *options, mask, *table)
         ctx.mark_non_differentiable(count, mean, m2)
@@ -94,6 +95,7 @@ class _BatchNorm(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
         arguments: Arguments = (weight, bias, residual, *ctx.options)
         operations: Operations = ctx.operations
+        given = () if domain is None else (domain,)
         if torch.is_grad_enabled():
             if ctx.group is not None:
                 raise TransformError(
@@ -106,21 +108,19 @@ class _BatchNorm(torch.autograd.Function):
                 dy, x, statistics, arguments, mask, needs, domain, len(mean)
             )
         elif count is not None and ctx.group is None and (needs_x or needs_residual):
-            dx, dweight, dbias, dresidual = operations.backward(
-                dy, x, count, mean, m2_or_var, *arguments, mask, *_given(domain)
-            )
+            dx, dweight, dbias, dresidual = operations.backward(dy, x, count, mean, m2_or_var, *arguments, mask, *given)
         else:
             var = m2_or_var if count is None else biased_variance(count, m2_or_var)
             dx = dresidual = sums = mean_dz = mean_dz_xhat = None
             if needs_weight or needs_bias or ctx.group is not None:
-                sums = operations.backward_sums(dy, x, mean, var, *arguments, mask, *_given(domain))
+                sums = operations.backward_sums(dy, x, mean, var, *arguments, mask, *given)
             if ctx.group is not None and sums is not None:
                 n = beside(torch.where(count > 0, count, 1), mean)
                 totals = ctx.group.all_reduce(sums, f"the backward pass of {ctx.label}")
                 mean_dz, mean_dz_xhat = (total / n for total in totals)
             if needs_x or needs_residual:
                 means = (mean_dz, mean_dz_xhat)
-                dx, dresidual = operations.backward_input(dy, x, mean, var, *arguments, *means, mask, *_given(domain))
+                dx, dresidual = operations.backward_input(dy, x, mean, var, *arguments, *means, mask, *given)
             # Of a parameter, this process's part, as of any other in data-parallel training.
             dbias, dweight = (None, None) if sums is None else sums
             dweight = None if dweight is None else gradient_of(weight, dweight)
@@ -134,11 +134,6 @@ class _BatchNorm(torch.autograd.Function):
             dresidual if needs_residual else None,
             *(None,) * 7,
         )
-
-
-def _given(domain: Tensor | None) -> tuple[Tensor, ...]:
-    """The last argument of an operation, where there is one."""
-    return () if domain is None else (domain,)
 
 
 # For eager operations only; `functional.normalize_and_commit` calls it itself, because small inputs feel every call.

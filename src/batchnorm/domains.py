@@ -50,7 +50,7 @@ class DomainLayer(LayerState):
         if by_running and not moves:
             mask = None  # no effect
         call = Call(input, weight, bias, residual, mask, self._eps, self.channel_dim, activation, assignment)
-        running = tuple(self._running(row, getattr(self, row.mean), getattr(self, row.var)) for row in self._rows)
+        running = self._running_of_each()
         if moves:
             for mean, var, counter, _, momentum in running:
                 check_running(mean, var, counter, momentum, self._num_features, input.device)
@@ -97,7 +97,10 @@ class DomainLayer(LayerState):
     def _affine_tables(self) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias: (C,), or (D, C) where each domain has its own."""
         if not self.own_affine:
-            return self._learning(self.weight, self.bias)
+            own = self._parameters  # attributes take several times as long, and `get` would look at them all the same
+            weight = own["weight"] if "weight" in own else self.weight  # noqa: SIM401 - not `get`: see above
+            bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401 - likewise
+            return self._learning(weight, bias)
         tables: list[Tensor | None] = []
         for kind in ("weight", "bias"):
             rows: list[Tensor | None] = [getattr(self, getattr(row, kind)) for row in self._rows]

@@ -186,6 +186,18 @@ class LayerState(Rebuilding):
         mean, var = self.running_mean, self.running_var
         return None if mean is None or var is None else self._running(FIRST, mean, var).num_batches_skipped
 
+    def _running_of_each(self) -> tuple[RunningStatistics, ...]:
+        """The running statistics of every domain."""
+        own = self._buffers  # attributes take several times as long
+        return tuple(
+            self._running(
+                row,
+                own[row.mean] if row.mean in own else getattr(self, row.mean),  # type: ignore[arg-type]  # there are
+                own[row.var] if row.var in own else getattr(self, row.var),  # type: ignore[arg-type]  # some
+            )
+            for row in self._rows
+        )
+
     def _running(self, row: Row, mean: Tensor, var: Tensor) -> RunningStatistics:
         """The running statistics and how they move."""
         skipped: Tensor | None = getattr(self, row.skipped)

@@ -256,6 +256,11 @@ class BatchNorm(DomainLayer):
             raise error.within(self._title()) from None
         return output
 
+    # Named here, so that the reference shows them with the layer.
+    num_batches_skipped = DomainLayer.num_batches_skipped
+    statistics_of = DomainLayer.statistics_of
+    reset_running_stats = DomainLayer.reset_running_stats
+
     def _title(self) -> str:
         label = f", {self.label}" if self.domains else ""
         return f"{type(self).__name__}({self._num_features}){label}"

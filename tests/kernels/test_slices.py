@@ -118,5 +118,15 @@ def test_every_argument_of_every_operation_is_known() -> None:
     """A new one has to be of all channels, of a channel, or of x's shape."""
     names = {p for name in ops.OPERATIONS for p in inspect.signature(getattr(reference, name)).parameters}
     whole = {"eps", "channel_dim", "activation", "momentum", "mask", "count"}
+    whole |= {"domain", "domains"}  # with which nothing is cut
     committed = {"running_mean", "running_var", "num_batches_tracked", "num_batches_skipped"}
     assert names == {*slices._OF_X, *slices._OF_A_CHANNEL} | whole | committed
+
+
+def test_samples_of_several_domains_are_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an (N, C) input, a table could not be told from an input."""
+    monkeypatch.setattr(slices, "VALUES", 4)
+    x, domain = torch.randn(3, 8), torch.tensor([0, 1, 0])
+    options = (None, None, None, 1e-5, 1, None, None, domain, 2)
+    actual, expected = slices.operation("forward")(x, *options), reference.forward(x, *options)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))

@@ -12,7 +12,7 @@ from torch import nn
 
 from batchnorm._torch import buffers_of, children_of, parameters_of
 from batchnorm.call import check_sync, check_virtual_batch_size
-from batchnorm.layer_state import check_domains
+from batchnorm.layer_state import LayerState, check_domains
 from batchnorm.models.norm_layers import NormLayer, display_name, named_norm_layers, uninitialized
 from batchnorm.modules import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.surgery.norm_act import NormAct, is_timm_norm_act, norm_act_class
@@ -159,7 +159,7 @@ def _become_ours(layer: NormLayer, path: str, options: dict[str, Any]) -> str | 
     else:
         return before.__qualname__
     added, buffers = additions(after, before)
-    defined = {name for cls in after.__mro__ if issubclass(cls, BatchNorm) for name in vars(cls)}
+    defined = {name for cls in after.__mro__ if issubclass(cls, LayerState) for name in vars(cls)}
     own = vars(layer).keys() | parameters_of(layer).keys() | buffers_of(layer).keys() | children_of(layer).keys()
     if clash := sorted(own & (added.keys() | buffers | defined | {ORIGIN})):
         return f"{before.__qualname__} with its own {', '.join(clash)}"
