@@ -119,9 +119,9 @@ def _by(layer: nn.Module, name: str, x: Tensor) -> Tensor:
 def test_what_cannot_be_known_is_refused_and_nothing_changes() -> None:
     net = network()
     before = copy.deepcopy(net.state_dict())
-    with pytest.raises(OptionError, match="Pass domain_of="):
+    with pytest.raises(OptionError, match="or pass domain_of="):
         bn.recalibrate(net, CLEAN)
-    with bn.domain(net, [0, 1, 0, 1]), pytest.raises(OptionError, match="Pass domain_of="):
+    with bn.domain(net, [0, 1, 0, 1]), pytest.raises(OptionError, match="or pass domain_of="):
         bn.recalibrate(net, CLEAN)
     with pytest.raises(OptionError, match="got domain 'other'"):
         bn.recalibrate(net, CLEAN, domain_of=lambda _: "other")

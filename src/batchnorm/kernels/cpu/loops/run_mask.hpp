@@ -7,6 +7,7 @@
 #include "loops/kernels.hpp"
 #include "loops/simd.hpp"
 #include "loops/steps.hpp"
+#include "loops/sums.hpp"
 
 namespace batchnorm {
 namespace {

@@ -6,6 +6,7 @@
 
 #include "loops/kernels.hpp"
 #include "loops/simd.hpp"
+#include "loops/sums.hpp"
 
 namespace batchnorm {
 namespace {
