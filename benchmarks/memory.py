@@ -109,7 +109,7 @@ def in_place_savings(model: nn.Module, x: Tensor) -> int:
         look(self, args, kwargs)
         return original(self, *args, **kwargs)  # type: ignore[arg-type]  # handed on
 
-    bn.BatchNorm.forward = forward  # type: ignore[assignment, method-assign]  # for this pass
+    bn.BatchNorm.forward = forward  # type: ignore[method-assign]  # for this pass
     try:
         with torch.no_grad():
             model(x)
@@ -120,7 +120,7 @@ def in_place_savings(model: nn.Module, x: Tensor) -> int:
 
 def times(models: dict[str, nn.Module], x: Tensor, repeats: int) -> dict[str, list[float]]:
     """Seconds of steps, in turn."""
-    wait = torch.cuda.synchronize if x.device.type == "cuda" else lambda: None
+    wait: Callable[[], object] = torch.cuda.synchronize if x.device.type == "cuda" else lambda: None
     found: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(repeats + 1):
         for name, model in models.items():
@@ -171,6 +171,7 @@ less | peak | time | in-place, leaky ReLU: less |
 
 
 def main() -> None:
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--networks", nargs="*", default=list(NETWORKS), choices=list(NETWORKS), metavar="NETWORK")
     parser.add_argument("--batch", type=int, default=4)

@@ -93,15 +93,15 @@ def with_checkpoints(model: nn.Module, blocks: str) -> nn.Module:
             groups[-1].append(layer)
             if isinstance(layer, nn.MaxPool2d):
                 groups.append([])
-        parts = [nn.Sequential(*group) for group in groups if group]
+        parts: list[nn.Module] = [nn.Sequential(*group) for group in groups if group]
         model.features = nn.Sequential(*parts)
     else:
         parts = [module for module in model.modules() if blocks in {cls.__name__ for cls in type(module).__mro__}]
     for part in parts:
         if hasattr(part, "memory_efficient"):  # dense layers: torchvision's own checkpointing of them
-            part.memory_efficient = True
+            vars(part)["memory_efficient"] = True
             continue
-        part.forward = _checkpointed(part.forward)  # type: ignore[method-assign]  # on purpose
+        part.forward = _checkpointed(part.forward)
     return model
 
 

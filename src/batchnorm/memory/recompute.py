@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from threading import get_ident
-from types import TracebackType
-from typing import Any
+from types import FrameType, TracebackType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,9 @@ from typing_extensions import Self
 
 from batchnorm import _torch
 from batchnorm.memory.report import Entry, Report
-from batchnorm.memory.session import UNREAD, Note, Session
+from batchnorm.memory.session import UNKNOWN, UNREAD, Note, Session
 from batchnorm.models.hooks import Uncopied
-from batchnorm.models.norm_layers import display_name, named_norm_layers, uncompiled
+from batchnorm.models.norm_layers import named_norm_layers, uncompiled
 from batchnorm.modules import BatchNorm
 from batchnorm.recording import RECORDERS
 
@@ -27,28 +28,43 @@ _UNCALLED = (
     "ours, or its batches are ghost batches"
 )
 
-_Open = tuple[Session, saved_tensors_hooks]
+
+class _Pass(NamedTuple):
+    """A forward pass that runs.
+
+    Attributes:
+        session: None for a pass that is left alone.
+        hooks: what is attached to autograd.
+        frame: of the call, by which it is seen that an interrupt has ended it: then torch calls no hooks.
+    """
+
+    session: Session | None
+    hooks: saved_tensors_hooks | None
+    frame: FrameType | None
 
 
 class Recomputing:
-    """What `recompute` returns: a handle, and a context that removes it."""
+    """What `recompute` returns: a handle, and a context that removes it at its end."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = uncompiled(model)
         self._paths: dict[int, str] = {}
         self._last: Session | None = None
-        self._compiled = False
-        # Of each thread: its forward passes that are running, None for one that is left alone.
-        self._running: dict[int, list[_Open | None]] = {}
-        self._handles = (
-            self._model.register_forward_pre_hook(Uncopied(self._enter), prepend=True),
-            self._model.register_forward_hook(Uncopied(self._leave), always_call=True),
-        )
+        self._compiled = self._removed = False
+        self._running: dict[int, list[_Pass]] = {}  # by thread
+        self._before = self._model.register_forward_pre_hook(Uncopied(self._enter), prepend=True)
+        self._after = self._model.register_forward_hook(Uncopied(self._leave), always_call=True)
 
     def remove(self) -> None:
-        """Keep everything again, from the next forward pass on. What a pass has let go of is computed again all the same."""
-        for handle in self._handles:
-            handle.remove()
+        """Keep everything again, from the next forward pass on.
+
+        What earlier passes have let go of is computed again all the same.
+        """
+        self._removed = True
+        self._before.remove()
+        self._close_interrupted()
+        if not self._running:  # or the pass that runs removes it
+            self._after.remove()
 
     def __enter__(self) -> Self:
         return self
@@ -60,46 +76,59 @@ class Recomputing:
 
     @property
     def report(self) -> Report:
-        """What the last forward pass kept, and why."""
+        """What the last forward pass kept, by layer, and why."""
         session = self._last
         notes = {} if session is None else session.notes
-        why = "" if session is not None else _COMPILED if self._compiled else _NOT_RUN
         entries = [_entry(path, layer, notes.get(path)) for path, layer in named_norm_layers(self._model)]
-        if (unknown := notes.get("")) is not None and (unknown.saved or unknown.kept):
-            entries.append(Entry("layers without parameters", unknown.saved, unknown.kept, "; ".join(unknown.why)))
         if session is None:
-            return Report(tuple(entries), 0, 0, why)
-        return Report(tuple(entries), session.kept, session.between - session.copied, why)
+            return Report(tuple(entries), 0, 0, _COMPILED if self._compiled else _NOT_RUN)
+        unknown = notes.get(UNKNOWN)
+        between = session.between - session.copied + (0 if unknown is None else unknown.saved)
+        return Report(tuple(entries), session.kept, between)
 
     def _enter(self, module: nn.Module, args: object) -> None:
         if torch.compiler.is_compiling():
             self._compiled = True
             return
+        self._close_interrupted()
         thread = get_ident()
         running = self._running.setdefault(thread, [])
         if _is_left_alone() or thread in RECORDERS:
-            running.append(None)
+            running.append(_Pass(None, None, _caller()))
             return
         session = Session(self._path)
         hooks = saved_tensors_hooks(session.pack, session.unpack)
         hooks.__enter__()
         RECORDERS[thread] = session
-        running.append((session, hooks))
+        running.append(_Pass(session, hooks, _caller()))
 
     def _leave(self, module: nn.Module, args: object, output: object) -> None:
-        if torch.compiler.is_compiling():
-            return
+        if not torch.compiler.is_compiling() and get_ident() in self._running:  # or another hook failed before ours
+            self._close()
+
+    def _close(self) -> None:
+        """End this thread's innermost pass."""
         thread = get_ident()
-        running = self._running.get(thread)
-        if not running:  # another hook has failed before the pass began
-            return
-        opened = running.pop()
+        running = self._running[thread]
+        session, hooks, _ = running.pop()
         if not running:
             del self._running[thread]
-        if opened is not None:
-            self._last, hooks = opened
+        if hooks is not None:
+            self._last = session
             del RECORDERS[thread]
             hooks.__exit__()
+        if self._removed and not self._running:
+            self._after.remove()
+
+    def _close_interrupted(self) -> None:
+        """End this thread's passes whose calls have ended already."""
+        while running := self._running.get(get_ident()):
+            frame = inspect.currentframe()
+            while frame is not None and frame is not running[-1].frame:
+                frame = frame.f_back
+            if frame is not None:
+                return
+            self._close()
 
     def _path(self, owner: Tensor) -> str | None:
         """The path of the layer with this parameter. By its memory: a detached one is another object."""
@@ -111,6 +140,14 @@ class Recomputing:
                     if isinstance(tensor := getattr(layer, name, None), Tensor) and type(tensor).__name__ != "DTensor":
                         self._paths[tensor.data_ptr()] = path
         return self._paths.get(place)
+
+
+def _caller() -> FrameType | None:
+    """The frame of the call of the module that has called our hook."""
+    frame = inspect.currentframe()
+    for _ in range(3):  # of this function, of the hook, and of what a copy does not have
+        frame = None if frame is None else frame.f_back
+    return frame
 
 
 def _is_left_alone() -> bool:
@@ -131,4 +168,33 @@ def _entry(path: str, layer: nn.Module, note: Note | None) -> Entry:
 
 
 def recompute(model: nn.Module) -> Recomputing:
+    """Train with less memory: outputs of batch norm are computed again where the backward pass needs them.
+
+        y = activation(norm(x) + residual)    is not kept: x and its statistics are, for the layer's own gradient
+
+    Gradients are the same, bit for bit: y is computed again by the same kernel from the same numbers, once, and lives
+    until its last reader has it. So are activations, max poolings, concatenations and products that follow, if they
+    have not been fused. Outputs that are cheap to keep or dear to compute stay; so does every fourth in a chain of
+    residuals, so that none is computed again from its beginning.
+
+    It holds for forward passes of this model from now on, in any thread, and for their backward passes whenever those
+    come; not in passes without gradients, in torch.compile, in transforms of torch.func, and inside activation
+    checkpointing, which keep what they keep. Call `convert` or, better, `fuse` before: layers of torch.nn are left.
+
+        model = bn.fuse(model)
+        with bn.recompute(model) as handle:
+            model(x).sum().backward()
+        print(handle.report)
+
+    Args:
+        model: any module; also inside, or around, DistributedDataParallel and fully_shard.
+
+    Returns:
+        A handle: `handle.report` says what the last forward pass kept and why, and `handle.remove()` ends it, as does
+        the end of a `with` block.
+
+    Raises:
+        OrderError: in a backward pass: a tensor that it needs was changed in place since the forward pass. It is a
+            RuntimeError, as torch's own.
+    """
     return Recomputing(model)

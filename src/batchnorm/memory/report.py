@@ -64,10 +64,8 @@ class Report:
         if self.why:
             return self.why
         share = self.saved / max(self.saved + self.kept, 1)
-        head = (
-            f"{len(self.recomputed)} of {len(self)} layers recomputed: {_mib(self.saved)} saved, {_mib(self.kept)} kept "
-            f"({share:.0%} less)"
-        )
+        layers = f"{len(self.recomputed)} of {len(self)} layers recomputed"
+        head = f"{layers}: {_mib(self.saved)} saved, {_mib(self.kept)} kept ({share:.0%} less)"
         width = max((len(entry.layer) for entry in self.entries), default=0)
         lines = [head]
         for entry in self.entries:

@@ -16,13 +16,14 @@ from batchnorm.memory.values import Saved, Value
 
 # In the metadata of a node of the graph: the values of its results, by their number. Nodes do not keep them alive.
 _KEY = "batchnorm.memory"
-_LEAST = 2**14  # bytes: below, what Python does for it costs more than it is worth
+_LEAST = 2**16  # bytes: below, what Python does for it costs more than it is worth
 _MOST_MOVED = 6  # bytes read and written for each byte that is saved; a normalisation with a residual moves 3
 # Values one after the other that may have to be computed for one that is asked for. They live until their own readers
 # have them: with three, three of four outputs in a chain of residuals are computed again, and at most three are there
 # at a time before their turn.
 _DEEPEST = 3
 IN_PLACE_CHANGE = "its output is changed in place afterwards"
+UNKNOWN = "\0"  # the path of a layer that has nothing to know it by: no module has it
 UNREAD = "nobody saves its output"
 
 
@@ -47,7 +48,7 @@ class Session:
         label: from a layer's parameter to the layer's path; None where it is not known.
 
     Attributes:
-        notes: by layer; "" has outputs of layers that are not known by a parameter.
+        notes: by layer; `UNKNOWN` has outputs of layers that are not known by a parameter.
         between: bytes of results of other operations that are computed again.
         copied: bytes that are kept for this alone.
     """
@@ -73,7 +74,8 @@ class Session:
     ) -> None:
         """Take note of an output of one of our layers: `recording.Recorder`."""
         value = Value(output, again, tuple(self._value_of(t) for t in inputs))
-        value.label = ("" if owner is None else self._label(owner)) or ""
+        path = None if owner is None else self._label(owner)
+        value.label = UNKNOWN if path is None else path
         self.notes.setdefault(value.label, Note())
         _register(output, value)
         key, outputs = id(output), self._outputs
@@ -184,7 +186,7 @@ class Session:
         def both(x: Tensor) -> Tensor:
             result, found = pool(x)
             if (waiting := released()) is not None:
-                waiting.hand(found, _torch.current_backward())
+                waiting.hand(found)
             return result
 
         value.replace(both)

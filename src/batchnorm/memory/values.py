@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from batchnorm._torch import current_backward, version
+from batchnorm._torch import version
 from batchnorm.errors import OrderError
 
 # One for all: what is computed for one reader is computed from what others read.
@@ -19,8 +19,7 @@ _LOCK = threading.RLock()
 class Value:
     """What one operation gave: a tensor that is kept, or how to compute it again.
 
-    Computed again, it lives until its last reader of this backward pass has it; at most once, if its readers are on one
-    stream.
+    Computed again, it lives until its last reader has it: once for all, if they are on one stream.
 
     Args:
         tensor: what it is the value of, as it is now.
@@ -60,7 +59,7 @@ class Value:
     ) -> None:
         self.kept: Tensor | None = None
         self._again, self.inputs = again, inputs
-        self.depth = 1 + max((value.depth for value in inputs), default=0)
+        self.depth: int = 1 + max((value.depth for value in inputs), default=0)
         self.version = version(tensor)
         self.shape, self.stride, self.dtype = tensor.shape, tensor.stride(), tensor.dtype
         self.bytes = tensor.untyped_storage().nbytes()
@@ -94,10 +93,10 @@ class Value:
         """Whether the tensor was changed in place exactly once."""
         return version(self._watch) == self.version + 1
 
-    def hand(self, tensor: Tensor, task: int) -> None:
+    def hand(self, tensor: Tensor) -> None:
         """Take what somebody has computed on the way, if it is asked for."""
         with _LOCK:
-            if self.kept is None and self._computed is None and self._is_awaited(task):
+            if self.kept is None and self._computed is None and self._awaiting(anew=True):
                 self._computed = tensor, _stream(tensor)
 
     def get(self, reader: Saved | None = None) -> Tensor:
@@ -111,30 +110,30 @@ class Value:
                 raise changed(self.kept, self.version)
             return self.kept
         assert self._again is not None
-        task = current_backward()
         with _LOCK:
-            if reader is not None:
-                reader.task = task
-            computed = self._computed
+            computed, anew = self._computed, False
             if computed is None or computed[1] != _stream(computed[0]):
                 with torch.no_grad():
                     result = self._again(*(value.get() for value in self.inputs))
                     if result.stride() != self.stride:  # the same values in the order that they had
                         room = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=result.device)
                         result = room.copy_(result)
-                computed = result, _stream(result)
-            self._computed = computed if self._is_awaited(task) else None
+                computed, anew = (result, _stream(result)), True
+            self._computed = computed if self._awaiting(reader, anew=anew) else None
             return computed[0]
 
     def read_by(self, reader: Saved) -> None:
         """Count on one more reader."""
         self._readers.append(weakref.ref(reader))
 
-    def _is_awaited(self, task: int) -> bool:
-        """Whether a reader is left that has not read in this backward pass."""
-        alive = [(ref, reader) for ref in self._readers if (reader := ref()) is not None]
-        self._readers = [ref for ref, _ in alive]
-        return any(reader.task != task for _, reader in alive)
+    def _awaiting(self, reader: Saved | None = None, *, anew: bool) -> bool:
+        """Whether readers other than this one are left that have not got what is computed; no one has what is new."""
+        left = False
+        for ref in self._readers:
+            if (other := ref()) is not None:
+                other.has_read = other is reader or (other.has_read and not anew)
+                left = left or not other.has_read
+        return left
 
 
 class Saved:
@@ -146,13 +145,13 @@ class Saved:
 
     Attributes:
         kept, value: as given; a tensor that is kept may become a value that is computed again.
-        task: the backward pass that has read it last.
+        has_read: whether it has got what is computed now.
     """
 
-    __slots__ = ("__weakref__", "_version", "kept", "task", "value")
+    __slots__ = ("__weakref__", "_version", "has_read", "kept", "value")
 
     def __init__(self, kept: Tensor | None = None, value: Value | None = None) -> None:
-        self.task = -1
+        self.has_read = False
         self.kept, self.value = kept, value
         # Tensors of inference mode have no version.
         self._version = 0 if kept is None or kept.is_inference() else version(kept)
