@@ -113,7 +113,8 @@ class Recomputing:
         session, hooks, _ = running.pop()
         if not running:
             del self._running[thread]
-        if hooks is not None:
+        if session is not None and hooks is not None:
+            session.finish()
             self._last = session
             del RECORDERS[thread]
             hooks.__exit__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ _MOST_MOVED = 6  # bytes read and written for each byte that is saved; a normali
 # have them: with three, three of four outputs in a chain of residuals are computed again, and at most three are there
 # at a time before their turn.
 _DEEPEST = 3
+_REMEMBERED = 32  # outputs; what they are computed from is saved anyway by the layers
 IN_PLACE_CHANGE = "its output is changed in place afterwards"
 UNKNOWN = "\0"  # the path of a layer that has nothing to know it by: no module has it
 UNREAD = "nobody saves its output"
@@ -58,8 +60,11 @@ class Session:
         self.notes: dict[str, Note] = {}
         self.between = self.copied = 0
         self._kept: dict[int, int] = {}  # bytes of storages, by where they are
-        # Outputs that are alive, by identity: a value lives as long as somebody may save it.
+        # Outputs that are alive, by identity: a value lives as long as somebody may save it,
         self._outputs: dict[int, tuple[weakref.ref[Tensor], Value]] = {}
+        # and the last ones longer: a concatenation of outputs is saved when they are gone.
+        self._last: deque[Value] = deque(maxlen=_REMEMBERED)
+        self._asked = False
         self._places: dict[int, weakref.ref[Saved]] = {}  # integers that are saved, by where they are
 
     @property
@@ -73,6 +78,9 @@ class Session:
         self, output: Tensor, inputs: tuple[Tensor, ...], again: Callable[..., Tensor], owner: Tensor | None
     ) -> None:
         """Take note of an output of one of our layers: `recording.Recorder`."""
+        if not self._asked:  # what the layer saved went to hooks of others, as in activation checkpointing
+            return
+        self._asked = False
         value = Value(output, again, tuple(self._value_of(t) for t in inputs))
         path = None if owner is None else self._label(owner)
         value.label = UNKNOWN if path is None else path
@@ -84,11 +92,19 @@ class Session:
             outputs.pop(key, None)
 
         self._outputs[key] = weakref.ref(output, forget), value
+        self._last.append(value)
+
+    def finish(self) -> None:
+        """Let go of everything but the counts."""
+        self._outputs.clear()
+        self._last.clear()
+        self._places.clear()
 
     # --- what autograd asks ---
 
     def pack(self, tensor: Tensor) -> Saved:
         """What is kept instead of a tensor that is saved."""
+        self._asked = True
         if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
             return Saved(tensor if tensor.grad_fn is None else tensor.detach())
         if tensor.grad_fn is None:
