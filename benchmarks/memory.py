@@ -5,8 +5,8 @@ allocated for its backward pass: on the CPU by the allocator's events, on a GPU 
 amount that is allocated in a step, above what was there before. Steps are timed in turn, each in a process of its own
 that has nothing else to do; a number is the median, the ratio the median of the ratios of one turn.
 
-    python benchmarks/memory.py --repeats 5
-    python benchmarks/memory.py --networks ResNet-50 --batch 8 --size 128
+    python benchmarks/memory.py --repeats 7
+    python benchmarks/memory.py --networks ResNet-50 --batch 16 --size 160
 
 The last column is computed: what in-place activated batch norm would save if all activations behind batch norm were
 leaky ReLUs, which it needs an inverse of; of ReLU, SiLU and GELU it saves nothing.
@@ -174,9 +174,9 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--networks", nargs="*", default=list(NETWORKS), choices=list(NETWORKS), metavar="NETWORK")
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--size", type=int, default=128, help="of the images")
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps; 0 for memory alone")
+    parser.add_argument("--repeats", type=int, default=7, help="timed steps; 0 for memory alone")
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
     print(HEAD)

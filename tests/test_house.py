@@ -156,6 +156,7 @@ def test_the_public_names() -> None:
         "fuse",
         "kernels",
         "recalibrate",
+        "recompute",
         "remove_dead_biases",
         "revert",
         "unfreeze",

@@ -175,7 +175,7 @@ def recompute(model: nn.Module) -> Recomputing:
 
     Gradients are the same, bit for bit: y is computed again by the same kernel from the same numbers, once, and lives
     until its last reader has it. So are activations, max poolings, concatenations and products that follow, if they
-    have not been fused. Outputs that are cheap to keep or dear to compute stay; so does every fourth in a chain of
+    have not been fused. Outputs that are cheap to keep or dear to compute stay; so does every fifth in a chain of
     residuals, so that none is computed again from its beginning.
 
     It holds for forward passes of this model from now on, in any thread, and for their backward passes whenever those

@@ -20,9 +20,9 @@ _KEY = "batchnorm.memory"
 _LEAST = 2**16  # bytes: below, what Python does for it costs more than it is worth
 _MOST_MOVED = 6  # bytes read and written for each byte that is saved; a normalisation with a residual moves 3
 # Values one after the other that may have to be computed for one that is asked for. They live until their own readers
-# have them: with three, three of four outputs in a chain of residuals are computed again, and at most three are there
+# have them: with four, four of five outputs in a chain of residuals are computed again, and at most four are there
 # at a time before their turn.
-_DEEPEST = 3
+_DEEPEST = 4
 _REMEMBERED = 32  # outputs; what they are computed from is saved anyway by the layers
 IN_PLACE_CHANGE = "its output is changed in place afterwards"
 UNKNOWN = "\0"  # the path of a layer that has nothing to know it by: no module has it
