@@ -48,7 +48,7 @@ class Recomputing:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = uncompiled(model)
-        self._paths: dict[int, str] = {}
+        self._layers: dict[int, tuple[str, nn.Module]] = {}
         self._last: Session | None = None
         self._compiled = self._removed = False
         self._running: dict[int, list[_Pass]] = {}  # by thread
@@ -134,13 +134,18 @@ class Recomputing:
     def _path(self, owner: Tensor) -> str | None:
         """The path of the layer with this parameter. By its memory: a detached one is another object."""
         place = owner.data_ptr()
-        if place not in self._paths:  # or others stand where parameters were: those of shards come and go
-            self._paths = {}
-            for path, layer in named_norm_layers(self._model):
-                for name in ("running_mean", "bias", "weight"):
-                    if isinstance(tensor := getattr(layer, name, None), Tensor) and type(tensor).__name__ != "DTensor":
-                        self._paths[tensor.data_ptr()] = path
-        return self._paths.get(place)
+        known = self._layers.get(place)
+        if known is None or place not in _places(known[1]):  # shards come and go, also at places of others
+            layers = list(named_norm_layers(self._model))
+            self._layers = {at: (path, layer) for path, layer in layers for at in _places(layer)}
+            known = self._layers.get(place)
+        return None if known is None else known[0]
+
+
+def _places(layer: nn.Module) -> set[int]:
+    """Where a layer's parameters and its running mean lie; of parts of them that are elsewhere nothing."""
+    tensors = (getattr(layer, name, None) for name in ("weight", "bias", "running_mean"))
+    return {t.data_ptr() for t in tensors if isinstance(t, Tensor) and type(t) in (Tensor, nn.Parameter)}
 
 
 def _caller() -> FrameType | None:

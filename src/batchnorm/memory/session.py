@@ -17,7 +17,7 @@ from batchnorm.memory.values import Saved, Value
 
 # In the metadata of a node of the graph: the values of its results, by their number. Nodes do not keep them alive.
 _KEY = "batchnorm.memory"
-_LEAST = 2**16  # bytes: below, what Python does for it costs more than it is worth
+_LEAST = 2**18  # bytes: below, what Python does for it takes longer than the pass over the values
 _MOST_MOVED = 6  # bytes read and written for each byte that is saved; a normalisation with a residual moves 3
 # Values one after the other that may have to be computed for one that is asked for. They live until their own readers
 # have them: with four, four of five outputs in a chain of residuals are computed again, and at most four are there
@@ -105,15 +105,15 @@ class Session:
     def pack(self, tensor: Tensor) -> Saved:
         """What is kept instead of a tensor that is saved."""
         self._asked = True
-        if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
-            return Saved(tensor if tensor.grad_fn is None else tensor.detach())
         if tensor.grad_fn is None:
             saved = Saved(tensor)
-            if not tensor.requires_grad:  # no parameter
+            if not tensor.requires_grad and tensor.layout == torch.strided:  # no parameter
                 self._count(tensor)
-            if tensor.dtype == torch.int64:
-                self._places[tensor.data_ptr()] = weakref.ref(saved)
+                if tensor.dtype == torch.int64:
+                    self._places[tensor.data_ptr()] = weakref.ref(saved)
             return saved
+        if type(tensor) is not Tensor or tensor.layout != torch.strided:
+            return Saved(tensor.detach())
         value = self._value_of(tensor)
         if not value.decided:
             self._decide(value, tensor, 0)
