@@ -208,3 +208,19 @@ def test_changes_in_place_are_counted() -> None:
     assert _torch.version(x) == before
     x.add_(1)
     assert _torch.version(x) > before
+
+
+def test_the_base_of_a_view() -> None:
+    t = torch.zeros(2, 3, requires_grad=True) * 1
+    assert _torch.base(t) is None
+    assert _torch.base(t.view(3, 2)[0]) is t
+    assert _torch.base(t.clone()) is None
+
+
+def test_what_a_node_has_kept() -> None:
+    x = torch.arange(16.0, requires_grad=True).view(1, 1, 4, 4)
+    node = nn.functional.max_pool2d(x, 2).grad_fn
+    assert node is not None
+    assert _torch.saved_by(node, "kernel_size") == (2, 2)
+    assert _torch.saved_by(node, "result1").flatten().tolist() == [5, 7, 13, 15]
+    assert _torch.saved_by(node, "nothing") is None

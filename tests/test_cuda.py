@@ -12,11 +12,14 @@ from torch import nn
 import batchnorm as bn
 from batchnorm.activations import ACTIVATIONS
 from batchnorm.kernels import triton
+from batchnorm.memory import session
 from support import oracle, tolerances
 from support.comparison import close
 from support.gpu import DEVICE, PATHS, OnTheDevice, draw, drawn, needs_a_gpu, needs_triton, without_waiting
 from support.networks import Block, used
 from support.operations import assert_the_oracles, assert_the_oracles_of_what_counts, masks
+from support.passes import gradients, residual, same_bits
+from support.passes import images as pictures
 from support.populations import assert_consistent, images, made
 from support.samples import LAYOUTS, Layout, Sample
 
@@ -234,3 +237,20 @@ def test_a_monitor_waits_for_the_device_in_recorded_steps_only() -> None:
     assert [(r.step, r.layer) for r in monitor.records] == [(3, "1"), (3, "3")]
     for one, other in zip(monitor.records, expected.records, strict=True):
         close(one.batch_mean, other.batch_mean, tolerances.CONVOLVED)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_recomputed_outputs_have_the_same_bits(
+    dtype: torch.dtype, memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(session, "_LEAST", 2**14)  # outputs are small here
+    net = residual(3).to(DEVICE, dtype, memory_format=memory_format)
+    x = pictures().to(DEVICE, dtype, memory_format=memory_format)
+    expected = gradients(copy.deepcopy(net), x)
+    net.zero_grad()
+    handle = bn.recompute(net)
+    found = gradients(net, x)
+    assert dtype == torch.float64 or len(handle.report.recomputed) > 5  # float64 is torch's there
+    same_bits(found, expected)

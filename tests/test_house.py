@@ -163,6 +163,7 @@ def test_the_public_names() -> None:
         "kernels",
         "pool_statistics",
         "recalibrate",
+        "recompute",
         "remove_dead_biases",
         "revert",
         "unfreeze",

@@ -7,6 +7,7 @@ from batchnorm.diagnosis.check import check
 from batchnorm.diagnosis.monitor import Monitor
 from batchnorm.errors import BatchNormError
 from batchnorm.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
+from batchnorm.memory.recompute import recompute
 from batchnorm.modules import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.moments import Moments
 from batchnorm.ops import kernels
@@ -56,6 +57,7 @@ __all__ = [
     "kernels",
     "pool_statistics",
     "recalibrate",
+    "recompute",
     "remove_dead_biases",
     "revert",
     "unfreeze",

@@ -72,6 +72,23 @@ def version(tensor: Tensor) -> int:
     return tensor._version
 
 
+def base(tensor: Tensor) -> Tensor | None:
+    """What a view was taken from, a view of a view too; None for a tensor that is no view.
+
+    There is no public question. Without it, a flattened output would be kept where the output itself is not.
+    """
+    return tensor._base
+
+
+def saved_by(node: Any, name: str) -> Any:  # noqa: ANN401 - torch gives nodes no public type for it
+    """What a node of the graph has kept under this name for its backward pass; None if it has no such thing.
+
+    Torch documents these attributes, under their private names. Without them, results of poolings and concatenations
+    would be kept.
+    """
+    return getattr(node, f"_saved_{name}", None)
+
+
 def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """`function.apply` without its preparations for transforms, which must not be at work.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from batchnorm.kernels.backend import Operations
 from batchnorm.kernels.reference import biased_variance
 from batchnorm.kernels.tables import beside, gradient_of
 from batchnorm.moments import Moments
+from batchnorm.recording import RECORDERS
 from batchnorm.statistics import DomainStatistics, RunningStatistics
 
 
@@ -68,23 +70,27 @@ class _BatchNorm(torch.autograd.Function):
                 for number, (mean_, var, tracked, skipped, momentum) in enumerate(of_each):
                     operations.commit(mean_, var, tracked, skipped, count, mean, m2, momentum, number)
             ctx.save_for_backward(x, count, mean, m2, weight, bias, saved_residual, mask, domain)
+            _remember(ctx, count, mean, m2)
             return y
         ctx.set_materialize_grads(False)
         given = () if domain is None else (domain,)  # the last argument of an operation
         if isinstance(statistics, RunningStatistics):
             mean, var = statistics.mean, statistics.var
             ctx.save_for_backward(x, None, mean, var, weight, bias, saved_residual, None, domain)
+            _remember(ctx, None, mean, var)
             return operations.normalize(x, mean, var, weight, bias, residual, *options, *given)
         if isinstance(statistics, Synced):
             moments, ctx.group, ctx.label = statistics
             count, mean, m2 = moments.count, moments.mean, moments.m2
             ctx.save_for_backward(x, count, mean, m2, weight, bias, saved_residual, mask, domain)
+            _remember(ctx, count, mean, m2)
             var = biased_variance(count, m2)
             return operations.normalize(x, mean, var, weight, bias, residual, *options, *given)
         table = () if domain is None else (domain, domains)
         y, count, mean, m2 = operations.forward(x, weight, bias, residual, *options, mask, *table)
         ctx.mark_non_differentiable(count, mean, m2)
         ctx.save_for_backward(x, count, mean, m2, weight, bias, saved_residual, mask, domain)
+        _remember(ctx, count, mean, m2)
         return y, count, mean, m2
 
     @staticmethod
@@ -146,7 +152,46 @@ def apply(call: Call, operations: Operations, statistics: RunningStatistics | Sy
     options = (call.eps, call.channel_dim, call.activation)
     domain, domains = (None, 1) if call.assignment is None else (call.assignment.domain, len(call.assignment.samples))
     tensors = (call.x, call.weight, call.bias, call.residual, call.mask)
-    return function(*tensors, options, operations, statistics, False, domain, domains)
+    result = function(*tensors, options, operations, statistics, False, domain, domains)
+    if operations.eager and RECORDERS:
+        record(result if isinstance(result, Tensor) else result[0], call, operations)
+    return result
+
+
+def _remember(ctx: Any, count: Tensor | None, mean: Tensor, m2_or_var: Tensor) -> None:  # noqa: ANN401 - the context
+    """Keep the statistics for `record`, which gets the context as the output's history."""
+    if ctx.operations.eager and RECORDERS:  # graphs that are traced have nothing to do with recorders
+        ctx.statistics = count, mean, m2_or_var
+
+
+def record(y: Tensor, call: Call, operations: Operations, owner: Tensor | None = None) -> None:
+    """Tell this thread's recorder of an output, if it has a gradient.
+
+    Args:
+        y: the output.
+        call: what it is the output of.
+        operations: what has computed it.
+        owner: what to know the layer by if it has no parameters.
+    """
+    recorder, history = RECORDERS.get(get_ident()), y.grad_fn
+    statistics = getattr(history, "statistics", None)
+    if recorder is None or statistics is None:
+        return
+    del history.statistics  # type: ignore[union-attr]  # the context of our function, on which it was set
+    count, mean, m2_or_var = statistics
+    x, residual, options = call.x, call.residual, (call.eps, call.channel_dim, call.activation)
+    # Copies: the parameters' memory may be taken back before the backward pass, and their values may change.
+    weight, bias = (None if t is None else t.detach().clone() for t in (call.weight, call.bias))
+
+    given = () if call.assignment is None else (call.assignment.domain,)
+
+    def again(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        # The second half of the forward operation, which gives the same bits.
+        var = m2_or_var if count is None else biased_variance(count, m2_or_var)
+        return operations.normalize(x, mean, var, weight, bias, residual, *options, *given)
+
+    owner = next((t for t in (call.weight, call.bias, owner) if t is not None), None)
+    recorder.record(y, (x,) if residual is None else (x, residual), again, owner)
 
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]

@@ -15,6 +15,7 @@ from batchnorm.errors import CountError, OptionError, ShapeError, TransformError
 from batchnorm.kernels import aten
 from batchnorm.kernels.running_statistics import check_running
 from batchnorm.moments import Moments, pool
+from batchnorm.recording import RECORDERS
 from batchnorm.statistics import BatchStatistics, RunningStatistics, SyncStatistics
 
 _BATCH = BatchStatistics()
@@ -166,6 +167,8 @@ def normalize_and_commit(call: Call, running: RunningStatistics) -> Tensor:
         y: Tensor = autograd.plain_apply(
             x, call.weight, call.bias, call.residual, call.mask, options, operations, target, True, None, 1
         )
+        if RECORDERS:
+            autograd.record(y, call, operations, running.mean)
         return y
     y, moments = _normalize(call)
     if not _torch.in_backward_recompute():

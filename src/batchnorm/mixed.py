@@ -17,6 +17,7 @@ from batchnorm.errors import CountError, OptionError
 from batchnorm.kernels import aten
 from batchnorm.kernels.reference import statistics_dtype
 from batchnorm.moments import Moments, pool
+from batchnorm.recording import RECORDERS
 from batchnorm.statistics import BatchStatistics, DomainStatistics, RunningStatistics, SyncStatistics
 
 
@@ -70,6 +71,8 @@ def normalize_and_commit(call: Call, running: DomainStatistics, names: Sequence[
         tensors = (call.x, call.weight, call.bias, call.residual, call.mask)
         table = (assignment.domain, len(assignment.samples))
         y: Tensor = autograd.plain_apply(*tensors, options, operations, target, True, *table)
+        if RECORDERS:
+            autograd.record(y, call, operations, running.of_each[0].mean)
         return y
     y, moments = normalize(call, BatchStatistics(), names)
     if not _torch.in_backward_recompute():

@@ -1,0 +1,1 @@
+"""The memory of activations: what is kept for the backward pass, and what is computed again."""

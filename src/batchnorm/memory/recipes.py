@@ -1,0 +1,124 @@
+"""Operations between the layers whose results can be computed again: how, from what, by the history of the result.
+
+The results of activations, max poolings, concatenations, products and views are; those of everything else are kept: of
+dropout because its numbers are drawn, of padding because torch does not tell the value, of sums and convolutions
+because what they are computed from is not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from batchnorm import _torch
+from batchnorm.memory.values import Value
+
+Find = Callable[[int], Value | None]  # the value of an operation's input, by its number
+
+
+class Recipe(NamedTuple):
+    """How to compute a result again.
+
+    Attributes:
+        again: from the inputs' values.
+        inputs: what it is computed from.
+        copied: how many bytes are kept for this alone.
+    """
+
+    again: Callable[..., Tensor]
+    inputs: tuple[Value, ...]
+    copied: int = 0
+
+
+def _elementwise(function: Callable[..., Tensor], *parameters: str) -> Callable[..., Recipe | None]:
+    """The rule of an activation; its parameters are those that its node has kept."""
+
+    def rule(node: Any, result: Tensor, find: Find) -> Recipe | None:  # noqa: ANN401 - torch's nodes have no type
+        z = find(0)
+        if z is None or z.shape != result.shape or z.dtype != result.dtype:
+            return None
+        given = [_torch.saved_by(node, name) for name in parameters]
+        return Recipe(lambda z: function(z, *given), (z,))
+
+    return rule
+
+
+def _max_pool(function: Callable[..., Any]) -> Callable[..., Recipe | None]:
+    def rule(node: Any, result: Tensor, find: Find) -> Recipe | None:  # noqa: ANN401 - torch's nodes have no type
+        if (x := find(0)) is None or x.dtype != result.dtype:
+            return None
+        pool = pooling(node, function)
+        return Recipe(lambda x: pool(x)[0], (x,))
+
+    return rule
+
+
+def pooling(node: Any, function: Callable[..., Any]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:  # noqa: ANN401 - see above
+    """A max pooling with the parameters that its node has kept: to the values and their places."""
+    names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
+    given = [_torch.saved_by(node, name) for name in names]
+    given[1] = given[1] or None  # nothing: as large as the kernel
+    return lambda x: function(x, *given, return_indices=True)
+
+
+def _concatenation(node: Any, result: Tensor, find: Find) -> Recipe | None:  # noqa: ANN401 - torch's nodes have no type
+    """From its parts; one part that nobody knows is kept, as a copy."""
+    dim, rank, shape = int(_torch.saved_by(node, "dim")), result.dim(), result.shape
+    dim = (dim - 2**64 if dim >= 2**63 else dim) % rank  # negative ones are kept as unsigned numbers
+    known = [find(i) for i in range(len(node.next_functions))]
+    for part in known:
+        if part is not None and (
+            len(part.shape) != rank
+            or part.dtype != result.dtype
+            or any(part.shape[d] != shape[d] for d in range(rank) if d != dim)
+        ):
+            return None
+    unknown = [i for i, part in enumerate(known) if part is None]
+    sizes = [0 if part is None else part.shape[dim] for part in known]
+    rest = shape[dim] - sum(sizes)
+    if len(unknown) > 1 or rest < 0 or (not unknown and rest) or 2 * rest > shape[dim]:
+        return None
+    parts, copied = list(known), 0
+    if unknown:
+        (place,) = unknown
+        with torch.no_grad():
+            copy = result.detach().narrow(dim, sum(sizes[:place]), rest).clone()
+        parts[place] = own = Value(copy)
+        copied = own.bytes
+    return Recipe(lambda *parts: torch.cat(parts, dim), tuple(part for part in parts if part is not None), copied)
+
+
+def _product(node: Any, result: Tensor, find: Find) -> Recipe | None:  # noqa: ANN401 - torch's nodes have no type
+    a, b = find(0), find(1)
+    if a is None or b is None or a.dtype != result.dtype or b.dtype != result.dtype:
+        return None
+    return Recipe(torch.mul, (a, b))
+
+
+# By the names that torch gives to the nodes of its graph.
+ACTIVATIONS: dict[str, Callable[[Any, Tensor, Find], Recipe | None]] = {
+    "ReluBackward0": _elementwise(torch.relu),
+    "SiluBackward0": _elementwise(F.silu),
+    "MishBackward0": _elementwise(F.mish),
+    "HardswishBackward0": _elementwise(F.hardswish),
+    "HardsigmoidBackward0": _elementwise(F.hardsigmoid),
+    "SigmoidBackward0": _elementwise(torch.sigmoid),
+    "TanhBackward0": _elementwise(torch.tanh),
+    "HardtanhBackward0": _elementwise(F.hardtanh, "min_val", "max_val"),
+    "LeakyReluBackward0": _elementwise(F.leaky_relu, "negative_slope"),
+    "GeluBackward0": _elementwise(lambda z, approximate: F.gelu(z, approximate=approximate), "approximate"),
+}
+MAX_POOLS: dict[str, Callable[..., Any]] = {
+    "MaxPool2DWithIndicesBackward0": F.max_pool2d,
+    "MaxPool3DWithIndicesBackward0": F.max_pool3d,
+}
+RULES = {
+    "CatBackward0": _concatenation,
+    "MulBackward0": _product,
+    **{name: _max_pool(function) for name, function in MAX_POOLS.items()},
+    **ACTIVATIONS,
+}
