@@ -18,6 +18,7 @@ from batchnorm.moments import Moments, pool
 from batchnorm.statistics import BatchStatistics, RunningStatistics, SyncStatistics
 
 _BATCH = BatchStatistics()
+_NOTHING = (None,) * 5  # in place of running statistics
 
 
 def batch_norm(
@@ -162,10 +163,20 @@ def normalize_and_commit(call: Call, running: RunningStatistics) -> Tensor:
     if operations.eager:
         # A pass that is repeated commits nothing, by the same operator: selective checkpointing wants to see it again.
         target = running if _torch.current_backward() == -1 else None
-        options = (call.eps, channel_dim, call.activation)
-        y: Tensor = autograd.plain_apply(
-            x, call.weight, call.bias, call.residual, call.mask, options, operations, target, True
+        weight, bias, residual, options = (
+            call.weight,
+            call.bias,
+            call.residual,
+            (call.eps, channel_dim, call.activation),
         )
+        if (
+            operations.train is not None
+            and type(x) is Tensor
+            # Of a frozen input only the sums are needed.
+            and (x.requires_grad or (residual is not None and residual.requires_grad) or not torch.is_grad_enabled())
+        ):
+            return operations.train(x, weight, bias, residual, *options, call.mask, *(target or _NOTHING))
+        y: Tensor = autograd.plain_apply(x, weight, bias, residual, call.mask, options, operations, target, True)
         return y
     y, moments = _normalize(call)
     if not _torch.in_backward_recompute():
