@@ -77,7 +77,7 @@ wheel: $(VENV)/dev ## the wheel for this kind of machine: every Python, every to
 	rm -rf build/wheel
 	$(PIP) wheel --quiet --no-deps --no-build-isolation -w build/wheel .
 	if [ "$$(uname)" = Linux ]; then \
-	  PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --exclude libtorch_cpu.so -w $(DIST) build/wheel/*.whl; \
+	  PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --exclude libtorch_cpu.so --exclude libc10.so -w $(DIST) build/wheel/*.whl; \
 	else mkdir -p $(DIST) && cp build/wheel/*.whl $(DIST)/; fi
 
 peers: ## environments for `batchnorm bench --peers`

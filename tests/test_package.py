@@ -90,6 +90,9 @@ def test_the_wheel_serves_every_python_and_most_systems(wheel: Path) -> None:
         assert int(glibc[1]) <= 35, "Ubuntu 22.04 and Debian 12 are to have what it needs"
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"batchnorm/_native.so", "batchnorm/py.typed", "batchnorm/report/templates/page.html.j2"} <= names
+    (pinned,) = re.findall(r"^torch==(.*)", (ROOT / "constraints.txt").read_text(), flags=re.M)
+    (library,) = (name for name in names if name.startswith("batchnorm/_autograd-"))
+    assert re.fullmatch(rf"batchnorm/_autograd-{re.escape(pinned)}-[0-9a-f]{{8}}\.so", library)
     assert not [name for name in names if name.endswith((".cpp", ".hpp"))]
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"batchnorm"}
     assert not [name for name in names if name.startswith("batchnorm.libs/")], "a library of the system's came along"

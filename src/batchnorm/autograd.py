@@ -1,14 +1,18 @@
-"""The package's only `torch.autograd.Function`: the operations with their derivatives, of every order."""
+"""The package's only `torch.autograd.Function` in Python: the operations with their derivatives, of every order.
+
+`kernels/cpu/autograd/` has the commonest case again, in C++.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from batchnorm import _torch
+from batchnorm import _torch, ops
 from batchnorm.call import Arguments, Call, Options
 from batchnorm.distributed import Group
 from batchnorm.errors import TransformError
@@ -203,7 +207,7 @@ def _differentiable_gradients(
     statistics: tuple[Tensor, Tensor] | None,
     arguments: Arguments,
     mask: Tensor | None,
-    needs: tuple[bool, bool, bool, bool],
+    needs: Sequence[bool],
     domain: Tensor | None,
     domains: int,
 ) -> Gradients:
@@ -214,6 +218,8 @@ def _differentiable_gradients(
     """
     # Views, because one input may be computed from another: each gradient is the partial one.
     weight, bias, residual, eps, channel_dim, activation = arguments
+    if not any(needed and t is not None for t, needed in zip((x, weight, bias, residual), needs, strict=True)):
+        return None, None, None, None
     weight, bias, residual = (None if t is None else t.view_as(t) for t in (weight, bias, residual))
     x = x.view_as(x)
     if mask is not None:  # what nobody uses may be anything
@@ -230,3 +236,28 @@ def _differentiable_gradients(
         next(partial) if needed and t is not None else None for t, needed in zip(inputs, needs, strict=True)
     )
     return dx, dweight, dbias, dresidual
+
+
+def _train_gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    channel_dim: int,
+    activation: str | None,
+    mask: Tensor | None,
+    needs: list[bool],
+) -> list[Tensor]:
+    """What `_BatchNorm.backward` does with create_graph=True, for the graph of `train`: the gradients that are needed.
+
+    Without an activation the residual is not among the arguments, and its gradient is dy.
+    """
+    arguments: Arguments = (weight, bias, residual, eps, channel_dim, activation)
+    *found, dresidual = _differentiable_gradients(dy, x, None, arguments, mask, needs, None, 1)
+    found.append(dy if residual is None else dresidual)
+    return [t for t, needed in zip(found, needs, strict=True) if needed and t is not None]
+
+
+ops.define_train_gradients(_train_gradients)

@@ -19,6 +19,7 @@ from batchnorm.recording import RECORDERS
 from batchnorm.statistics import BatchStatistics, RunningStatistics, SyncStatistics
 
 _BATCH = BatchStatistics()
+_NOTHING = (None,) * 5  # in place of running statistics
 
 
 def batch_norm(
@@ -163,10 +164,14 @@ def normalize_and_commit(call: Call, running: RunningStatistics) -> Tensor:
     if operations.eager:
         # A pass that is repeated commits nothing, by the same operator: selective checkpointing wants to see it again.
         target = running if _torch.current_backward() == -1 else None
-        options = (call.eps, channel_dim, call.activation)
-        y: Tensor = autograd.plain_apply(
-            x, call.weight, call.bias, call.residual, call.mask, options, operations, target, True, None, 1
-        )
+        tensors, options = (x, call.weight, call.bias, call.residual), (call.eps, channel_dim, call.activation)
+        # In C++, but where somebody records how outputs come about, and for a frozen input, of which only the sums are
+        # needed.
+        recorded = x.requires_grad or (call.residual is not None and call.residual.requires_grad)
+        plain = type(x) is Tensor and not RECORDERS and (recorded or not torch.is_grad_enabled())
+        if plain and operations.train is not None:
+            return operations.train(*tensors, *options, call.mask, *(target or _NOTHING))
+        y: Tensor = autograd.plain_apply(*tensors, call.mask, options, operations, target, True, None, 1)
         if RECORDERS:
             autograd.record(y, call, operations, running.mean)
         return y

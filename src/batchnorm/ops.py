@@ -115,6 +115,19 @@ def _operator(name: str) -> object:
     return getattr(torch.ops.batchnorm, name).default
 
 
+def define_train_gradients(function: Callable[..., list[Tensor]]) -> None:
+    """Have the graph of `train` call `function`, which autograd sees through, where the gradients get a graph.
+
+    The first one stays: see above.
+    """
+    kept = vars(torch.ops.batchnorm)
+    if cpu.AUTOGRAD and "train_gradients_definition" not in kept:
+        library = torch.library.Library("batchnorm", "FRAGMENT")
+        library.define(torch.library.infer_schema(function, op_name="train_gradients", mutates_args=()))
+        library.impl("train_gradients", function, "CompositeImplicitAutograd")
+        kept["train_gradients_definition"] = library
+
+
 def unless_repeated(count: Tensor, running_mean: Tensor) -> Tensor:
     """The count of what a graph is to commit to running_mean; 0 where a backward pass repeats the graph's pass.
 
@@ -128,7 +141,8 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # A device with kernels of its own is one entry.
 BACKENDS: tuple[Backend, ...] = ()
 if cpu.AVAILABLE:
-    BACKENDS += (Backend(lambda: f"native ({cpu.level()})", ("cpu",), DTYPES, cpu.ACTIVATIONS, _operator),)
+    _train = torch.ops.batchnorm.train.default if cpu.AUTOGRAD else None
+    BACKENDS += (Backend(lambda: f"native ({cpu.level()})", ("cpu",), DTYPES, cpu.ACTIVATIONS, _operator, _train),)
 if triton.AVAILABLE:  # ROCm's devices are called "cuda", too
     BACKENDS += (Backend(lambda: "triton", ("cuda",), triton.DTYPES, triton.ACTIVATIONS, _operator),)
 
@@ -158,7 +172,7 @@ _WITHOUT_FALLBACK = ("cpu",)
 _WITH_DOMAINS = ("cpu",)
 _TABLE: dict[tuple[str, torch.dtype, str | None], _Choice] = {}
 for _backend in BACKENDS:
-    _choice = _Choice(*(Operations(_backend.find, eager=eager) for eager in (True, False)))
+    _choice = _Choice(Operations(_backend.find, eager=True, train=_backend.train), Operations(_backend.find))
     for _device in _backend.devices:
         for _dtype in _backend.dtypes:
             _TABLE |= {(_device, _dtype, activation): _choice for activation in _backend.activations}

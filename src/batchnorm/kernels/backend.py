@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ParamSpec, TypeVar, cast
 
 import torch
+from torch import Tensor
 
 from batchnorm.kernels import reference
 
@@ -22,18 +23,26 @@ class Operations:
         eager: whether they may change running statistics where autograd does not see it; not while a graph is traced.
         differentiable: whether `forward` and `normalize` are for autograd to see through, instead of `autograd`'s
             function around them.
+        train: `forward_commit` with its derivatives, where it needs no function of autograd's around it. Returns y.
 
     Attributes:
-        eager, differentiable: as given.
+        eager, differentiable, train: as given.
         batch_moments, normalize, normalize_, forward, backward_sums, backward_input, backward, commit, forward_commit:
             the functions; what each means is written in `kernels.reference`.
     """
 
-    def __init__(self, find: Callable[[str], object], *, eager: bool = False, differentiable: bool = False) -> None:
+    def __init__(
+        self,
+        find: Callable[[str], object],
+        *,
+        eager: bool = False,
+        differentiable: bool = False,
+        train: Callable[..., Tensor] | None = None,
+    ) -> None:
         def typed(function: Callable[P, R]) -> Callable[P, R]:
             return cast("Callable[P, R]", find(function.__name__))
 
-        self.eager, self.differentiable = eager, differentiable
+        self.eager, self.differentiable, self.train = eager, differentiable, train
         self.batch_moments = typed(reference.batch_moments)
         self.normalize = typed(reference.normalize)
         self.normalize_ = typed(reference.normalize_)
@@ -57,6 +66,7 @@ class Backend:
         dtypes: of the input.
         activations: those that it has, None for no activation among them.
         find: from an operation's name to the function.
+        train: as in `Operations`.
     """
 
     name: Callable[[], str]
@@ -64,3 +74,4 @@ class Backend:
     dtypes: tuple[torch.dtype, ...]
     activations: frozenset[str | None]
     find: Callable[[str], object]
+    train: Callable[..., Tensor] | None = None

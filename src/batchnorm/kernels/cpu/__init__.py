@@ -2,7 +2,8 @@
 
 The library registers the operators' implementations for the CPU by itself, under the names of `kernels.reference`,
 whether the schemas are defined before it is loaded or after. What it is asked and told besides goes through operators
-too: `loops/` has what is compiled once for each instruction set, `host/` the rest.
+too: `loops/` has what is compiled once for each instruction set, `host/` the rest. `autograd/` is a library of its own,
+with the operator `train`, for the torch that it was compiled with.
 """
 
 from __future__ import annotations
@@ -12,10 +13,20 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
-__all__ = ["ACTIVATIONS", "AVAILABLE", "UNAVAILABLE_REASON", "level", "levels", "resizable_outputs", "use_level"]
+__all__ = [
+    "ACTIVATIONS",
+    "AUTOGRAD",
+    "AVAILABLE",
+    "UNAVAILABLE_REASON",
+    "level",
+    "levels",
+    "resizable_outputs",
+    "use_level",
+]
 
 
 def _load() -> str:
@@ -30,8 +41,29 @@ def _load() -> str:
     return ""
 
 
+def _load_autograd(folder: Path) -> str:
+    """Load the library that was compiled with exactly this torch. Returns the file's name, "" where there is none."""
+    version, commit = torch.__version__.partition("+")[0], str(torch.version.git_version)[:8]
+    library = folder / f"_autograd-{version}-{commit}.so"
+    if not library.is_file():
+        return ""
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        warnings.warn(
+            f"the library for training steps without Python does not load, small inputs take longer: {error}",
+            UserWarning,
+            stacklevel=2,
+        )
+        return ""
+    return library.name
+
+
 UNAVAILABLE_REASON = _load()
 AVAILABLE = not UNAVAILABLE_REASON
+_found = importlib.util.find_spec("batchnorm._native") if AVAILABLE else None
+# The file whose `train` is in use, "" where there is none for this torch.
+AUTOGRAD = "" if _found is None or _found.origin is None else _load_autograd(Path(_found.origin).parent)
 
 _operators = torch.ops.batchnorm
 # What there are kernels for; None is no activation.
