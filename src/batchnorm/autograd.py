@@ -194,7 +194,9 @@ def record(y: Tensor, call: Call, operations: Operations, owner: Tensor | None =
         var = m2_or_var if count is None else biased_variance(count, m2_or_var)
         return operations.normalize(x, mean, var, weight, bias, residual, *options, *given)
 
-    owner = next((t for t in (call.weight, call.bias, owner) if t is not None), None)
+    # Weights of several domains are stacked for the call, and known to nobody.
+    known = (call.weight, call.bias, owner) if call.assignment is None else (owner, call.weight, call.bias)
+    owner = next((t for t in known if t is not None), None)
     recorder.record(y, (x,) if residual is None else (x, residual), again, owner)
 
 

@@ -41,6 +41,17 @@ def test_autocast() -> None:
     assert report.saved == 3 * 4 * CHANNELS * 64 * 64 * 2
 
 
+@pytest.mark.parametrize("own_affine", [False, True])
+def test_samples_of_several_domains(own_affine: bool) -> None:
+    def call(net: nn.Module, x: Tensor) -> Tensor:
+        with bn.domain(net, torch.arange(len(x)) % 2):
+            y: Tensor = net(x)
+        return y
+
+    report = check(chain(domains=("clean", "noisy"), own_affine=own_affine), images(), call).report
+    assert report.recomputed == ("1", "3", "5")
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_residuals(fused: bool) -> None:
     check(residual(fused=fused), images())
