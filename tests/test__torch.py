@@ -154,6 +154,13 @@ def test_the_compiler_is_kept_out_and_is_not_imported_for_it() -> None:
     assert run.returncode == 0, run.stderr
 
 
+def test_hooks_for_saved_tensors_are_seen() -> None:
+    assert not _torch.saves_through_hooks()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        assert _torch.saves_through_hooks()
+    assert not _torch.saves_through_hooks()
+
+
 def test_thread_modes_change_inside_modes() -> None:
     before = _torch.thread_modes()
     with torch.device("meta"):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_domains import DOMAIN, NAMES, agree, batch, layer, mixed, state
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import batchnorm as bn
 from batchnorm import errors
@@ -101,6 +101,26 @@ def test_checkpointing_whose_choice_is_over_says_so() -> None:
         y = checkpoint(one, batch(3, 5).requires_grad_(), use_reentrant=False)
     with pytest.raises(errors.OptionError, match="activation checkpointing repeats"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("determinism_check", ["default", "none"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("first", "again"),
+    [("clean", "adversarial"), (DOMAIN, DOMAIN.flip(0)), (DOMAIN, "clean"), ("clean", DOMAIN)],
+    ids=str,
+)
+def test_checkpointing_inside_another_choice_raises_instead_of_wrong_gradients(
+    first: str | torch.Tensor, again: str | torch.Tensor, training: bool, determinism_check: str
+) -> None:
+    one = network().train(training)
+    with bn.domain(one, first):
+        y = checkpoint(one, batch(3, 5).requires_grad_(), use_reentrant=False, determinism_check=determinism_check)
+    # Torch's own, where it compares, or where another number of tensors is saved for other domains; else ours.
+    message = "repeated for other domains|different metadata|different number of tensors"
+    with bn.domain(one, again), pytest.raises((errors.OptionError, CheckpointError), match=message):
+        y.sum().backward()
+    assert all(p.grad is None for p in one.parameters())
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "save"])

@@ -143,6 +143,14 @@ def thread_modes() -> tuple[object, ...]:
     )
 
 
+def saves_through_hooks() -> bool:
+    """Whether hooks for saved tensors are at work: activation checkpointing, or tensors kept elsewhere.
+
+    There is no public question. Without it, every call would have to be prepared for a repetition.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
     """A module's own parameters by name, those that are None too: `named_parameters` leaves these out.
 

@@ -1,4 +1,4 @@
-"""The package's only `torch.autograd.Function` in Python: the operations with their derivatives, of every order.
+"""The package's `torch.autograd.Function`s in Python: the operations with their derivatives, of every order.
 
 `kernels/cpu/autograd/` has the commonest case again, in C++.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from batchnorm import _torch, ops
 from batchnorm.call import Arguments, Call, Options
 from batchnorm.distributed import Group
-from batchnorm.errors import TransformError
+from batchnorm.errors import OptionError, TransformError
 from batchnorm.kernels import reference
 from batchnorm.kernels.backend import Operations
 from batchnorm.kernels.reference import biased_variance
@@ -144,6 +144,33 @@ class _BatchNorm(torch.autograd.Function):
             dresidual if needs_residual else None,
             *(None,) * 7,
         )
+
+
+class _Marked(torch.autograd.Function):
+    """An output, with a mark among the saved tensors: activation checkpointing compares shapes of what it repeats."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, mark: int) -> Tensor:  # noqa: ANN401 - the context
+        ctx.mark = mark
+        ctx.save_for_backward(y.new_empty(0, mark))
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401 - the context
+        (saved,) = ctx.saved_tensors
+        if saved.shape != (0, ctx.mark):  # any other tensor, where not as many are saved for those domains
+            raise OptionError(
+                "got a forward pass repeated for other domains than it was made for: the backward pass runs inside "
+                "another batchnorm.domain. Call backward inside the same one, or give checkpoint "
+                "context_fn=lambda: (batchnorm.domain(model, which), batchnorm.domain(model, which))"
+            )
+        return dy, None
+
+
+def marked(y: Tensor, mark: int) -> Tensor:
+    """The same y. Where its forward pass is repeated in a backward pass, the mark has to be the same, or that raises."""
+    output: Tensor = _Marked.apply(y, mark)
+    return output
 
 
 # For eager operations only; `functional.normalize_and_commit` calls it itself, because small inputs feel every call.

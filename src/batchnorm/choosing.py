@@ -49,7 +49,8 @@ def domain(model: nn.Module, which: Which) -> Iterator[None]:
 
     Inside another context of the same layers, this one counts. A forward pass that activation checkpointing repeats in
     the backward pass needs the choice there: call `backward` inside, or give `torch.utils.checkpoint.checkpoint` the
-    argument `context_fn=lambda: (batchnorm.domain(model, which), batchnorm.domain(model, which))`.
+    argument `context_fn=lambda: (batchnorm.domain(model, which), batchnorm.domain(model, which))`. Repeated for other
+    domains, it raises; with `use_reentrant=True` nothing can tell.
 
     Args:
         model: its layers of ours with domains, of all depths, are meant; all must know `which`.

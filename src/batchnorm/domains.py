@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from batchnorm import functional, mixed
-from batchnorm._torch import in_backward_recompute
+from batchnorm import autograd, functional, mixed
+from batchnorm._torch import in_backward_recompute, in_functorch, saves_through_hooks
 from batchnorm.call import Assignment, Call
 from batchnorm.errors import OptionError
 from batchnorm.kernels.running_statistics import check_running
@@ -69,6 +69,17 @@ class DomainLayer(LayerState):
             self._propose_all(moments, running)
         if self.inplace and not training and not torch.is_grad_enabled():
             return input.copy_(output)
+        return output
+
+    def _marked(self, output: Tensor) -> Tensor:
+        """The output, which a repetition for other domains does not give again: where one may come, it will raise."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or in_functorch() or not saves_through_hooks():
+            return output
+        choice = self._row
+        if isinstance(choice, Row):
+            return autograd.marked(output, choice.number)
+        if isinstance(choice, Assignment):
+            return autograd.marked(output, len(self._rows) + hash(tuple(choice.domain.tolist())) % 2**40)
         return output
 
     def _assignment(self, input: Tensor) -> Assignment | None:

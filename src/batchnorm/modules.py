@@ -204,6 +204,12 @@ class BatchNorm(DomainLayer):
                 f"got activation={activation!r} for a layer with activation={self.activation!r}; one call has one. "
                 f"Leave one of them out"
             )
+        output = self._normalized(input, residual, mask, activation)
+        return self._marked(output) if len(self._rows) > 1 else output
+
+    def _normalized(
+        self, input: Tensor, residual: Tensor | None, mask: Tensor | None, activation: str | None
+    ) -> Tensor:
         row, training, frozen = self._row, self.training, self.frozen
         if type(row) is not Row or (self.domains and self.sync and training):
             try:
