@@ -168,8 +168,8 @@ class _Marked(torch.autograd.Function):
 
 
 def marked(y: Tensor, mark: int) -> Tensor:
-    """The same y. Where its forward pass is repeated in a backward pass, the mark has to be the same, or that raises."""
-    output: Tensor = _Marked.apply(y, mark)
+    """The same y. Where its forward pass is repeated in a backward pass, another mark raises."""
+    output: Tensor = _Marked.apply(y, mark)  # type: ignore[no-untyped-call]  # torch's
     return output
 
 
