@@ -233,3 +233,8 @@ def check_sync(sync: bool, process_group: object, virtual_batch_size: int | None
             f"got virtual_batch_size={virtual_batch_size} with statistics that processes share; ghost batches make a "
             f"batch smaller, sharing makes it larger. Leave one of the two out"
         )
+
+
+def wrong_eps(eps: float) -> OptionError:
+    """The error for an eps that training cannot have."""
+    return OptionError(f"got eps={eps}; eps must be positive and finite in training. torch's default is 1e-5")

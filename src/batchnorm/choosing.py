@@ -25,20 +25,19 @@ Which = str | int | Sequence[str | int] | Tensor | Mapping[str, float]
 def domain(model: nn.Module, which: Which) -> Iterator[None]:
     r"""Inside, the samples that a model is called with are of these domains, in each of its layers that has domains.
 
-    ```python
-    import torch
-    import batchnorm as bn
+        import torch
+        import batchnorm as bn
 
-    net = bn.convert(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)), domains=("clean", "noisy"))
-    x = torch.randn(4, 3, 8, 8)
-    with bn.domain(net, "noisy"):
-        net(x)
-    with bn.domain(net, ["clean", "noisy", "noisy", "clean"]):  # each normalised by its own domain's moments
-        net(x)
-    net.eval()
-    with bn.domain(net, {"clean": 0.7, "noisy": 0.3}):
-        net(x)
-    ```
+        net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        bn.convert(net, domains=("clean", "noisy"))
+        x = torch.randn(4, 3, 8, 8)
+        with bn.domain(net, "noisy"):
+            net(x)
+        with bn.domain(net, ["clean", "noisy", "noisy", "clean"]):  # each normalised by its own domain's moments
+            net(x)
+        net.eval()
+        with bn.domain(net, {"clean": 0.7, "noisy": 0.3}):
+            net(x)
 
     In training, samples are normalised by the moments of their domain's samples in the batch, and these move that
     domain's running statistics; a domain without samples keeps its own, `num_batches_tracked` included. In inference

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from batchnorm import _torch, autograd, ghost, layout, ops, sync
-from batchnorm.call import Call, check_sync, check_virtual_batch_size, empty_output
+from batchnorm.call import Call, check_sync, check_virtual_batch_size, empty_output, wrong_eps
 from batchnorm.distributed import Group
 from batchnorm.errors import CountError, OptionError, ShapeError, TransformError
 from batchnorm.kernels import aten
@@ -307,11 +307,6 @@ def _normalize_ghost_batches(call: Call, size: int) -> tuple[Tensor, Moments]:
         proposals.append(pool(count, moments.mean.view(ghosts, -1), moments.m2.view(ghosts, -1)))
     y = torch.cat(outputs).movedim(1, axis)
     return layout.laid_out(y, call.x), sum(proposals[1:], start=proposals[0])
-
-
-def wrong_eps(eps: float) -> OptionError:
-    """The error for an eps that training cannot have."""
-    return OptionError(f"got eps={eps}; eps must be positive and finite in training. torch's default is 1e-5")
 
 
 def _one_value(call: Call, how: str = "") -> CountError:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from batchnorm import _torch, autograd, functional, ghost, layout, ops, sync
-from batchnorm.call import Assignment, Call, check_virtual_batch_size, empty_output
+from batchnorm.call import Assignment, Call, check_virtual_batch_size, empty_output, wrong_eps
 from batchnorm.errors import CountError, OptionError
 from batchnorm.kernels import aten
 from batchnorm.kernels.reference import statistics_dtype
@@ -36,7 +36,7 @@ def normalize(call: Call, statistics: BatchStatistics | SyncStatistics, names: S
         Others as `functional.normalize`.
     """
     if not 0 < call.eps < math.inf:
-        raise functional.wrong_eps(call.eps)
+        raise wrong_eps(call.eps)
     if ops.read_by_others():
         aten.refuse("samples of several domains")
     if call.channel_dim == 0:
