@@ -74,27 +74,31 @@ class _BatchNorm(torch.autograd.Function):
                 for number, (mean_, var, tracked, skipped, momentum) in enumerate(of_each):
                     operations.commit(mean_, var, tracked, skipped, count, mean, m2, momentum, number)
             ctx.save_for_backward(x, count, mean, m2, weight, bias, saved_residual, mask, domain)
-            _remember(ctx, count, mean, m2)
+            if operations.eager and RECORDERS:
+                _remember(ctx, count, mean, m2)
             return y
         ctx.set_materialize_grads(False)
         given = () if domain is None else (domain,)  # the last argument of an operation
         if isinstance(statistics, RunningStatistics):
             mean, var = statistics.mean, statistics.var
             ctx.save_for_backward(x, None, mean, var, weight, bias, saved_residual, None, domain)
-            _remember(ctx, None, mean, var)
+            if operations.eager and RECORDERS:
+                _remember(ctx, None, mean, var)
             return operations.normalize(x, mean, var, weight, bias, residual, *options, *given)
         if isinstance(statistics, Synced):
             moments, ctx.group, ctx.label = statistics
             count, mean, m2 = moments.count, moments.mean, moments.m2
             ctx.save_for_backward(x, count, mean, m2, weight, bias, saved_residual, mask, domain)
-            _remember(ctx, count, mean, m2)
+            if operations.eager and RECORDERS:
+                _remember(ctx, count, mean, m2)
             var = biased_variance(count, m2)
             return operations.normalize(x, mean, var, weight, bias, residual, *options, *given)
         table = () if domain is None else (domain, domains)
         y, count, mean, m2 = operations.forward(x, weight, bias, residual, *options, mask, *table)
         ctx.mark_non_differentiable(count, mean, m2)
         ctx.save_for_backward(x, count, mean, m2, weight, bias, saved_residual, mask, domain)
-        _remember(ctx, count, mean, m2)
+        if operations.eager and RECORDERS:
+            _remember(ctx, count, mean, m2)
         return y, count, mean, m2
 
     @staticmethod
@@ -191,8 +195,7 @@ def apply(call: Call, operations: Operations, statistics: RunningStatistics | Sy
 
 def _remember(ctx: Any, count: Tensor | None, mean: Tensor, m2_or_var: Tensor) -> None:  # noqa: ANN401 - the context
     """Keep the statistics for `record`, which gets the context as the output's history."""
-    if ctx.operations.eager and RECORDERS:  # graphs that are traced have nothing to do with recorders
-        ctx.statistics = count, mean, m2_or_var
+    ctx.statistics = count, mean, m2_or_var
 
 
 def record(y: Tensor, call: Call, operations: Operations, owner: Tensor | None = None) -> None:

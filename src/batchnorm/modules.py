@@ -204,17 +204,11 @@ class BatchNorm(DomainLayer):
                 f"got activation={activation!r} for a layer with activation={self.activation!r}; one call has one. "
                 f"Leave one of them out"
             )
-        output = self._normalized(input, residual, mask, activation)
-        return self._marked(output) if len(self._rows) > 1 else output
-
-    def _normalized(
-        self, input: Tensor, residual: Tensor | None, mask: Tensor | None, activation: str | None
-    ) -> Tensor:
         row, training, frozen = self._row, self.training, self.frozen
         if type(row) is not Row or (self.domains and self.sync and training):
             try:
                 self._check_input_dim(input)
-                return self._forward_by_domain(input, residual, mask, activation)
+                return self._marked(self._forward_by_domain(input, residual, mask, activation))
             except BatchNormError as error:
                 raise error.within(self._title()) from None
         own = self._parameters  # attributes take several times as long, and `get` would look at them all the same
@@ -234,16 +228,9 @@ class BatchNorm(DomainLayer):
         try:
             self._check_input_dim(input)
             call = Call(input, weight, bias, residual, mask, self._eps, self.channel_dim, activation)
-            if mean is not None and var is not None and by_running:
-                if not training:
-                    return functional.normalize_by_running(call, mean, var, inplace=self.inplace)
-                output = functional.normalize_by_running(call, mean, var)
-                if moves:
-                    self._propose(functional.batch_moments(call, self._statistics()), row)
-                return output
-            if not training:  # without running statistics
-                return functional.normalize(call, _BATCH)[0]
-            if moves and mean is not None and var is not None:
+            alone = False  # whether the batch's moments go to the running statistics and nowhere else
+            moments = None
+            if not by_running and training and moves and mean is not None and var is not None:
                 running = self._running(row, mean, var)
                 if mean.dtype in HALVES or var.dtype in HALVES:
                     raise DTypeError(
@@ -253,14 +240,22 @@ class BatchNorm(DomainLayer):
                 counter, momentum = running.num_batches_tracked, running.momentum
                 check_running(mean, var, counter, momentum, self._num_features, input.device)
                 plain = self.renorm is None and self.virtual_batch_size is None and not self.sync
-                if plain and self._receiver is None and not self._listeners:
-                    return functional.normalize_and_commit(call, running)
-            output, moments = functional.normalize(call, self._statistics())
-            if moves:
+                alone = plain and self._receiver is None and not self._listeners
+            if alone:
+                output = functional.normalize_and_commit(call, running)
+            elif mean is not None and var is not None and by_running:
+                output = functional.normalize_by_running(call, mean, var, inplace=self.inplace and not training)
+                if moves and training:
+                    moments = functional.batch_moments(call, self._statistics())
+            elif not training:  # without running statistics
+                output = functional.normalize(call, _BATCH)[0]
+            else:
+                output, moments = functional.normalize(call, self._statistics())
+            if moves and moments is not None:
                 self._propose(moments, row)
         except BatchNormError as error:
             raise error.within(self._title()) from None
-        return output
+        return output if len(self._rows) == 1 else self._marked(output)
 
     # Named here, so that the reference shows them with the layer.
     num_batches_skipped = DomainLayer.num_batches_skipped
