@@ -24,6 +24,8 @@ CASES: tuple[tuple[tuple[int, ...], str, torch.dtype], ...] = (
     ((128, 256), "contiguous", torch.float32),
     ((256, 64), "contiguous", torch.float32),
     ((4096, 512), "contiguous", torch.float32),
+    ((4096, 16), "contiguous", torch.float32),
+    ((65536, 3), "contiguous", torch.float32),
     ((32, 64, 8, 8), "contiguous", torch.float32),
     ((32, 64, 56, 56), "contiguous", torch.float32),
     ((32, 64, 56, 56), "channels_last", torch.float32),

@@ -38,8 +38,7 @@ from libraries import library
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 # Small enough that many steps on one batch of noise stay finite.
 LEARNING_RATE = 0.01
-# Of a batch whose size a compiled network has not seen: the size before, less this.
-FEWER = 3
+FEWER = 3  # images than in a batch, for a size that a compiled network has not seen
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,14 @@ def test_checkpointing_inside_another_choice_raises_instead_of_wrong_gradients(
     assert all(p.grad is None for p in one.parameters())
 
 
+def test_a_copy_of_a_layer_with_one_domain_needs_no_choice() -> None:
+    layer = bn.BatchNorm1d(4, domains=("only",))
+    with bn.domain(layer, "only"):
+        copied = copy.deepcopy(layer)
+    x = torch.randn(8, 4)
+    assert torch.equal(copied(x), layer(x))
+
+
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "save"])
 def test_copies_have_the_domains_and_no_choice(how: str) -> None:
     one = network(own_affine=True)

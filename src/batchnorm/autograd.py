@@ -64,42 +64,34 @@ class _BatchNorm(torch.autograd.Function):
         ctx.operations, ctx.options, ctx.group = operations, options, None
         # Without an activation the residual's value has no part in any gradient.
         saved_residual = None if activation is None else residual
-        if commits:
-            if domain is None:
-                running = statistics if isinstance(statistics, RunningStatistics) else (None,) * 5
-                y, count, mean, m2 = operations.forward_commit(x, weight, bias, residual, *options, mask, *running)
-            else:
-                y, count, mean, m2 = operations.forward(x, weight, bias, residual, *options, mask, domain, domains)
-                of_each = statistics.of_each if isinstance(statistics, DomainStatistics) else ()
-                for number, (mean_, var, tracked, skipped, momentum) in enumerate(of_each):
-                    operations.commit(mean_, var, tracked, skipped, count, mean, m2, momentum, number)
-            ctx.save_for_backward(x, count, mean, m2, weight, bias, saved_residual, mask, domain)
-            if operations.eager and RECORDERS:
-                _remember(ctx, count, mean, m2)
-            return y
-        ctx.set_materialize_grads(False)
+        count: Tensor | None
         given = () if domain is None else (domain,)  # the last argument of an operation
-        if isinstance(statistics, RunningStatistics):
-            mean, var = statistics.mean, statistics.var
-            ctx.save_for_backward(x, None, mean, var, weight, bias, saved_residual, None, domain)
-            if operations.eager and RECORDERS:
-                _remember(ctx, None, mean, var)
-            return operations.normalize(x, mean, var, weight, bias, residual, *options, *given)
-        if isinstance(statistics, Synced):
-            moments, ctx.group, ctx.label = statistics
-            count, mean, m2 = moments.count, moments.mean, moments.m2
-            ctx.save_for_backward(x, count, mean, m2, weight, bias, saved_residual, mask, domain)
-            if operations.eager and RECORDERS:
-                _remember(ctx, count, mean, m2)
-            var = biased_variance(count, m2)
-            return operations.normalize(x, mean, var, weight, bias, residual, *options, *given)
         table = () if domain is None else (domain, domains)
-        y, count, mean, m2 = operations.forward(x, weight, bias, residual, *options, mask, *table)
-        ctx.mark_non_differentiable(count, mean, m2)
-        ctx.save_for_backward(x, count, mean, m2, weight, bias, saved_residual, mask, domain)
-        if operations.eager and RECORDERS:
-            _remember(ctx, count, mean, m2)
-        return y, count, mean, m2
+        if commits and domain is None:
+            running = statistics if isinstance(statistics, RunningStatistics) else (None,) * 5
+            y, count, mean, m2_or_var = operations.forward_commit(x, weight, bias, residual, *options, mask, *running)
+        elif isinstance(statistics, RunningStatistics):
+            count, mean, m2_or_var, mask = None, statistics.mean, statistics.var, None
+            y = operations.normalize(x, mean, m2_or_var, weight, bias, residual, *options, *given)
+        elif isinstance(statistics, Synced):
+            moments, ctx.group, ctx.label = statistics
+            count, mean, m2_or_var = moments.count, moments.mean, moments.m2
+            y = operations.normalize(
+                x, mean, biased_variance(count, m2_or_var), weight, bias, residual, *options, *given
+            )
+        else:
+            y, count, mean, m2_or_var = operations.forward(x, weight, bias, residual, *options, mask, *table)
+            of_each = statistics.of_each if isinstance(statistics, DomainStatistics) else ()
+            for number, (mean_, var, tracked, skipped, momentum) in enumerate(of_each):
+                operations.commit(mean_, var, tracked, skipped, count, mean, m2_or_var, momentum, number)
+        ctx.save_for_backward(x, count, mean, m2_or_var, weight, bias, saved_residual, mask, domain)
+        if operations.eager and RECORDERS:  # for `record`, which gets the context as the output's history
+            ctx.statistics = count, mean, m2_or_var
+        ctx.set_materialize_grads(commits)  # there is y alone
+        if commits or statistics is not None:
+            return y
+        ctx.mark_non_differentiable(count, mean, m2_or_var)
+        return y, count, mean, m2_or_var
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:  # noqa: ANN401 - the context
@@ -191,11 +183,6 @@ def apply(call: Call, operations: Operations, statistics: RunningStatistics | Sy
     if operations.eager and RECORDERS:
         record(result if isinstance(result, Tensor) else result[0], call, operations)
     return result
-
-
-def _remember(ctx: Any, count: Tensor | None, mean: Tensor, m2_or_var: Tensor) -> None:  # noqa: ANN401 - the context
-    """Keep the statistics for `record`, which gets the context as the output's history."""
-    ctx.statistics = count, mean, m2_or_var
 
 
 def record(y: Tensor, call: Call, operations: Operations, owner: Tensor | None = None) -> None:

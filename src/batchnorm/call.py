@@ -41,10 +41,12 @@ class Assignment(NamedTuple):
     Attributes:
         domain: (N,) int64, from 0 to D - 1.
         samples: how many samples each of the D domains has.
+        mark: a number >= 0 that tells it from others, where somebody asks: `autograd.marked`.
     """
 
     domain: Tensor
     samples: tuple[int, ...]
+    mark: int = 0
 
     def to(self, device: torch.device) -> Assignment:
         """The same on another device."""

@@ -82,15 +82,12 @@ def layers_with_domains(model: nn.Module) -> list[BatchNorm]:
 @contextmanager
 def preserved(layers: Sequence[BatchNorm]) -> Iterator[None]:
     """At its end, layers have the choice again that they had."""
-    before = [vars(layer).get("_row") for layer in layers]
+    before = [layer._row for layer in layers]
     try:
         yield
     finally:
         for layer, old in zip(layers, before, strict=True):
-            if old is None and len(layer.domains) == 1:
-                vars(layer).pop("_row", None)  # the class's: its only one
-            else:
-                layer._row = old
+            layer._row = old
 
 
 def choose(layers: Sequence[BatchNorm], which: Which) -> None:
@@ -217,7 +214,13 @@ def _assignment(layer: BatchNorm, which: Any) -> Assignment:  # noqa: ANN401 - a
             f"got domains from {int(here.min())} to {int(here.max())}; this layer has {number}, numbered from 0: "
             f"{', '.join(map(repr, layer.domains))}"
         )
-    return Assignment(domains, samples)
+    return Assignment(domains, samples, _mark(here))
+
+
+def _mark(domains: Tensor) -> int:
+    """A number from all samples' domains and their order: a sum with weights that have nothing in common."""
+    weights = torch.arange(1, len(domains) + 1) * 0x1E3779B97F4A7C15  # wraps around
+    return int((domains * (weights ^ (weights >> 31))).sum()) % 2**40
 
 
 def _number(which: Any) -> int:  # noqa: ANN401 - checked here

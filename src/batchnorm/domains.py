@@ -79,7 +79,7 @@ class DomainLayer(LayerState):
         if isinstance(choice, Row):
             return autograd.marked(output, choice.number)
         if isinstance(choice, Assignment):
-            return autograd.marked(output, len(self._rows) + hash(tuple(choice.domain.tolist())) % 2**40)
+            return autograd.marked(output, len(self._rows) + choice.mark)
         return output
 
     def _assignment(self, input: Tensor) -> Assignment | None:

@@ -248,8 +248,8 @@ def commit(moments: Moments, running: RunningStatistics, domain: int | None = No
     if torch.compiler.is_dynamo_compiling():
         count = ops.unless_repeated(count, mean)
     values = count, moments.mean, moments.m2
+    which = () if domain is None else (domain,)
     if not _torch.in_functorch():
-        which = () if domain is None else (domain,)
         operations.commit(mean, var, num_batches_tracked, num_batches_skipped, *values, momentum, *which)
         return
     if any(torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in (mean, var)):
@@ -259,7 +259,6 @@ def commit(moments: Moments, running: RunningStatistics, domain: int | None = No
         )
     try:
         # Without the counter: it is not among torch's buffers, so that callers may not have given it to the transform.
-        which = () if domain is None else (domain,)
         operations.commit(mean, var, num_batches_tracked, None, *values, momentum, *which)
     except RuntimeError as error:
         raise TransformError(

@@ -265,9 +265,8 @@ class LayerState(Rebuilding):
     def __getstate__(self) -> dict[str, Any]:
         """Without a domain that was chosen for a while: the copy is not in that context, whose end would not come."""
         state = vars(self).copy()
-        if "_row" in state:
-            state["_row"] = None
-        return state
+        state.pop("_row", None)
+        return state | ({"_row": None} if len(self._rows) > 1 else {})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy that refers to the same processes: their group is a handle, which cannot be copied."""

@@ -104,7 +104,7 @@ BN_INLINE void grad_run(const Backward& t, A activation, bool constants, RunMask
       });
 }
 
-// --- ranges ----------------------------------------------------------------------------------------------------------
+// --- the kernels, over ranges ----------------------------------------------------------------------------------------
 
 // Adds each lane to its place in memory; of a part, those that exist.
 template <class T, class S>
