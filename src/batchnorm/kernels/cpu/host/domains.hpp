@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "host/tensors.hpp"
@@ -15,7 +16,6 @@ namespace {
 struct Domains {
   bool given = false;
   int64_t number = 1;
-  std::vector<int64_t> of_sample;
 
   Domains(const Input& input, int64_t channel_dim, const OptionalTensor& domain, int64_t number_) {
     if (!domain) return;
@@ -28,35 +28,118 @@ struct Domains {
       refuse("got domain ", described(*domain), " for x ", described(x), "; it must be int64 of shape (", x.size(0),
              ",), on the CPU");
     check_storage(*domain, "domain");
-    given = true, number = number_;
-    const int64_t n = domain->size(0), stride = domain->stride(0);
-    const int64_t* p = n ? domain->const_data_ptr<int64_t>() : nullptr;
-    of_sample.resize(n);
-    for (int64_t i = 0; i < n; ++i) {
-      of_sample[i] = p[i * stride];
-      if (of_sample[i] < 0 || of_sample[i] >= number)
-        refuse("got domain ", of_sample[i], " of sample ", i, "; it must lie in [0, ", number - 1, "]");
+    given = true, number = number_, samples_ = domain->size(0);
+    if (samples_ == 0) return;
+    of_sample_ = domain->const_data_ptr<int64_t>();
+    if (const int64_t stride = domain->stride(0); stride != 1) {
+      copy_.resize(samples_);
+      for (int64_t i = 0; i < samples_; ++i) copy_[i] = of_sample_[i * stride];
+      of_sample_ = copy_.data();
     }
+    bool wrong = false;
+    if (number <= kFewDomains) {
+      bytes_.resize(samples_);
+      uint64_t bits = 0;
+      for (int64_t i = 0; i < samples_; ++i) bits |= static_cast<uint64_t>(of_sample_[i]);
+      const int64_t* from = of_sample_;
+      uint8_t* to = bytes_.data();
+      for (int64_t i = 0; i < samples_; ++i) to[i] = static_cast<uint8_t>(from[i]);
+      uint8_t most = 0;
+      for (int64_t i = 0; i < samples_; ++i) most = std::max(most, to[i]);
+      wrong = bits >= kFewDomains || most >= number;
+    } else {
+      for (int64_t i = 0; i < samples_; ++i)
+        wrong |= static_cast<uint64_t>(of_sample_[i]) >= static_cast<uint64_t>(number);
+    }
+    for (int64_t i = 0; wrong; ++i)
+      if (of_sample_[i] < 0 || of_sample_[i] >= number)
+        refuse("got domain ", of_sample_[i], " of sample ", i, "; it must lie in [0, ", number - 1, "]");
   }
+
+  Domains(const Domains&) = delete;  // may point into itself
 
   explicit operator bool() const { return given; }
 
-  int64_t samples() const { return static_cast<int64_t>(of_sample.size()); }
+  int64_t samples() const { return samples_; }
+  int64_t of_sample(int64_t i) const { return of_sample_[i]; }
 
-  // The samples of a domain.
-  std::vector<int64_t> samples_of(int64_t domain) const {
-    std::vector<int64_t> found;
-    for (int64_t i = 0; i < samples(); ++i)
-      if (of_sample[i] == domain) found.push_back(i);
+  // The domain of each sample again, in bytes, of which a vector holds many; null for more than kFewDomains.
+  static constexpr int64_t kFewDomains = 64;
+  const uint8_t* bytes() const { return number <= kFewDomains ? bytes_.data() : nullptr; }
+
+  // The first sample of each domain; -1 of one without any.
+  std::vector<int64_t> firsts() const {
+    std::vector<int64_t> found(number, -1);
+    for (int64_t d = 0; bytes_.size() > 0 && d < number; ++d)
+      if (const void* at = std::memchr(bytes_.data(), static_cast<int>(d), samples_); at)
+        found[d] = static_cast<const uint8_t*>(at) - bytes_.data();
+    for (int64_t i = bytes_.empty() ? samples_ - 1 : -1; i >= 0; --i) found[of_sample_[i]] = i;
+    return found;
+  }
+
+  // How many samples each domain has.
+  std::vector<int64_t> counts() const {
+    constexpr int64_t several = 4;  // counters: an addition waits for the one before it
+    std::vector<int64_t> of_each(several * number);
+    if (number <= 2 * several) {  // by whole vectors of bytes, as long as the counts fit into them
+      for (int64_t begin = 0; begin < samples_; begin += 240)
+        for (int64_t d = 0; d < number; ++d)
+          of_each[d] += equal_to(d, bytes_.data() + begin, std::min<int64_t>(samples_ - begin, 240));
+      of_each.resize(number);
+      return of_each;
+    }
+    int64_t i = 0;
+    for (; i + several <= samples_; i += several)
+      for (int64_t k = 0; k < several; ++k) ++of_each[k * number + of_sample_[i + k]];
+    for (; i < samples_; ++i) ++of_each[of_sample_[i]];
+    for (int64_t d = number; d < several * number; ++d) of_each[d % number] += of_each[d];
+    of_each.resize(number);
+    return of_each;
+  }
+
+  // Some samples of each domain, `most` at most, from all over the batch: of a few samples that are looked at.
+  std::vector<std::vector<int64_t>> some(int64_t most) const {
+    std::vector<std::vector<int64_t>> found(number);
+    std::vector<int64_t> seen(number), every(number, 1);
+    const int64_t looks = std::min(samples_, 64 * most * number);
+    for (int64_t k = 0; k < looks; ++k) {
+      // Not at equal distances, which may be those of a domain's samples.
+      const int64_t first = samples_ / looks * k + std::min(k, samples_ % looks);
+      const int64_t distance = samples_ / looks + (k < samples_ % looks);
+      const int64_t i = first + static_cast<int64_t>((static_cast<uint64_t>(k) * 0x9E3779B97F4A7C15 >> 33) % distance);
+      const int64_t d = of_sample_[i];
+      if (seen[d]++ % every[d] != 0) continue;
+      if (static_cast<int64_t>(found[d].size()) == most) {  // every second one goes, and of the next, too
+        for (int64_t j = 0; 2 * j < most; ++j) found[d][j] = found[d][2 * j];
+        found[d].resize((most + 1) / 2);
+        every[d] *= 2;
+        if ((seen[d] - 1) % every[d] != 0) continue;
+      }
+      found[d].push_back(i);
+    }
     return found;
   }
 
   // The input's extents with them.
   Extents in(const Input& input) const {
     Extents e = input.extents;
-    if (samples() > 0) e.domains = of_sample.data(), e.sample = e.size() / samples();
+    if (samples_ > 0) e.domains = of_sample_, e.sample = e.size() / samples_;
     return e;
   }
+
+ private:
+  // How many of n bytes, 255 at most, are this one.
+  static uint8_t equal_to(int64_t value, const uint8_t* bytes, int64_t n) {
+    const auto byte = static_cast<uint8_t>(value);
+    uint8_t equal = 0;
+    for (int64_t i = 0; i < n; ++i) equal += bytes[i] == byte;
+    return equal;
+  }
+
+  int64_t samples_ = 0;
+  const int64_t* of_sample_ = nullptr;
+  std::vector<int64_t> copy_;
+  std::vector<uint8_t> bytes_;
 };
 
 // A table's values, row by row: (number, C), or (C,) for the same in each row.

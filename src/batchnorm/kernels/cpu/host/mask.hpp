@@ -103,10 +103,10 @@ class MaskInput {
     if (!domains) return {{static_cast<double>(positions_)}};
     std::vector<Count> found(domains.number, {0.0});
     const int64_t sample = positions_ / std::max<int64_t>(1, domains.samples());
-    for (int64_t i = domains.samples() - 1; i >= 0; --i) {
-      Count& count = found[domains.of_sample[i]];
-      count.sum += static_cast<double>(sample);
-      count.first = i * sample;
+    const std::vector<int64_t> samples = domains.counts(), firsts = domains.firsts();
+    for (int64_t d = 0; d < domains.number; ++d) {
+      found[d].sum = static_cast<double>(samples[d] * sample);
+      found[d].first = std::max<int64_t>(0, firsts[d]) * sample;
     }
     return found;
   }
@@ -124,7 +124,7 @@ class MaskInput {
                                   for (int64_t i = begin; i < end; ++i) sums[i] = total(values + i * sample, sample);
                                 });
     for (int64_t i = 0; i < n; ++i) {
-      Count& count = found[domains.of_sample[i]];
+      Count& count = found[domains.of_sample(i)];
       if (count.sum == 0 && sums[i] > 0)
         count.first = std::find_if(values + i * sample, values + (i + 1) * sample, [](W w) { return w > 0; }) - values;
       count.sum += sums[i];

@@ -47,7 +47,8 @@ class Coefficient {
     constexpr double largest = std::numeric_limits<float>::max();
     if (std::isnan(value)) value = std::numeric_limits<double>::quiet_NaN();
     if (exact_.empty() && std::isfinite(value)) value = std::clamp(value, -largest, largest);
-    const int64_t row = one_ ? 0 : c / channels_, end = (row + 1) * width_;
+    const int64_t row = one_ || width_ == channels_ ? 0 : c / channels_;  // a division takes longer than the rest
+    const int64_t end = width_ == channels_ ? c + 1 : (row + 1) * width_;
     c += row * (width_ - channels_);
     if (exact_.empty())
       for (int64_t i = c; i < end; i += channels_) rounded_[i] = static_cast<float>(value);

@@ -29,8 +29,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_moments(const Tensor& x, int64_t channe
                                                  const OptionalTensor& domain, int64_t domains_) {
   const Input input(x, channel_dim, domain ? Order::outputs : Order::own);
   const Domains domains(input, channel_dim, domain, domains_);
-  const Schedule schedule(domains.in(input), input.tensor.element_size(), domains.number);
-  MomentsPass moments(input, domains, channel_dim, schedule.repeat(), mask);
+  const Schedule schedule(input, domains);
+  MomentsPass moments(input, domains, channel_dim, schedule, mask);
   schedule.reduce([&](const Extents& e, int64_t begin, int64_t end, Sums s) { moments.add(e, begin, end, s); },
                   [&](int64_t c, double first, double second) { return moments.finish(c, first, second); });
   return {moments.count, moments.mean, moments.m2};
@@ -43,10 +43,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_of(const Tensor& x, const Opt
                                                       int64_t domains_) {
   const Input input(x, channel_dim, Order::outputs);
   const Domains domains(input, channel_dim, domain, domains_);
-  const Schedule schedule(domains.in(input), input.tensor.element_size(), domains.number);
-  MomentsPass moments(input, domains, channel_dim, schedule.repeat(), mask);
+  const Schedule schedule(input, domains);
+  MomentsPass moments(input, domains, channel_dim, schedule, mask);
   Normalization norm(input, domains, schedule.repeat(), weight, bias, eps, activation);
-  const ApplyPass apply(input, norm, residual, Output::like(input));
+  const ApplyPass apply(input, domains, schedule, norm, residual, Output::like(input), true);
   schedule.reduce_then(
       schedule.blocks() && !apply.in_order(),
       [&](const Extents& e, int64_t begin, int64_t end, Sums s) { moments.add(e, begin, end, s); },
@@ -70,10 +70,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Option
 Tensor normalize_into(const Input& input, Output output, const Tensor& mean, const Tensor& var,
                       const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
                       double eps, int activation, const Domains& domains) {
-  const Schedule schedule(domains.in(input), input.tensor.element_size(), domains.number);
+  const Schedule schedule(input, domains);
   Normalization norm(input, domains, schedule.repeat(), weight, bias, eps, activation);
   norm.set_all(mean, var);
-  const ApplyPass apply(input, norm, residual, std::move(output));
+  const ApplyPass apply(input, domains, schedule, norm, residual, std::move(output), false);
   schedule.each(apply);
   return apply.y();
 }
@@ -141,7 +141,7 @@ std::tuple<Tensor, Tensor> backward_input(const Tensor& dy, const Tensor& x, con
   const auto first = read_table(mean_dz, b.domains, channels, "mean_dz", 0);
   const auto second = read_table(mean_dz_xhat, b.domains, channels, "mean_dz_xhat", 0);
   for (int64_t c = 0; c < b.entries(); ++c) b.set_grad(c, first[c], second[c]);
-  const GradPass apply(b, !mean_dz || !mean_dz_xhat);
+  const GradPass apply(b, false, !mean_dz || !mean_dz_xhat);
   b.schedule.each(apply);
   return {apply.dx(), apply.dresidual()};
 }
@@ -157,7 +157,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tens
   for (double& n : counts) n = n > 0 ? n : 1;
   b.norm.set_all(mean, m2, counts);
   SumsPass sums(b);
-  const GradPass apply(b);
+  const GradPass apply(b, true, false);
   b.schedule.reduce_then(
       b.schedule.blocks() && !apply.in_order(),
       [&](const Extents& e, int64_t begin, int64_t end, Sums s) { sums.add(e, begin, end, s); },

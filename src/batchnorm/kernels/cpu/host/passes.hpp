@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <optional>
@@ -9,6 +10,7 @@
 #include <vector>
 
 #include "host/domains.hpp"
+#include "host/gathering.hpp"
 #include "host/levels.hpp"
 #include "host/mask.hpp"
 #include "host/normalization.hpp"
@@ -22,6 +24,30 @@ namespace {
 
 void zero(const Tensor& t) { std::fill_n(t.mutable_data_ptr<double>(), t.numel(), 0.0); }
 
+// How many bytes belong to a sample.
+struct SampleSize {
+  int64_t values = 0, positions = 0;
+
+  SampleSize(const Input& input, const Domains& domains) {
+    if (domains.samples() == 0) return;
+    positions = input.extents.count() / domains.samples();
+    values = positions * input.extents.channels * input.tensor.element_size();
+  }
+
+  SampleArray read(const void* data, SampleBuffer buffer, Use use = Use::read) const {
+    return {data, values, buffer, use};
+  }
+  SampleArray read(const Mask& mask, Use use = Use::read) const {
+    return {mask.values, positions * size_of(mask.type), kMask, use};
+  }
+  SampleArray written(void* data, SampleBuffer buffer) const { return {data, values, buffer, Use::written}; }
+};
+
+Mask replaced(Mask mask, const void* values) {
+  mask.values = values;
+  return mask;
+}
+
 // --- forward ---------------------------------------------------------------------------------------------------------
 
 // The moments of every channel, for a schedule's `reduce`: `add` for a range, `finish` for a channel.
@@ -34,7 +60,7 @@ void zero(const Tensor& t) { std::fill_n(t.mutable_data_ptr<double>(), t.numel()
 // is the mean of a few values, and where that turns out to be far away, the sums are taken once more about the mean.
 class MomentsPass {
  public:
-  MomentsPass(const Input& input, const Domains& domains, int64_t channel_dim, int64_t repeat,
+  MomentsPass(const Input& input, const Domains& domains, int64_t channel_dim, const Schedule& schedule,
               const OptionalTensor& mask)
       : mask_(input, channel_dim, mask),
         counts_(mask_.counts(domains)),
@@ -43,8 +69,10 @@ class MomentsPass {
         m2(allocate_table(domains, input.extents.channels)),
         narrow_(input.tensor.element_size() < 4 && !mask),
         channels_(input.extents.channels),
-        width_(channels_ * repeat),
+        width_(channels_ * schedule.repeat()),
         data_(input.data()),
+        gathering_(schedule.gathering()),
+        arrays_{SampleSize(input, domains).read(data_, kX), SampleSize(input, domains).read(mask_.view())},
         kernels_(kernels(input.dtype)),
         pivots_(width_ * domains.number),
         means_(mean.mutable_data_ptr<double>()),
@@ -53,16 +81,22 @@ class MomentsPass {
       zero(mean), zero(m2);
       return;
     }
+    gathering_.reserve(arrays_);
+    const auto some = narrow_ && domains ? domains.some(kFew) : std::vector<std::vector<int64_t>>(domains.number);
     for (int64_t d = 0; d < domains.number; ++d) {
       double* row = pivots_.data() + d * width_;
       if (counts_[d].sum > 0 || !domains) input.values_at(counts_[d].first, row);
-      if (narrow_) average(input, domains, d, row);
+      if (narrow_ && !(domains && some[d].empty())) average(input, domains, d, some[d], row);
       for (int64_t i = channels_; i < width_; ++i) row[i] = row[i - channels_];
     }
   }
 
   void add(const Extents& e, int64_t begin, int64_t end, Sums sums) const {
-    kernels_.moments(e, data_, mask_.view(), pivots_.data(), begin, end, sums);
+    if (!gathering_) return kernels_.moments(e, data_, mask_.view(), pivots_.data(), begin, end, sums);
+    gathering_.each(begin, end, arrays_, [&](const Extents& of_domain, int64_t row, const auto& at) {
+      kernels_.moments(of_domain, at[0].data, replaced(mask_.view(), at[1].data), pivots_.data() + row, 0,
+                       of_domain.size(), from(sums, row));
+    });
   }
 
   // Whether the sums have to be taken again, about another pivot.
@@ -97,16 +131,16 @@ class MomentsPass {
 
   int64_t domain_of(int64_t c) const { return counts_.size() == 1 ? 0 : c / channels_; }
 
-  // A domain's pivots from several places, where these values are finite.
-  void average(const Input& input, const Domains& domains, int64_t domain, double* pivots) {
-    const int64_t sample = domains ? input.extents.count() / domains.samples() : 0;  // positions
-    const std::vector<int64_t> samples = domains.samples_of(domain);
-    const int64_t positions = domains ? sample * static_cast<int64_t>(samples.size()) : input.extents.count();
+  // A domain's pivots from several places, where these values are finite. `samples`: some of that domain.
+  void average(const Input& input, const Domains& domains, int64_t domain, const std::vector<int64_t>& samples,
+               double* pivots) {
+    const auto positions = domains ? static_cast<int64_t>(counts_[domain].sum) : input.extents.count();
     if (positions < 8 * kFew) return;
+    const int64_t sample = domains ? input.extents.count() / domains.samples() : positions;
     std::vector<double> sums(channels_), values(channels_);
     for (int64_t i = 0; i < kFew; ++i) {
-      const int64_t at = positions / kFew * i;
-      input.values_at(domains ? samples[at / sample] * sample + at % sample : at, values.data());
+      const int64_t of = domains ? samples[i * static_cast<int64_t>(samples.size()) / kFew] : 0;
+      input.values_at(of * sample + sample / kFew * i, values.data());
       for (int64_t c = 0; c < channels_; ++c) sums[c] += values[c];
     }
     for (int64_t c = 0; c < channels_; ++c)
@@ -123,6 +157,8 @@ class MomentsPass {
   bool narrow_;
   int64_t channels_, width_;
   const void* data_;
+  const Gathering& gathering_;
+  std::array<SampleArray, 2> arrays_;
   const Kernels& kernels_;
   std::vector<double> pivots_;
   double *means_, *m2s_;
@@ -131,16 +167,27 @@ class MomentsPass {
 // y = activation(z + residual), for ranges.
 class ApplyPass {
  public:
-  ApplyPass(const Input& input, const Normalization& norm, const OptionalTensor& residual, Output output)
+  ApplyPass(const Input& input, const Domains& domains, const Schedule& schedule, const Normalization& norm,
+            const OptionalTensor& residual, Output output, bool after_moments)
       : residual_(input.aligned(residual, "residual")),
         output_(std::move(output)),
         tensors_{input.data(), residual_ ? residual_->const_data_ptr() : nullptr, output_.tensor.mutable_data_ptr(),
                  output_.stream},
         affine_(norm.affine()),
-        kernels_(kernels(input.dtype)) {}
+        gathering_(schedule.gathering()),
+        arrays_{SampleSize(input, domains).read(tensors_.x, kX, after_moments ? Use::kept : Use::read),
+                SampleSize(input, domains).read(tensors_.residual, kResidual),
+                SampleSize(input, domains).written(tensors_.y, kX)},
+        kernels_(kernels(input.dtype)) {
+    gathering_.reserve(arrays_);
+  }
 
   void operator()(const Extents& e, int64_t begin, int64_t end) const {
-    kernels_.apply(e, tensors_, affine_, begin, end);
+    if (!gathering_) return kernels_.apply(e, tensors_, affine_, begin, end);
+    gathering_.each(begin, end, arrays_, [&](const Extents& of_domain, int64_t row, const auto& at) {
+      const Forward t{at[0].data, at[1].data, at[2].target(), false};
+      kernels_.apply(of_domain, t, from(affine_, row), 0, of_domain.size());
+    });
   }
 
   const Tensor& y() const { return output_.tensor; }
@@ -151,6 +198,8 @@ class ApplyPass {
   Output output_;
   Forward tensors_;
   Affine affine_;
+  const Gathering& gathering_;
+  std::array<SampleArray, 3> arrays_;
   const Kernels& kernels_;
 };
 
@@ -174,7 +223,7 @@ struct BackwardInputs {
                  int activation, const OptionalTensor& mask_, const OptionalTensor& domain)
       : input(x, channel_dim, Order::outputs),
         domains(input, channel_dim, domain, mean.dim() == 2 ? mean.size(0) : 1),
-        schedule(domains.in(input), input.tensor.element_size(), domains.number),
+        schedule(input, domains),
         dy(input.aligned(dy_, "dy")),
         residual(input.aligned(residual_, "residual")),
         norm(input, domains, schedule.repeat(), weight, bias, eps, activation),
@@ -194,6 +243,14 @@ struct BackwardInputs {
             mask.view()};
   }
 
+  // What the passes read.
+  std::array<SampleArray, 4> arrays(Use use) const {
+    const Backward t = tensors();
+    const SampleSize sample(input, domains);
+    return {sample.read(t.dy, kDy, use), sample.read(t.x, kX, use), sample.read(t.residual, kResidual, use),
+            sample.read(t.mask, use)};
+  }
+
   void set_grad(int64_t c, double mean_dz, double mean_dz_xhat) {
     norm.set_grad(c, mean_dz, mean_dz_xhat, slope, offset);
   }
@@ -208,12 +265,21 @@ class SumsPass {
         affine_(b.affine),
         kernels_(kernels(b.input.dtype)),
         domains_(b.domains),
+        gathering_(b.schedule.gathering()),
+        arrays_(b.arrays(Use::read)),
         channels_(b.input.extents.channels),
         sums_(b.entries()),
-        products_(b.entries()) {}
+        products_(b.entries()) {
+    gathering_.reserve(arrays_);
+  }
 
   void add(const Extents& e, int64_t begin, int64_t end, Sums s) const {
-    kernels_.sums(e, tensors_, affine_, begin, end, s);
+    if (!gathering_) return kernels_.sums(e, tensors_, affine_, begin, end, s);
+    gathering_.each(begin, end, arrays_, [&](const Extents& of_domain, int64_t row, const auto& at) {
+      const Backward t{at[0].data, at[1].data, at[2].data, nullptr, nullptr, false,
+                       replaced(tensors_.mask, at[3].data)};
+      kernels_.sums(of_domain, t, from(affine_, row), 0, of_domain.size(), from(s, row));
+    });
   }
 
   bool finish(int64_t c, double first, double second) {
@@ -239,6 +305,8 @@ class SumsPass {
   Affine affine_;
   const Kernels& kernels_;
   const Domains& domains_;
+  const Gathering& gathering_;
+  std::array<SampleArray, 4> arrays_;
   int64_t channels_;
   std::vector<double> sums_, products_;
 };
@@ -247,21 +315,31 @@ class SumsPass {
 class GradPass {
  public:
   // `constants`: the statistics do not depend on x.
-  explicit GradPass(const BackwardInputs& b, bool constants = false)
+  GradPass(const BackwardInputs& b, bool after_sums, bool constants)
       : dx_(Output::like(b.input)),
         tensors_(b.tensors()),
         affine_(b.affine),
         coefficients_{b.slope.view(), b.offset.view(), constants},
+        gathering_(b.schedule.gathering()),
         kernels_(kernels(b.input.dtype)) {
     const bool wanted = b.residual && b.affine.activation != 0;
     if (wanted) dresidual_ = Output::like(b.input);
     tensors_.dx = dx_.tensor.mutable_data_ptr();
     tensors_.dresidual = wanted ? dresidual_->tensor.mutable_data_ptr() : nullptr;
     tensors_.stream = dx_.stream && (!wanted || dresidual_->stream);
+    const SampleSize sample(b.input, b.domains);
+    const auto [dy, x, residual, mask] = b.arrays(after_sums ? Use::kept : Use::read);
+    arrays_ = {dy, x, residual, mask, sample.written(tensors_.dx, kX), sample.written(tensors_.dresidual, kDresidual)};
+    gathering_.reserve(arrays_);
   }
 
   void operator()(const Extents& e, int64_t begin, int64_t end) const {
-    kernels_.grad(e, tensors_, affine_, coefficients_, begin, end);
+    if (!gathering_) return kernels_.grad(e, tensors_, affine_, coefficients_, begin, end);
+    gathering_.each(begin, end, arrays_, [&](const Extents& of_domain, int64_t row, const auto& at) {
+      const Backward t{at[0].data, at[1].data, at[2].data, at[4].target(), at[5].target(), false,
+                       replaced(tensors_.mask, at[3].data)};
+      kernels_.grad(of_domain, t, from(affine_, row), from(coefficients_, row), 0, of_domain.size());
+    });
   }
 
   const Tensor& dx() const { return dx_.tensor; }
@@ -274,6 +352,8 @@ class GradPass {
   Backward tensors_;
   Affine affine_;
   GradCoefficients coefficients_;
+  const Gathering& gathering_;
+  std::array<SampleArray, 6> arrays_;
   const Kernels& kernels_;
 };
 

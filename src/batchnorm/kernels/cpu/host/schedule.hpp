@@ -14,6 +14,9 @@
 #include <numeric>
 #include <utility>
 
+#include "host/domains.hpp"
+#include "host/gathering.hpp"
+#include "host/tensors.hpp"
 #include "loops/kernels.hpp"
 
 namespace batchnorm {
@@ -38,8 +41,6 @@ void stream_fence() {
 #endif
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // How an input is gone through, in one of two orders.
 //
 // As parts of adjacent values: first all parts for the sums, then all again for the output. Every value is read from
@@ -53,39 +54,51 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 //
 // Rows of few channels are packed, `repeat` rows into one in which every channel comes `repeat` times: the kernels then
 // fill whole vectors. What is left over, less than `repeat` rows, belongs to the last part.
+//
+// Short samples of several domains are packed later, when those of a domain have been brought together.
 class Schedule {
  public:
-  // `domains`: how many there are, each with sums of its own.
-  Schedule(const Extents& e, int64_t element_size, int64_t domains)
-      : extents_(e), rest_(e), domains_(domains), repeat_(1), start_(0), length_(0), parts_(0), width_(0) {
+  // Each domain has sums of its own.
+  Schedule(const Input& input, const Domains& domains)
+      : Schedule(domains.in(input), input.tensor.element_size(), domains) {}
+
+ private:
+  Schedule(const Extents& e, int64_t element_size, const Domains& domains)
+      : extents_(e), rest_(e), domains_(domains.number), repeat_(1), start_(0), length_(0), parts_(0), width_(0) {
     if (e.size() == 0) return;
+    const bool gathers = Gathering::pays(e, domains_);
     if (e.rows() && e.channels < kFewChannels && e.channels % 16 != 0) {
       repeat_ = 16 / std::gcd<int64_t>(e.channels, 16);
       while (repeat_ * e.channels < 64) repeat_ *= 2;
       // A packed row is of one sample, whose rows are all packed.
-      if (e.domains) repeat_ = divisor(e.sample / e.channels, repeat_, kMaxPackedRow / e.channels);
+      if (e.domains && !gathers) repeat_ = divisor(e.sample / e.channels, repeat_, kMaxPackedRow / e.channels);
       if (e.outer < 2 * repeat_) repeat_ = 1;
     }
-    extents_.outer = e.outer / repeat_;
-    extents_.channels = e.channels * repeat_;
+    row_ = e.channels * repeat_;
+    if (!gathers) extents_.outer = e.outer / repeat_, extents_.channels = row_;
     start_ = extents_.size();
-    rest_.outer = repeat_ == 1 ? 0 : e.outer % repeat_;
+    rest_.outer = repeat_ == 1 || gathers ? 0 : e.outer % repeat_;
     // Where channels are many and their values few, the sums of many parts would be larger than the input.
-    const int64_t sums = 2 * static_cast<int64_t>(sizeof(double)) * row();
+    const int64_t sums = 2 * static_cast<int64_t>(sizeof(double)) * entries();
     const int64_t room = std::max(kKept, e.size() * element_size / 2) / sums;
     const int64_t wanted = std::clamp<int64_t>(start_ / kPart, 1, std::clamp<int64_t>(room, 1, kMaxParts));
-    const int64_t unit = e.rows() ? extents_.channels : kAlign;
+    const int64_t unit = gathers ? e.sample : e.rows() ? extents_.channels : kAlign;
     length_ = ceil_div(ceil_div(start_, unit), wanted) * unit;
     parts_ = ceil_div(start_, length_);
+    if (gathers) gathering_ = Gathering(e, element_size, domains, repeat_, length_ / e.sample);
     const int64_t channel = e.count() * element_size;
     const bool wide = element_size >= 4;  // half precision waits for arithmetic: no faster this way, or slower
-    if (wide && !e.rows() && e.size() * element_size > kBlocked && channel <= kLargestBlock) {
+    if (wide && !gathers && !e.rows() && e.size() * element_size > kBlocked && channel <= kLargestBlock) {
       width_ = std::clamp<int64_t>(kBlock / channel, 1, e.channels);
       if (e.channels / width_ < kFewestBlocks) width_ = 0;
     }
   }
 
+ public:
   int64_t repeat() const { return repeat_; }
+
+  // How ranges have to be gone through: by this, where it is one.
+  const Gathering& gathering() const { return gathering_; }
 
   // Whether the input can be gone through block by block.
   bool blocks() const { return width_ > 0; }
@@ -102,13 +115,13 @@ class Schedule {
   template <class Add, class Finish>
   void reduce(const Add& add, const Finish& finish) const {
     if (parts_ == 0) return;
-    const Scratch scratch(2 * row() * parts_);
+    const Scratch scratch(2 * entries() * parts_);
     double* sums = scratch.data;
     const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, 2 * repeat_ * parts_));
     std::atomic<bool> again;
     do {
       each_part(false, [&](int64_t part, const Extents& e, int64_t begin, int64_t end) {
-        if (&e == &extents_) clear(sums_of(sums, part, 0), row());
+        if (&e == &extents_) clear(sums_of(sums, part, 0), entries());
         add(e, begin, end, sums_of(sums, part, 0));
       });
       again = false;
@@ -127,7 +140,7 @@ class Schedule {
       each_part(true, [&](int64_t, const Extents& e, int64_t begin, int64_t end) { then(e, begin, end); });
       return;
     }
-    const Scratch scratch(2 * row() * parts_);
+    const Scratch scratch(2 * entries() * parts_);
     double* sums = scratch.data;
     const int64_t blocks = ceil_div(extents_.channels, width_);
     torch::stable::parallel_for(0, blocks, 1, [&](int64_t first_block, int64_t last_block) {
@@ -198,12 +211,12 @@ class Schedule {
   }
 
   // How many sums of a kind a part has.
-  int64_t row() const { return domains_ * extents_.channels; }
+  int64_t entries() const { return domains_ * row_; }
 
   // A part's sums, from an entry on.
   Sums sums_of(double* sums, int64_t part, int64_t entry) const {
-    double* first = sums + part * 2 * row() + entry;
-    return {first, first + row()};
+    double* first = sums + part * 2 * entries() + entry;
+    return {first, first + entries()};
   }
 
   static void clear(Sums sums, int64_t entries) {
@@ -226,7 +239,7 @@ class Schedule {
     for (int64_t c = begin; c < end; ++c) {
       double first = 0, second = 0;
       const int64_t domain = domains_ == 1 ? 0 : c / rest_.channels;
-      const int64_t from = c + domain * (extents_.channels - rest_.channels), end = (domain + 1) * extents_.channels;
+      const int64_t from = c + domain * (row_ - rest_.channels), end = (domain + 1) * row_;
       for (int64_t part = 0; part < parts_; ++part) {
         const Sums of_part = sums_of(sums, part, 0);
         for (int64_t i = from; i < end; i += rest_.channels) first += of_part.first[i], second += of_part.second[i];
@@ -237,7 +250,9 @@ class Schedule {
   }
 
   Extents extents_, rest_;
+  Gathering gathering_;
   int64_t domains_, repeat_, start_, length_, parts_;
+  int64_t row_ = 0;  // entries of a row of the tables
   int64_t width_;  // channels of a block; 0 where there are none
 };
 

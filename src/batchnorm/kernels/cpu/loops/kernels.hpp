@@ -53,6 +53,10 @@ struct GradCoefficients {
 // What a mask holds: booleans, a byte each, or sample weights.
 enum class MaskType { none, boolean, float32, float64 };
 
+BN_INLINE int64_t size_of(MaskType type) {
+  return type == MaskType::float64 ? 8 : type == MaskType::float32 ? 4 : 1;
+}
+
 // How much each of the outer x inner positions counts, in the order in which they lie in memory. None: all count 1.
 struct Mask {
   MaskType type = MaskType::none;
@@ -83,6 +87,21 @@ struct Backward {
 struct Sums {
   double *first, *second;
 };
+
+// The tables from a row on.
+BN_INLINE PerChannel from(const PerChannel& v, int64_t row) {
+  return {v.exact ? v.exact + row : nullptr, v.rounded ? v.rounded + row : nullptr};
+}
+
+BN_INLINE Affine from(const Affine& a, int64_t row) {
+  return {from(a.mean, row), from(a.scale, row), from(a.shift, row), a.activation};
+}
+
+BN_INLINE GradCoefficients from(const GradCoefficients& g, int64_t row) {
+  return {from(g.slope, row), from(g.offset, row), g.constants};
+}
+
+BN_INLINE Sums from(const Sums& s, int64_t row) { return {s.first + row, s.second + row}; }
 
 // The kernels for one dtype.
 struct Kernels {

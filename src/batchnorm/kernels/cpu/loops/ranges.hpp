@@ -1,4 +1,4 @@
-// Ranges, gone through by runs, by groups of rows, or by parts of one domain each; and the tables from a domain's row on.
+// Ranges, gone through by runs, by groups of rows, or by parts of one domain each.
 #pragma once
 
 #include <cstdint>
@@ -85,20 +85,6 @@ BN_INLINE void for_each_domain(const Extents& e, int64_t begin, int64_t end, Par
     begin = stop;
   }
 }
-
-BN_INLINE PerChannel from(const PerChannel& v, int64_t row) {
-  return {v.exact ? v.exact + row : nullptr, v.rounded ? v.rounded + row : nullptr};
-}
-
-BN_INLINE Affine from(const Affine& a, int64_t row) {
-  return {from(a.mean, row), from(a.scale, row), from(a.shift, row), a.activation};
-}
-
-BN_INLINE GradCoefficients from(const GradCoefficients& g, int64_t row) {
-  return {from(g.slope, row), from(g.offset, row), g.constants};
-}
-
-BN_INLINE Sums from(const Sums& s, int64_t row) { return {s.first + row, s.second + row}; }
 
 }  // namespace
 }  // namespace batchnorm

@@ -12,10 +12,6 @@
 namespace batchnorm {
 namespace {
 
-BN_INLINE int64_t size_of(MaskType type) {
-  return type == MaskType::float64 ? 8 : type == MaskType::float32 ? 4 : 1;
-}
-
 template <class T>
 BN_INLINE Choice<Vector<T>> load_choice(Whole<T>, const uint8_t* p) {
   return nonzero<Vector<T>>(p);
