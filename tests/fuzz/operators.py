@@ -3,8 +3,9 @@
     python tests/fuzz/operators.py --cases 2000 --seed 7
 
 Every case is drawn from the seed and its number: shapes, also empty ones, dtypes, memory layouts, masks, residuals,
-activations, aliasing, and calls that must be refused. `--library` loads another build of the extension, as
-`make sanitize` does. With `--threads` several threads work at once, while the instruction set changes under them.
+activations, samples of several domains, aliasing, and calls that must be refused. `--library` loads another build of
+the extension, as `make sanitize` does. With `--threads` several threads work at once, while the instruction set changes
+under them.
 """
 
 from __future__ import annotations
@@ -70,9 +71,21 @@ class Case:
     def tensor(self, dtype: torch.dtype | None = None) -> Tensor:
         return self.arranged(self.values(*self.shape).to(dtype or self.dtype))
 
-    def parameter(self) -> Tensor | None:
+    def domain(self) -> tuple[Tensor, int] | None:
+        """The domain of each sample, and how many there are: in any order, in runs, or all the same."""
+        if self.axis == 0 or self.rng.random() < 0.5:
+            return None
+        number, samples = self.rng.choice((1, 2, 2, 3, 8, 70)), self.shape[0]
+        domain = torch.randint(self.rng.choice((1, number)), (samples,), generator=self.generator)
+        if self.rng.random() < 0.3:
+            domain = domain.sort().values
+        return domain.repeat_interleave(2)[::2] if self.rng.random() < 0.2 else domain, number
+
+    def parameter(self, domains: int | None = None) -> Tensor | None:
         if self.rng.random() < 0.3:
             return None
+        if domains is not None and self.rng.random() < 0.5:
+            return self.values(self.channels, domains).to(self.rng.choice(DTYPES)).t()
         return self.values(2 * self.channels)[:: self.rng.choice((1, 2))][: self.channels].to(self.rng.choice(DTYPES))
 
     def mask(self) -> Tensor | None:
@@ -130,33 +143,44 @@ def run(seed: int, number: int) -> None:
     case = Case(seed, number)
     rng = case.rng
     x, dy = case.tensor(), case.tensor()
-    weight, bias, mask = case.parameter(), case.parameter(), case.mask()
+    table = case.domain()
+    domain, domains = table or (None, None)
+    weight, bias, mask = case.parameter(domains), case.parameter(domains), case.mask()
+    which = () if domain is None else (domain,)
     residual = case.tensor() if rng.random() < 0.5 else None
     activation = rng.choice((None, *ACTIVATIONS))
     options = (EPS, case.axis, activation)
     affine = (weight, bias, residual, *options)
 
-    expected = reference.forward(*wide((x, *affine, mask)))
-    results = native.forward(x, *affine, mask)
+    expected = reference.forward(*wide((x, *affine, mask)), *(table or ()))
+    results = native.forward(x, *affine, mask, *(table or ()))
     for name, a, e in zip(("y", "count", "mean", "m2"), results, expected, strict=True):
         check(case, f"forward {name}", a, e)
-    for name, a, e in zip(("count", "mean", "m2"), native.batch_moments(x, case.axis, mask), expected[1:], strict=True):
+    moments = native.batch_moments(x, case.axis, mask, *(table or ()))
+    for name, a, e in zip(("count", "mean", "m2"), moments, expected[1:], strict=True):
         check(case, f"moments {name}", a, e)
 
     _, count, mean, m2 = expected
-    z = reference.normalize(*wide((x, mean, reference.biased_variance(count, m2), *affine[:-1], None)))
+    z = reference.normalize(*wide((x, mean, reference.biased_variance(count, m2), *affine[:-1], None)), *which)
     for kink in ACTIVATIONS[activation].kinks if activation else ():
         dy = torch.where((z - kink).abs() < 1e-2, 0, dy)  # where the derivative jumps, rounding decides
     dy = case.arranged(dy)
-    expected_gradients = reference.backward(*wide((dy, x, count, mean, m2, *affine, mask)))
-    gradients = native.backward(dy, x, count, mean, m2, *affine, mask)
+    expected_gradients = reference.backward(*wide((dy, x, count, mean, m2, *affine, mask)), *which)
+    gradients = native.backward(dy, x, count, mean, m2, *affine, mask, *which)
     for name, a, e in zip(("dx", "dweight", "dbias", "dresidual"), gradients, expected_gradients, strict=True):
         check(case, f"backward {name}", a, e)
 
-    var = case.values(case.channels).abs() + 0.1
-    fixed = (case.values(case.channels), var)
-    e = reference.normalize(*wide((x, *fixed, *affine)))
-    check(case, "normalize", native.normalize(x, *fixed, *affine), e)
+    shape = (case.channels,) if domains is None else (domains, case.channels)
+    fixed = (case.values(*shape), case.values(*shape).abs() + 0.1)
+    e = reference.normalize(*wide((x, *fixed, *affine)), *which)
+    check(case, "normalize", native.normalize(x, *fixed, *affine, *which), e)
+    if domain is not None and domains is not None:
+        if len(domain):
+            outside = domain.clone()
+            outside[rng.randrange(len(domain))] = rng.choice((-1, domains, 2**40))
+            refused("must lie in", native.forward, x, *affine, mask, outside, domains)
+        commit(case, results[1:], rng.randrange(domains))
+        return
     if x.numel() and rng.random() < 0.3:
         in_place(case, x, fixed, affine)
     commit(case, results[1:])
@@ -182,8 +206,8 @@ def in_place(case: Case, x: Tensor, fixed: tuple[Tensor, Tensor], affine: tuple[
     check(case, "normalize_", x, e)
 
 
-def commit(case: Case, moments: tuple[Tensor, ...]) -> None:
-    """`commit`, into statistics of any dtype and stride; or of a wrong size, which is refused."""
+def commit(case: Case, moments: tuple[Tensor, ...], *domain: int) -> None:
+    """`commit`, into statistics of any dtype and stride, also of a domain's moments; a wrong size is refused."""
     from batchnorm.kernels import reference
 
     native = torch.ops.batchnorm
@@ -195,10 +219,10 @@ def commit(case: Case, moments: tuple[Tensor, ...]) -> None:
     theirs = [t.clone() for t in ours]
     if case.rng.random() < 0.1:
         ours[case.rng.choice((0, 1, 3))] = torch.zeros(c + 1)
-        refused("must", native.commit, *ours, *moments, momentum)
+        refused("must", native.commit, *ours, *moments, momentum, *domain)
         return
-    native.commit(*ours, *moments, momentum)
-    reference.commit(*theirs, *moments, momentum)
+    native.commit(*ours, *moments, momentum, *domain)
+    reference.commit(*theirs, *moments, momentum, *domain)
     for name, a, e in zip(("running_mean", "running_var", "tracked", "skipped"), ours, theirs, strict=True):
         check(case, f"commit {name}", a, e)
 
