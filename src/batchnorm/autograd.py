@@ -1,6 +1,6 @@
 """The package's `torch.autograd.Function`s in Python: the operations with their derivatives, of every order.
 
-`kernels/cpu/autograd/` has the commonest case again, in C++.
+`kernels/cpu/autograd/` has the commonest cases again, in C++.
 """
 
 from __future__ import annotations
@@ -268,13 +268,15 @@ def _train_gradients(
     activation: str | None,
     mask: Tensor | None,
     needs: list[bool],
+    domain: Tensor | None,
+    domains: int,
 ) -> list[Tensor]:
-    """What `_BatchNorm.backward` does with create_graph=True, for the graph of `train`: the gradients that are needed.
+    """What `_BatchNorm.backward` does with create_graph=True, for graphs made in C++: the gradients that are needed.
 
     Without an activation the residual is not among the arguments, and its gradient is dy.
     """
     arguments: Arguments = (weight, bias, residual, eps, channel_dim, activation)
-    *found, dresidual = _differentiable_gradients(dy, x, None, arguments, mask, needs, None, 1)
+    *found, dresidual = _differentiable_gradients(dy, x, None, arguments, mask, needs, domain, domains)
     found.append(dy if residual is None else dresidual)
     return [t for t, needed in zip(found, needs, strict=True) if needed and t is not None]
 

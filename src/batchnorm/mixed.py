@@ -68,8 +68,11 @@ def normalize_and_commit(call: Call, running: DomainStatistics, names: Sequence[
         assignment = _assignment(call)
         target = running if _torch.current_backward() == -1 else None
         options = (call.eps, call.channel_dim, call.activation)
-        tensors = (call.x, call.weight, call.bias, call.residual, call.mask)
         table = (assignment.domain, len(assignment.samples))
+        if operations.train_domains is not None and (recorded := _for_node(call, target)) is not None:
+            inputs = (call.x, call.weight, call.bias, call.residual)
+            return operations.train_domains(*inputs, *options, call.mask, *table, *recorded)
+        tensors = (call.x, call.weight, call.bias, call.residual, call.mask)
         y: Tensor = autograd.plain_apply(*tensors, options, operations, target, True, *table)
         if RECORDERS:
             autograd.record(y, call, operations, running.of_each[0].mean)
@@ -79,6 +82,21 @@ def normalize_and_commit(call: Call, running: DomainStatistics, names: Sequence[
         for number, statistics in enumerate(running.of_each):
             functional.commit(moments, statistics, number)
     return y
+
+
+def _for_node(call: Call, running: DomainStatistics | None) -> tuple[list[Tensor], float | None] | None:
+    """The statistics to commit to and the momentum, as `train_domains` takes them; None where Python records the call.
+
+    When it does is what `functional.normalize_and_commit` says.
+    """
+    x, residual = call.x, call.residual
+    recorded = x.requires_grad or (residual is not None and residual.requires_grad)
+    if type(x) is not Tensor or RECORDERS or not (recorded or not torch.is_grad_enabled()):
+        return None
+    if running is None:
+        return [], None
+    tensors = [t for of_domain in running.of_each for t in of_domain[:4] if t is not None]
+    return (tensors, running.of_each[0].momentum) if len(tensors) == 4 * len(running.of_each) else None
 
 
 def normalize_by_running(call: Call, mean: Tensor, var: Tensor) -> Tensor:

@@ -111,12 +111,12 @@ if "definitions" not in vars(torch.ops.batchnorm):
     vars(torch.ops.batchnorm)["definitions"] = _define()
 
 
-def _operator(name: str) -> object:
+def _operator(name: str) -> Any:  # noqa: ANN401 - each has a signature of its own
     return getattr(torch.ops.batchnorm, name).default
 
 
 def define_train_gradients(function: Callable[..., list[Tensor]]) -> None:
-    """Have the graph of `train` call `function`, which autograd sees through, where the gradients get a graph.
+    """Have graphs made in C++ call `function`, which autograd sees through, where the gradients get a graph.
 
     The first one stays: see above.
     """
@@ -141,8 +141,8 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # A device with kernels of its own is one entry.
 BACKENDS: tuple[Backend, ...] = ()
 if cpu.AVAILABLE:
-    _train = torch.ops.batchnorm.train.default if cpu.AUTOGRAD else None
-    BACKENDS += (Backend(lambda: f"native ({cpu.level()})", ("cpu",), DTYPES, cpu.ACTIVATIONS, _operator, _train),)
+    _train = tuple(map(_operator, ("train", "train_domains"))) if cpu.AUTOGRAD else ()
+    BACKENDS += (Backend(lambda: f"native ({cpu.level()})", ("cpu",), DTYPES, cpu.ACTIVATIONS, _operator, *_train),)
 if triton.AVAILABLE:  # ROCm's devices are called "cuda", too
     BACKENDS += (Backend(lambda: "triton", ("cuda",), triton.DTYPES, triton.ACTIVATIONS, _operator),)
 
@@ -172,7 +172,8 @@ _WITHOUT_FALLBACK = ("cpu",)
 _WITH_DOMAINS = ("cpu",)
 _TABLE: dict[tuple[str, torch.dtype, str | None], _Choice] = {}
 for _backend in BACKENDS:
-    _choice = _Choice(Operations(_backend.find, eager=True, train=_backend.train), Operations(_backend.find))
+    _native = Operations(_backend.find, eager=True, train=_backend.train, train_domains=_backend.train_domains)
+    _choice = _Choice(_native, Operations(_backend.find))
     for _device in _backend.devices:
         for _dtype in _backend.dtypes:
             _TABLE |= {(_device, _dtype, activation): _choice for activation in _backend.activations}

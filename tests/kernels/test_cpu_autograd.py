@@ -5,85 +5,24 @@ from __future__ import annotations
 import functools
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import batchnorm as bn
-from batchnorm import functional, ops
+from batchnorm import functional
 from batchnorm.kernels import cpu
-from support.operations import assert_the_same_bits
+from support.training_steps import FUNCTION, NODE, Seen, assert_equal_both_ways, both, step, way
 
 pytestmark = pytest.mark.skipif(
     not cpu.AUTOGRAD, reason=f"no training step in C++ was compiled for torch {torch.__version__}"
 )
-
-NODE, FUNCTION = "CppNode", "_BatchNormBackward"
-
-
-@contextmanager
-def way(python: bool) -> Iterator[None]:
-    """Inside, training steps are recorded in Python, or as the package does."""
-    native = ops.select(torch.zeros(2, 3))
-    kept = native.train
-    assert kept is not None
-    native.train = None if python else kept
-    try:
-        yield
-    finally:
-        native.train = kept
-
-
-def both(run: Callable[[], Any]) -> tuple[Any, Any]:
-    """What it gives in C++ and in Python, from the same random numbers."""
-    results = []
-    for python in (False, True):
-        torch.manual_seed(0)
-        with way(python):
-            results.append(run())
-    return results[0], results[1]
-
-
-def assert_equal_both_ways(run: Callable[[], list[Tensor | None]]) -> None:
-    actual, expected = both(run)
-    assert [t is None for t in actual] == [t is None for t in expected]
-    assert_the_same_bits([t for t in actual if t is not None], [t for t in expected if t is not None])
-
-
-def step(
-    shape: tuple[int, ...] = (6, 3, 5),
-    dtype: torch.dtype = torch.float32,
-    activation: str | None = None,
-    residual: bool = False,
-    mask: bool = False,
-    requires: tuple[bool, bool] = (True, True),
-    node: str = NODE,
-    **options: Any,
-) -> list[Tensor | None]:
-    """y, all gradients and all statistics of a step; checks whose node is in the graph."""
-    layer = bn.BatchNorm(shape[1], activation=activation, **options)
-    x, r = (torch.randn(shape, dtype=dtype).requires_grad_(needs) for needs in requires)
-    m = torch.rand(shape[0], *shape[2:]) > 0.3 if mask else None
-    y = layer(x, residual=r if residual else None, mask=m)
-    native = ops.select(x).train is not None
-    if y.requires_grad:
-        assert (node if native else FUNCTION) in y.grad_fn.name()
-        y.backward(torch.randn_like(y))
-    return [
-        y.detach(),
-        x.grad,
-        r.grad,
-        *(p.grad for p in layer.parameters()),
-        *layer.buffers(),
-        layer.num_batches_skipped,
-    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -101,6 +40,25 @@ def test_a_step_is_the_one_in_python(dtype: torch.dtype, activation: str | None,
 )
 def test_options(activation: str | None, options: dict[str, Any]) -> None:
     assert_equal_both_ways(lambda: step(activation=activation, residual=True, **options))
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("domain", [[0, 2, 2, 0, 0, 2], [0] * 6], ids=str)  # one without samples keeps its statistics
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"own_affine": True}, {"mask": True}, {"affine": False}, {"momentum": None}, {"dtype": torch.bfloat16}],
+    ids=str,
+)
+def test_samples_of_several_domains(activation: str | None, domain: list[int], options: dict[str, Any]) -> None:
+    assert_equal_both_ways(lambda: step(activation=activation, residual=True, domain=domain, **options))
+
+
+@pytest.mark.parametrize("requires", [(True, False), (False, True), (False, False)])
+def test_what_requires_a_gradient_of_several_domains(requires: tuple[bool, bool]) -> None:
+    node = NODE if any(requires) else FUNCTION
+    assert_equal_both_ways(
+        lambda: step(activation="relu", residual=True, requires=requires, domain=[0, 1, 2] * 2, node=node)
+    )
 
 
 @pytest.mark.parametrize("affine", [True, False])
@@ -132,18 +90,6 @@ def test_without_gradients(context: Callable[[], Any]) -> None:
             return step()
 
     assert_equal_both_ways(run)
-
-
-class Seen(TorchDispatchMode):
-    """The operators that a dispatch mode is shown."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("wanted", ["everything", "x", "weight", "a graph", "nothing", "inference"])
@@ -179,6 +125,46 @@ def test_derivatives_of_the_second_order(activation: str | None, masked: bool) -
 
     assert torch.autograd.gradcheck(function, (x, weight, bias, r))
     assert torch.autograd.gradgradcheck(function, (x, weight, bias, r))
+
+
+def test_dispatch_modes_see_the_same_operators_for_several_domains() -> None:
+    def run() -> list[str]:
+        layer, x = bn.BatchNorm1d(3, domains=("a", "b")), torch.randn(6, 3, requires_grad=True)
+        with bn.domain(layer, [0, 1] * 3), Seen() as seen:
+            torch.autograd.grad(layer(x), [x, *layer.parameters()], torch.ones(6, 3))
+        return [name for name in seen.names if "detach" not in name]
+
+    actual, expected = both(run)
+    assert actual == expected
+    assert actual[:3] == ["batchnorm.forward.default", *["batchnorm.commit.default"] * 2]
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_derivatives_of_the_second_order_of_several_domains(own: bool) -> None:
+    layer = bn.BatchNorm1d(3, activation="silu", domains=("a", "b"), own_affine=own, dtype=torch.float64)
+    x = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
+
+    def function(x: Tensor, *parameters: Tensor) -> Tensor:
+        y = torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (x,))
+        assert NODE in y.grad_fn.name()
+        return y
+
+    names = [name for name, _ in layer.named_parameters()]
+    inputs = (x, *(p.detach().clone().requires_grad_() for p in layer.parameters()))
+    with bn.domain(layer, [0, 1, 0, 0, 1, 1, 1]):
+        assert torch.autograd.gradcheck(function, inputs)
+        assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_of_several_domains(reentrant: bool) -> None:
+    def run() -> list[Tensor | None]:
+        layer, x = bn.BatchNorm1d(3, activation="silu", domains=("a", "b")), torch.randn(6, 3, requires_grad=True)
+        with bn.domain(layer, [0, 1] * 3):
+            checkpoint(layer, x, use_reentrant=reentrant).square().sum().backward()
+        return [x.grad, *(p.grad for p in layer.parameters()), *layer.buffers()]
+
+    assert_equal_both_ways(run)
 
 
 @pytest.mark.parametrize("activation", [None, "silu"])

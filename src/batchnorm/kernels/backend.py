@@ -24,9 +24,10 @@ class Operations:
         differentiable: whether `forward` and `normalize` are for autograd to see through, instead of `autograd`'s
             function around them.
         train: `forward_commit` with its derivatives, where it needs no function of autograd's around it. Returns y.
+        train_domains: likewise `forward`, and a `commit` for each domain, of four tensors of running statistics each.
 
     Attributes:
-        eager, differentiable, train: as given.
+        eager, differentiable, train, train_domains: as given.
         batch_moments, normalize, normalize_, forward, backward_sums, backward_input, backward, commit, forward_commit:
             the functions; what each means is written in `kernels.reference`.
     """
@@ -38,11 +39,13 @@ class Operations:
         eager: bool = False,
         differentiable: bool = False,
         train: Callable[..., Tensor] | None = None,
+        train_domains: Callable[..., Tensor] | None = None,
     ) -> None:
         def typed(function: Callable[P, R]) -> Callable[P, R]:
             return cast("Callable[P, R]", find(function.__name__))
 
-        self.eager, self.differentiable, self.train = eager, differentiable, train
+        self.eager, self.differentiable = eager, differentiable
+        self.train, self.train_domains = train, train_domains
         self.batch_moments = typed(reference.batch_moments)
         self.normalize = typed(reference.normalize)
         self.normalize_ = typed(reference.normalize_)
@@ -66,7 +69,7 @@ class Backend:
         dtypes: of the input.
         activations: those that it has, None for no activation among them.
         find: from an operation's name to the function.
-        train: as in `Operations`.
+        train, train_domains: as in `Operations`.
     """
 
     name: Callable[[], str]
@@ -75,3 +78,4 @@ class Backend:
     activations: frozenset[str | None]
     find: Callable[[str], object]
     train: Callable[..., Tensor] | None = None
+    train_domains: Callable[..., Tensor] | None = None

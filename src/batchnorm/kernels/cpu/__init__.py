@@ -3,7 +3,7 @@
 The library registers the operators' implementations for the CPU by itself, under the names of `kernels.reference`,
 whether the schemas are defined before it is loaded or after. What it is asked and told besides goes through operators
 too: `loops/` has what is compiled once for each instruction set, `host/` the rest. `autograd/` is a library of its own,
-with the operator `train`, for the torch that it was compiled with.
+with the operators `train` and `train_domains`, for the torch that it was compiled with.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@
 #include <iterator>
 #include <optional>
 #include <utility>
+#include <vector>
 
 namespace {
 
@@ -20,9 +21,11 @@ using torch::autograd::variable_list;
 using torch::jit::Stack;
 using OptionalTensor = std::optional<Tensor>;
 
-// The arguments of `train`, which are those of `forward_commit`.
-enum { X, WEIGHT, BIAS, RESIDUAL, EPS, CHANNEL_DIM, ACTIVATION, MASK, ARGUMENTS = 13 };
+// The arguments of `train`, which are those of `forward_commit`; of `train_domains`, from MASK on, which are those of
+// `forward` and then STATISTICS and MOMENTUM.
+enum { X, WEIGHT, BIAS, RESIDUAL, EPS, CHANNEL_DIM, ACTIVATION, MASK, DOMAIN_OF, DOMAINS, STATISTICS, MOMENTUM };
 constexpr int INPUTS = EPS;  // those that gradients are for come first
+constexpr int OF_TRAIN = 13, OF_TRAIN_DOMAINS = 12;
 
 c10::OperatorHandle find(const char* name) { return c10::Dispatcher::singleton().findSchemaOrThrow(name, ""); }
 
@@ -36,6 +39,21 @@ void forward_commit(Stack& arguments) {
   op.callBoxed(arguments);
 }
 
+// The same of samples of several domains, with a commit for each. STATISTICS has four tensors for each domain, or none.
+void forward_commit_domains(Stack& arguments) {
+  static const auto forward = find("batchnorm::forward"), commit = find("batchnorm::commit");
+  const IValue momentum = std::move(arguments[MOMENTUM]);
+  const std::vector<Tensor> statistics = arguments[STATISTICS].toTensorVector();
+  arguments.resize(STATISTICS);
+  forward.callBoxed(arguments);
+  Stack& result = arguments;
+  for (size_t i = 0; i + 4 <= statistics.size(); i += 4) {
+    Stack of_domain(statistics.begin() + i, statistics.begin() + i + 4);
+    of_domain.insert(of_domain.end(), {result[1], result[2], result[3], momentum, static_cast<int64_t>(i / 4)});
+    commit.callBoxed(of_domain);
+  }
+}
+
 struct BatchNorm : torch::autograd::Function<BatchNorm> {
   static constexpr bool is_traceable = true;  // for compiled autograd: nothing but operators is called
 
@@ -44,15 +62,23 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
                         const OptionalTensor& residual, Stack* arguments) {
     const IValue eps = (*arguments)[EPS], channel_dim = (*arguments)[CHANNEL_DIM], mask = (*arguments)[MASK];
     const IValue activation = (*arguments)[ACTIVATION];
-    forward_commit(*arguments);
+    IValue domain, domains = 1;
+    if (arguments->size() == OF_TRAIN_DOMAINS) {
+      domain = (*arguments)[DOMAIN_OF], domains = (*arguments)[DOMAINS];
+      forward_commit_domains(*arguments);
+    } else {
+      forward_commit(*arguments);
+    }
     Stack& result = *arguments;
     // Without an activation the residual's value has no part in any gradient.
     ctx->save_for_backward({x, result[1].toTensor(), result[2].toTensor(), result[3].toTensor(),
                             weight.value_or(Tensor()), bias.value_or(Tensor()),
-                            activation.isNone() ? Tensor() : residual.value_or(Tensor()), tensor(mask)});
+                            activation.isNone() ? Tensor() : residual.value_or(Tensor()), tensor(mask),
+                            tensor(domain)});
     ctx->saved_data["eps"] = eps;
     ctx->saved_data["channel_dim"] = channel_dim;
     ctx->saved_data["activation"] = activation;
+    ctx->saved_data["domains"] = domains;
     ctx->saved_data["residual"] = residual.has_value();
     return result[0].toTensor();
   }
@@ -74,6 +100,7 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
     if (graph) {  // the gradients with a graph of their own: in Python, where autograd sees through them
       static const auto op = find("batchnorm::train_gradients");
       stack.emplace_back(c10::List<bool>({needed[X], needed[WEIGHT], needed[BIAS], needed[RESIDUAL]}));
+      stack.insert(stack.end(), {value(saved[8]), options.at("domains")});
       op.callBoxed(stack);
       const auto found = stack[0].toTensorVector();
       for (int i = 0, next = 0; i < INPUTS; ++i)
@@ -81,7 +108,7 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
       return gradients;
     }
     static const auto op = find("batchnorm::backward");
-    stack.emplace_back();  // no domains
+    stack.push_back(value(saved[8]));
     op.callBoxed(stack);
     for (int i = 0; i < INPUTS; ++i)
       if (needed[i]) gradients[i] = stack[i].toTensor();
@@ -90,6 +117,7 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
   }
 };
 
+template <int ARGUMENTS>
 void train(const c10::OperatorHandle&, c10::DispatchKeySet, Stack* stack) {
   const auto first = stack->end() - ARGUMENTS;
   Stack arguments(std::make_move_iterator(first), std::make_move_iterator(stack->end()));
@@ -102,10 +130,13 @@ void train(const c10::OperatorHandle&, c10::DispatchKeySet, Stack* stack) {
   }
   if (recorded && at::GradMode::is_enabled()) {
     stack->emplace_back(BatchNorm::apply(*inputs[X], inputs[WEIGHT], inputs[BIAS], inputs[RESIDUAL], &arguments));
-  } else {
-    forward_commit(arguments);
-    stack->push_back(std::move(arguments[0]));
+    return;
   }
+  if constexpr (ARGUMENTS == OF_TRAIN_DOMAINS)
+    forward_commit_domains(arguments);
+  else
+    forward_commit(arguments);
+  stack->push_back(std::move(arguments[0]));
 }
 
 }  // namespace
@@ -115,11 +146,18 @@ TORCH_LIBRARY_FRAGMENT(batchnorm, m) {
       "train(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps, int channel_dim, str? activation, "
       "Tensor? mask, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, "
       "Tensor(d!)? num_batches_skipped, float? momentum) -> Tensor");
+  m.def(
+      "train_domains(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps, int channel_dim, "
+      "str? activation, Tensor? mask, Tensor domain, int domains, Tensor(a!)[] statistics, float? momentum) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(batchnorm, CompositeImplicitAutograd, m) {
-  m.impl("train", torch::CppFunction::makeFromBoxedFunction<&train>());
+  m.impl("train", torch::CppFunction::makeFromBoxedFunction<&train<OF_TRAIN>>());
+  m.impl("train_domains", torch::CppFunction::makeFromBoxedFunction<&train<OF_TRAIN_DOMAINS>>());
 }
 
-// In inference mode, where autograd is not asked, a dispatch mode would be shown this operator instead of its parts.
-TORCH_LIBRARY_IMPL(batchnorm, Python, m) { m.impl("train", torch::CppFunction::makeFromBoxedFunction<&train>()); }
+// In inference mode, where autograd is not asked, a dispatch mode would be shown these operators, not their parts.
+TORCH_LIBRARY_IMPL(batchnorm, Python, m) {
+  m.impl("train", torch::CppFunction::makeFromBoxedFunction<&train<OF_TRAIN>>());
+  m.impl("train_domains", torch::CppFunction::makeFromBoxedFunction<&train<OF_TRAIN_DOMAINS>>());
+}
