@@ -18,7 +18,7 @@ from batchnorm.memory.values import Saved, Value, changed
 
 # In the metadata of a node of the graph: the values of its results, by their number. Nodes do not keep them alive.
 _KEY = "batchnorm.memory"
-_LEAST = 2**18  # bytes: below, what Python does for it takes longer than the pass over the values
+_LEAST = 3 * 2**17  # bytes: below, what Python does for it takes longer than the pass over the values
 _MOST_MOVED = 6  # bytes read and written for each byte that is saved; a normalisation with a residual moves 3
 # Values one after the other that may have to be computed for one that is asked for. They live until their own readers
 # have them: with four, four of five outputs in a chain of residuals are computed again, and at most four are there
