@@ -12,14 +12,19 @@ class Recorder(Protocol):
     """What collects the outputs of one forward pass."""
 
     def record(
-        self, output: Tensor, inputs: tuple[Tensor, ...], again: Callable[..., Tensor], owner: Tensor | None
+        self,
+        output: Tensor,
+        inputs: tuple[Tensor, ...],
+        make: Callable[[], Callable[..., Tensor]],
+        owner: Tensor | None,
     ) -> None:
         """Take note of an output.
 
         Args:
             output: as the caller gets it; its history is that of our operator.
             inputs: what it was computed from, of its shape.
-            again: computes the same values from the inputs' values, bit for bit.
+            make: gives a function that computes the same values from the inputs' values, bit for bit. To be called now,
+                and where it is needed: it copies the parameters.
             owner: a parameter or a buffer of the layer, to know it by; None where there is none.
         """
 

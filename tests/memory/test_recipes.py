@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchnorm.memory.recipes import ACTIVATIONS, MAX_POOLS, RULES, Recipe, pooling
+from batchnorm.memory.recipes import ACTIVATIONS, MAX_POOLS, RULES, Recipe, places
 from batchnorm.memory.values import Value
 
 
@@ -72,11 +72,29 @@ def test_max_poolings(name: str) -> None:
     x = draw(2, 3, 9, 11)
     y = POOLS[name](x)
     seen = x if y.dim() == 4 else x.unsqueeze(2)
-    assert torch.equal(again(recipe_of(y, seen)), y)
-    values, places = pooling(y.grad_fn, MAX_POOLS[y.grad_fn.name()])(seen)
-    assert torch.equal(values, y)
-    assert torch.equal(places, y.grad_fn._saved_result1)
-    assert recipe_of(y, None) is None
+    saved = y.grad_fn._saved_result1
+    recipe = places(saved, seen.shape, MAX_POOLS[y.grad_fn.name()])
+    assert again(recipe).dtype == torch.int64
+    assert torch.equal(again(recipe), saved)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dimensions", "dtype"),
+    [
+        ((2, 3, 16, 16), 2, torch.uint8),
+        ((2, 3, 16, 17), 2, torch.uint16),
+        ((2, 3, 256, 256), 2, torch.uint16),
+        ((2, 3, 257, 256), 2, torch.int32),
+        ((2, 4, 8, 8), 3, torch.uint8),
+        ((2, 5, 8, 8), 3, torch.uint16),
+    ],
+)
+def test_places_are_as_small_as_they_can_be(shape: tuple[int, ...], dimensions: int, dtype: torch.dtype) -> None:
+    last = torch.Size(shape[-dimensions:]).numel() - 1
+    recipe = places(torch.tensor([[0, last]]), torch.Size(shape), dimensions)
+    assert recipe.inputs[0].dtype == dtype
+    assert recipe.copied == 2 * dtype.itemsize
+    assert again(recipe).tolist() == [[0, last]]
 
 
 @pytest.mark.parametrize("dim", [1, -1, 0])

@@ -46,13 +46,15 @@ def same_gradients(run: object, *leaves: Tensor) -> Session:
     return current
 
 
-def test_a_pooling_is_computed_again_with_its_places() -> None:
+def test_a_pooling_is_kept_and_its_places_in_fewer_bytes() -> None:
     layer, after, x = norm(), conv(), features()
     found = same_gradients(lambda: after(F.max_pool2d(layer(x.neg()), 2)).sum(), x, after.weight)
     pooled = BYTES // 4
     assert found.notes["layer"].saved == BYTES
-    assert found.between == pooled + 2 * pooled  # places are int64
-    assert found.kept == BYTES + 2 * CHANNELS * 8 + 8  # x, mean and m2, the count
+    assert found.between == 2 * pooled  # places are int64
+    assert found.copied == pooled // 2  # two bytes for each
+    statistics = 2 * CHANNELS * 8 + 8  # mean and m2, the count
+    assert found.kept == BYTES + pooled + found.copied + statistics
 
 
 def test_places_whose_pooling_nobody_saves_are_kept() -> None:
@@ -147,12 +149,30 @@ def test_small_outputs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert same_gradients(lambda: after(layer(x)).sum(), x).notes["layer"].saved == BYTES
 
 
-def test_what_moves_more_than_it_saves_is_kept() -> None:
-    """A pooling to a few values reads all of them."""
-    layer, after, x = norm(), conv(), features()
-    wide = F.interpolate(x.detach(), scale_factor=4).requires_grad_()
-    found = same_gradients(lambda: after(F.max_pool2d(layer(wide), 4)).sum(), wide)
-    assert found.between == 0
+def test_what_moves_more_than_it_saves_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A concatenation with a copied part reads and writes three halves to save one half."""
+    layer, up, after, x = norm(), conv(), conv(2 * CHANNELS), features()
+
+    def run() -> Tensor:
+        return after(torch.cat([up(x), layer(x)], 1)).sum()
+
+    monkeypatch.setattr(session, "_MOST_MOVED", 5)  # 2 are written, 2 are read, and 1 is copied
+    assert same_gradients(run, x).between == 2 * BYTES
+    monkeypatch.setattr(session, "_MOST_MOVED", 4.9)
+    assert same_gradients(run, x).between == 0
+
+
+def test_a_small_part_of_a_concatenation_is_kept_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large, after, x = norm(), norm("silu"), conv(), features()
+    monkeypatch.setattr(session, "_LEAST", BYTES)
+
+    def run() -> Tensor:
+        y = small(x[:, :, :8])  # is there until the end
+        return after(torch.cat([y, large(x)], 2)).sum()
+
+    found = same_gradients(run, x, after.weight)
+    assert found.between == BYTES * 5 // 4
+    assert found.notes["layer"].kept == BYTES // 4
 
 
 def test_what_others_hooks_take_is_not_recorded() -> None:

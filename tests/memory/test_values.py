@@ -106,16 +106,6 @@ def test_a_value_on_the_way_waits_for_its_own_readers() -> None:
     assert (first.times, second.times) == (1, 1)
 
 
-def test_what_is_handed_over_is_not_computed() -> None:
-    again = Again()
-    value = Value(torch.zeros(3), again)
-    value.hand(torch.ones(3))  # nobody asks for it
-    reader = Saved(value=value)
-    value.hand(given := torch.ones(3))
-    assert reader.get() is given
-    assert again.times == 0
-
-
 def test_the_order_in_memory_is_that_of_the_tensor() -> None:
     t = torch.zeros(2, 3).t()
     value = Value(t, lambda x: x.t().contiguous(), (Value(torch.arange(6.0).view(2, 3)),))

@@ -1,8 +1,9 @@
 """Operations between the layers whose results can be computed again: how, from what, by the history of the result.
 
-The results of activations, max poolings, concatenations, products and views are; those of everything else are kept: of
-dropout because its numbers are drawn, of padding because torch does not tell the value, of sums and convolutions
-because what they are computed from is not there.
+The results of activations, concatenations, products and views are; those of everything else are kept: of dropout
+because its numbers are drawn, of padding because torch does not tell the value, of sums and convolutions because what
+they are computed from is not there, of max pooling because torch's takes as long as a convolution. The places of its
+maxima are kept in fewer bytes.
 """
 
 from __future__ import annotations
@@ -47,22 +48,18 @@ def _elementwise(function: Callable[..., Tensor], *parameters: str) -> Callable[
     return rule
 
 
-def _max_pool(function: Callable[..., Any]) -> Callable[..., Recipe | None]:
-    def rule(node: Any, result: Tensor, find: Find) -> Recipe | None:  # noqa: ANN401 - torch's nodes have no type
-        if (x := find(0)) is None or x.dtype != result.dtype:
-            return None
-        pool = pooling(node, function)
-        return Recipe(lambda x: pool(x)[0], (x,))
+def places(saved: Tensor, shape: torch.Size, dimensions: int) -> Recipe:
+    """The places of a max pooling's maxima, from a copy in the smallest integers that hold them.
 
-    return rule
-
-
-def pooling(node: Any, function: Callable[..., Any]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:  # noqa: ANN401 - see above
-    """A max pooling with the parameters that its node has kept: to the values and their places."""
-    names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
-    given = [_torch.saved_by(node, name) for name in names]
-    given[1] = given[1] or None  # nothing: as large as the kernel
-    return lambda x: function(x, *given, return_indices=True)
+    Args:
+        saved: the places in int64, as torch counts them: in each channel of each sample from 0 on.
+        shape: of the pooling's input.
+        dimensions: how many of its last dimensions are pooled.
+    """
+    positions = shape[-dimensions:].numel()
+    dtype = torch.uint8 if positions <= 2**8 else torch.uint16 if positions <= 2**16 else torch.int32
+    own = Value(saved.to(dtype))
+    return Recipe(lambda small: small.to(torch.int64), (own,), own.bytes)
 
 
 def _concatenation(node: Any, result: Tensor, find: Find) -> Recipe | None:  # noqa: ANN401 - torch's nodes have no type
@@ -112,13 +109,9 @@ ACTIVATIONS: dict[str, Callable[[Any, Tensor, Find], Recipe | None]] = {
     "LeakyReluBackward0": _elementwise(F.leaky_relu, "negative_slope"),
     "GeluBackward0": _elementwise(lambda z, approximate: F.gelu(z, approximate=approximate), "approximate"),
 }
-MAX_POOLS: dict[str, Callable[..., Any]] = {
-    "MaxPool2DWithIndicesBackward0": F.max_pool2d,
-    "MaxPool3DWithIndicesBackward0": F.max_pool3d,
-}
+MAX_POOLS = {"MaxPool2DWithIndicesBackward0": 2, "MaxPool3DWithIndicesBackward0": 3}  # dimensions
 RULES = {
     "CatBackward0": _concatenation,
     "MulBackward0": _product,
-    **{name: _max_pool(function) for name, function in MAX_POOLS.items()},
     **ACTIVATIONS,
 }

@@ -135,6 +135,8 @@ class Recomputing:
         """The path of the layer with this parameter. By its memory: a detached one is another object."""
         place = owner.data_ptr()
         known = self._layers.get(place)
+        if known is not None and getattr(known[1], "weight", None) is owner:  # the quick answer
+            return known[0]
         if known is None or place not in _places(known[1]):  # shards come and go, also at places of others
             layers = list(named_norm_layers(self._model))
             self._layers = {at: (path, layer) for path, layer in layers for at in _places(layer)}
@@ -179,8 +181,8 @@ def recompute(model: nn.Module) -> Recomputing:
         y = activation(norm(x) + residual)    is not kept: x and its statistics are, for the layer's own gradient
 
     Gradients are the same, bit for bit: y is computed again by the same kernel from the same numbers, once, and lives
-    until its last reader has it. So are activations, max poolings, concatenations and products that follow, if they
-    have not been fused. Outputs that are cheap to keep or dear to compute stay; so does every fifth in a chain of
+    until its last reader has it. So are activations, concatenations and products that follow, if they have not
+    been fused. Outputs that are cheap to keep or dear to compute stay; so does every fifth in a chain of
     residuals, so that none is computed again from its beginning.
 
     It holds for forward passes of this model from now on, in any thread, and for their backward passes whenever those

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from batchnorm import _torch
-from batchnorm.memory.recipes import ACTIVATIONS, MAX_POOLS, RULES, Recipe, pooling
-from batchnorm.memory.values import Saved, Value
+from batchnorm._torch import version
+from batchnorm.memory.recipes import ACTIVATIONS, MAX_POOLS, RULES, Recipe, places
+from batchnorm.memory.values import Saved, Value, changed
 
 # In the metadata of a node of the graph: the values of its results, by their number. Nodes do not keep them alive.
 _KEY = "batchnorm.memory"
-_LEAST = 2**18  # bytes: below, what Python does for it takes longer than the pass over the values
+_LEAST = 3 * 2**17  # bytes: below, what Python does for it takes longer than the pass over the values
 _MOST_MOVED = 6  # bytes read and written for each byte that is saved; a normalisation with a residual moves 3
 # Values one after the other that may have to be computed for one that is asked for. They live until their own readers
 # have them: with four, four of five outputs in a chain of residuals are computed again, and at most four are there
@@ -75,16 +76,26 @@ class Session:
     # --- what our layers tell ---
 
     def record(
-        self, output: Tensor, inputs: tuple[Tensor, ...], again: Callable[..., Tensor], owner: Tensor | None
+        self,
+        output: Tensor,
+        inputs: tuple[Tensor, ...],
+        make: Callable[[], Callable[..., Tensor]],
+        owner: Tensor | None,
     ) -> None:
         """Take note of an output of one of our layers: `recording.Recorder`."""
         if not self._asked:  # what the layer saved went to hooks of others, as in activation checkpointing
             return
         self._asked = False
-        value = Value(output, again, tuple(self._value_of(t) for t in inputs))
+        small = output.untyped_storage().nbytes() < _LEAST
+        if small:
+            value = Value(output)
+            value.decided = False  # whether somebody saves it, so that it is counted
+        else:
+            value = Value(output, make(), tuple([self._value_of(t) for t in inputs]))
         path = None if owner is None else self._label(owner)
         value.label = UNKNOWN if path is None else path
-        self.notes.setdefault(value.label, Note())
+        if value.label not in self.notes:
+            self.notes[value.label] = Note()
         _register(output, value)
         key, outputs = id(output), self._outputs
 
@@ -92,7 +103,8 @@ class Session:
             outputs.pop(key, None)
 
         self._outputs[key] = weakref.ref(output, forget), value
-        self._last.append(value)
+        if not small:
+            self._last.append(value)
 
     def finish(self) -> None:
         """Let go of everything but the counts."""
@@ -102,50 +114,68 @@ class Session:
 
     # --- what autograd asks ---
 
-    def pack(self, tensor: Tensor) -> Saved:
-        """What is kept instead of a tensor that is saved."""
+    def pack(self, tensor: Tensor) -> Saved | tuple[Tensor, int]:
+        """What is kept instead of a tensor that is saved. Of one without a history, itself and its version: quick."""
         self._asked = True
         if tensor.grad_fn is None:
+            if tensor.requires_grad or tensor.layout != torch.strided:  # a parameter
+                return tensor, version(tensor)
+            self._count(tensor)
+            if tensor.dtype != torch.int64 or tensor.dim() < 3:
+                return tensor, version(tensor)
             saved = Saved(tensor)
-            if not tensor.requires_grad and tensor.layout == torch.strided:  # no parameter
-                self._count(tensor)
-                if tensor.dtype == torch.int64:
-                    self._places[tensor.data_ptr()] = weakref.ref(saved)
+            self._places[tensor.data_ptr()] = weakref.ref(saved)
             return saved
-        if type(tensor) is not Tensor or tensor.layout != torch.strided:
+        recorded = self._outputs.get(id(tensor))
+        if recorded is not None and recorded[1].version == version(tensor):
+            value = recorded[1]
+        elif type(tensor) is not Tensor or tensor.layout != torch.strided:
             return Saved(tensor.detach())
-        value = self._value_of(tensor)
+        else:
+            value = self._value_of(tensor)
         if not value.decided:
             self._decide(value, tensor, 0)
         return Saved(value=value)
 
     @staticmethod
-    def unpack(saved: Saved) -> Tensor:
-        """What autograd gets."""
-        return saved.get()
+    def unpack(saved: Saved | tuple[Tensor, int]) -> Tensor:
+        """What autograd gets.
+
+        Raises:
+            OrderError: it was changed in place since.
+        """
+        if isinstance(saved, Saved):
+            return saved.get()
+        tensor, before = saved
+        if version(tensor) != before:
+            raise changed(tensor, before)
+        return tensor
 
     def _value_of(self, tensor: Tensor) -> Value:
         """The value that a tensor has now."""
         if tensor.grad_fn is None:
             return Value(tensor)
-        version = _torch.version(tensor)
+        now = version(tensor)
         value = _registered(tensor.grad_fn, tensor.output_nr)
-        if value is not None and value.version == version:
+        if value is not None and value.version == now:
             return value
         recorded = self._outputs.get(id(tensor))
         if recorded is not None:
             self._note(recorded[1], IN_PLACE_CHANGE)
-        recipe = self._view(tensor) or self._recipe(tensor, version)
+        recipe = self._view(tensor) or self._recipe(tensor, now)
         if recipe is None:
             value = Value(tensor)
             self._count(tensor)
+            if (dimensions := MAX_POOLS.get(_name(tensor))) is not None:
+                self._shorten_places(tensor.grad_fn, dimensions)
         else:
             value = Value(tensor, recipe.again, recipe.inputs)
             if _name(tensor) in ACTIVATIONS:  # the layer's output to whoever looks at the report
                 value.label = value.inputs[0].label
+            for source in value.inputs:  # small ones are kept, from now on for this
+                if not source.decided and source.kept is not None:
+                    self._decide(source, source.kept, 0)
             self._decide(value, tensor, recipe.copied)
-            if value.kept is None:
-                self._release_places(tensor, value)
         _register(tensor, value)
         return value
 
@@ -162,7 +192,7 @@ class Session:
         size, stride, offset = tensor.shape, tensor.stride(), tensor.storage_offset() - base.storage_offset()
         return Recipe(lambda whole: whole.as_strided(size, stride, whole.storage_offset() + offset), (value,))
 
-    def _recipe(self, tensor: Tensor, version: int) -> Recipe | None:
+    def _recipe(self, tensor: Tensor, now: int) -> Recipe | None:
         """How to compute the result of an operation between the layers."""
         node: Any = tensor.grad_fn
         rule = RULES.get(node.name())
@@ -175,40 +205,31 @@ class Session:
             value = None if source is None else _registered(source, output)
             if value is None:
                 return None
-            if version == 0:  # a result that nobody has changed, of an input that nobody has changed
+            if now == 0:  # a result that nobody has changed, of an input that nobody has changed
                 return value if value.version == 0 and value.unchanged else None
             recorded = self._outputs.get(id(tensor))
             in_place = recorded is not None and recorded[1] is value and node.name() in ACTIVATIONS
-            return value if in_place and value.changed_once and version == value.version + 1 else None
+            return value if in_place and value.changed_once and now == value.version + 1 else None
 
         return rule(node, tensor, find)
 
-    def _release_places(self, pooled: Tensor, value: Value) -> None:
-        """The places that a max pooling has saved are computed again together with its result."""
-        node: Any = pooled.grad_fn
-        function = MAX_POOLS.get(node.name())
-        if function is None:
-            return
-        places: Tensor = _torch.saved_by(node, "result1")
-        ref = self._places.pop(places.data_ptr(), None)
+    def _shorten_places(self, node: Any, dimensions: int) -> None:  # noqa: ANN401 - torch's nodes have no type
+        """The places that a max pooling has saved are kept in fewer bytes."""
+        source = _registered(*node.next_functions[0]) if node.next_functions[0][0] is not None else None
+        saved_places: Tensor = _torch.saved_by(node, "result1")
+        ref = self._places.pop(saved_places.data_ptr(), None)
         saved = None if ref is None else ref()
-        if saved is None or saved.kept is None or saved.kept.data_ptr() != places.data_ptr():
+        if source is None or saved is None or saved.kept is None or saved_places.nbytes < _LEAST:
             return
-        pool = pooling(node, function)
-        of_places = Value(places, lambda x: pool(x)[1], value.inputs)
-        of_places.decided = True
-        released = weakref.ref(of_places)
-
-        def both(x: Tensor) -> Tensor:
-            result, found = pool(x)
-            if (waiting := released()) is not None:
-                waiting.hand(found)
-            return result
-
-        value.replace(both)
-        self._kept.pop(places.untyped_storage().data_ptr(), None)
-        self.between += of_places.bytes
-        saved.become(of_places)
+        if saved.kept.data_ptr() != saved_places.data_ptr():
+            return
+        recipe = places(saved_places, source.shape, dimensions)
+        value = Value(saved_places, recipe.again, recipe.inputs)
+        value.decided = True
+        self._kept.pop(saved_places.untyped_storage().data_ptr(), None)
+        self.between += value.bytes
+        self.copied += recipe.copied
+        saved.become(value)
 
     def _decide(self, value: Value, tensor: Tensor, copied: int) -> None:
         """Settle whether a value is kept, and count it."""

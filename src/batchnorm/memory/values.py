@@ -79,10 +79,6 @@ class Value:
         self.kept = self._watch = tensor.detach()
         self._again, self.inputs, self.depth, self.decided = None, (), 0, True
 
-    def replace(self, again: Callable[..., Tensor]) -> None:
-        """Compute it in another way."""
-        self._again = again
-
     @property
     def unchanged(self) -> bool:
         """Whether the tensor was not changed in place since; its views are the same tensor."""
@@ -92,12 +88,6 @@ class Value:
     def changed_once(self) -> bool:
         """Whether the tensor was changed in place exactly once."""
         return version(self._watch) == self.version + 1
-
-    def hand(self, tensor: Tensor) -> None:
-        """Take what somebody has computed on the way, if it is asked for."""
-        with _LOCK:
-            if self.kept is None and self._computed is None and self._awaiting(anew=True):
-                self._computed = tensor, _stream(tensor)
 
     def get(self, reader: Saved | None = None) -> Tensor:
         """The values.
@@ -113,14 +103,21 @@ class Value:
         with _LOCK:
             computed, anew = self._computed, False
             if computed is None or computed[1] != _stream(computed[0]):
-                with torch.no_grad():
-                    result = self._again(*(value.get() for value in self.inputs))
-                    if result.stride() != self.stride:  # the same values in the order that they had
-                        room = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=result.device)
-                        result = room.copy_(result)
+                if torch.is_grad_enabled():  # with create_graph=True
+                    with torch.no_grad():
+                        result = self._compute(self._again)
+                else:
+                    result = self._compute(self._again)
                 computed, anew = (result, _stream(result)), True
             self._computed = computed if self._awaiting(reader, anew=anew) else None
             return computed[0]
+
+    def _compute(self, again: Callable[..., Tensor]) -> Tensor:
+        """The same values in the order that they had."""
+        result = again(*[value.get() for value in self.inputs])
+        if result.stride() == self.stride:
+            return result
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=result.device).copy_(result)
 
     def read_by(self, reader: Saved) -> None:
         """Count on one more reader."""
