@@ -24,6 +24,8 @@ from batchnorm.kernels.backend import Backend, Operations
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked", "num_batches_skipped")
 _MAX_RANK = 16  # of the kernels
+# Any layout will do: Inductor, which lays convolutions out channels last, would else put a copy before every call.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 # Every operation, and which of its tensors it changes.
 OPERATIONS: dict[str, tuple[str, ...]] = {
     "batch_moments": (),
@@ -52,9 +54,7 @@ def _register(
     fake: Callable[..., object],
     function: Callable[..., object] | None = None,
 ) -> None:
-    library.define(
-        torch.library.infer_schema(described, op_name=name, mutates_args=changed), tags=(torch.Tag.pt2_compliant_tag,)
-    )
+    library.define(torch.library.infer_schema(described, op_name=name, mutates_args=changed), tags=_TAGS)
     library.impl(name, function or described, "CompositeExplicitAutograd")
     # Gradients are the concern of `autograd`; the dispatcher need not stop here to find that out.
     library.impl(name, torch.library.fallthrough_kernel, "Autograd")
