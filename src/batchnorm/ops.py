@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from batchnorm._torch import current_backward, in_functorch, is_exported, is_traced
-from batchnorm.kernels import aten, cpu, fallback, reference, slices, triton
+from batchnorm.kernels import aten, compiled, cpu, fallback, reference, slices, triton
 from batchnorm.kernels.backend import Backend, Operations
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked", "num_batches_skipped")
@@ -111,8 +111,9 @@ if "definitions" not in vars(torch.ops.batchnorm):
     vars(torch.ops.batchnorm)["definitions"] = _define()
 
 
-def _operator(name: str) -> object:
-    return getattr(torch.ops.batchnorm, name).default
+def _operator(name: str) -> Callable[..., Any]:
+    operator: Callable[..., Any] = getattr(torch.ops.batchnorm, name).default
+    return operator
 
 
 def define_train_gradients(function: Callable[..., list[Tensor]]) -> None:
@@ -142,7 +143,17 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 BACKENDS: tuple[Backend, ...] = ()
 if cpu.AVAILABLE:
     _train = torch.ops.batchnorm.train.default if cpu.AUTOGRAD else None
-    BACKENDS += (Backend(lambda: f"native ({cpu.level()})", ("cpu",), DTYPES, cpu.ACTIVATIONS, _operator, _train),)
+    BACKENDS += (
+        Backend(
+            lambda: f"native ({cpu.level()})",
+            ("cpu",),
+            DTYPES,
+            cpu.ACTIVATIONS,
+            _operator,
+            lambda name: compiled.operation(name, _operator),
+            _train,
+        ),
+    )
 if triton.AVAILABLE:  # ROCm's devices are called "cuda", too
     BACKENDS += (Backend(lambda: "triton", ("cuda",), triton.DTYPES, triton.ACTIVATIONS, _operator),)
 
@@ -172,7 +183,9 @@ _WITHOUT_FALLBACK = ("cpu",)
 _WITH_DOMAINS = ("cpu",)
 _TABLE: dict[tuple[str, torch.dtype, str | None], _Choice] = {}
 for _backend in BACKENDS:
-    _choice = _Choice(Operations(_backend.find, eager=True, train=_backend.train), Operations(_backend.find))
+    _choice = _Choice(
+        Operations(_backend.find, eager=True, train=_backend.train), Operations(_backend.in_graphs or _backend.find)
+    )
     for _device in _backend.devices:
         for _dtype in _backend.dtypes:
             _TABLE |= {(_device, _dtype, activation): _choice for activation in _backend.activations}
