@@ -5,9 +5,9 @@
 
 All networks start from the same state and see the same batch. "converted" is a copy whose layers are ours, so ReLU and
 the sums of residuals stay operations of their own; in "fused" the layers do what follows them as well. The first step's
-losses are compared, then steps are timed in turn. A number is the median; the ratio is torch's median over ours, and
-beside it stand the least and the largest ratio of one turn: where they lie on both sides of 1, the run does not say
-which is faster.
+losses are compared, then steps are timed in turns, each in another order. A number is the median; the ratio is torch's
+median over ours, and beside it stand the least and the largest ratio of one turn: where they lie on both sides of 1,
+the run does not say which is faster.
 
 With --compile every network goes through torch.compile (Inductor), and the table has what that did: the graphs that it
 made, the breaks between them, and how often it compiled again for a batch of another size.
@@ -22,6 +22,7 @@ import argparse
 import copy
 import itertools
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -236,8 +237,9 @@ def measure(name: str, layout: str, repeats: int, device: str, compiled: bool) -
     for contender in running.values():
         contender.step()
         contender.seconds.clear()
-    for _ in range(repeats):
-        last = [contender.step() for contender in running.values()]
+    order, last = random.Random(0), []
+    for _ in range(repeats):  # memory that one frees serves the next: so nobody always comes after the same one
+        last = [contender.step() for contender in order.sample(list(running.values()), len(running))]
     assert all(map(math.isfinite, last)), f"training went astray: last losses {last}"
     return running, difference
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 import batchnorm
 from batchnorm import activations, call, layout, ops
@@ -312,6 +315,30 @@ assert sys.argv[1] != "graphs" or (seen and ours == {"batchnorm.unless_repeated.
 def test_without_kernels_a_compiled_graph_is_plain_torch_and_can_be_fused(how: str) -> None:
     run = subprocess.run([sys.executable, "-c", FUSED, how], capture_output=True, text=True, timeout=500, check=False)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.long  # compiles C++
+def test_a_compiled_graph_copies_no_tensor_into_another_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor lays convolutions out channels last. Beside them, what it compiles itself is the weights' layout, x's,
+    the loss's gradient and the bias's."""
+    from torch._inductor.utils import run_and_get_code
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # code of another day is not what is asked for
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), batchnorm.BatchNorm2d(8, activation="relu"), nn.Conv2d(8, 4, 3))
+    expected, x = copy.deepcopy(net), torch.randn(2, 3, 6, 6)
+
+    def step(model: nn.Module, call: Callable[[Tensor], Tensor]) -> Tensor:
+        y = call(x)
+        y.square().sum().backward()
+        return y.detach()
+
+    y, codes = run_and_get_code(lambda: step(net, torch.compile(net, fullgraph=True)))
+    close(y, step(expected, expected))
+    for name, parameter in net.named_parameters():
+        close(parameter.grad, expected.get_parameter(name).grad)
+    assert len(codes) == 2, "forward and backward"
+    loops = [sorted(set(re.findall(r"cpp_fused\w*", code))) for code in codes]
+    assert [len(names) for names in loops] == [2, 1], loops
 
 
 def calls_before_the_operator(layer: batchnorm.BatchNorm, x: Tensor) -> list[str]:

@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from batchnorm._torch import current_backward, in_functorch, is_exported, is_traced
-from batchnorm.kernels import aten, cpu, fallback, reference, slices, triton
+from batchnorm.kernels import aten, compiled, cpu, fallback, reference, slices, triton
 from batchnorm.kernels.backend import Backend, Operations
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked", "num_batches_skipped")
 _MAX_RANK = 16  # of the kernels
+# Any layout will do: Inductor, which lays convolutions out channels last, would else put a copy before every call.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 # Every operation, and which of its tensors it changes.
 OPERATIONS: dict[str, tuple[str, ...]] = {
     "batch_moments": (),
@@ -52,9 +54,7 @@ def _register(
     fake: Callable[..., object],
     function: Callable[..., object] | None = None,
 ) -> None:
-    library.define(
-        torch.library.infer_schema(described, op_name=name, mutates_args=changed), tags=(torch.Tag.pt2_compliant_tag,)
-    )
+    library.define(torch.library.infer_schema(described, op_name=name, mutates_args=changed), tags=_TAGS)
     library.impl(name, function or described, "CompositeExplicitAutograd")
     # Gradients are the concern of `autograd`; the dispatcher need not stop here to find that out.
     library.impl(name, torch.library.fallthrough_kernel, "Autograd")
@@ -111,8 +111,9 @@ if "definitions" not in vars(torch.ops.batchnorm):
     vars(torch.ops.batchnorm)["definitions"] = _define()
 
 
-def _operator(name: str) -> Any:  # noqa: ANN401 - each has a signature of its own
-    return getattr(torch.ops.batchnorm, name).default
+def _operator(name: str) -> Callable[..., Any]:
+    operator: Callable[..., Any] = getattr(torch.ops.batchnorm, name).default
+    return operator
 
 
 def define_train_gradients(function: Callable[..., list[Tensor]]) -> None:
@@ -142,7 +143,17 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 BACKENDS: tuple[Backend, ...] = ()
 if cpu.AVAILABLE:
     _train = tuple(map(_operator, ("train", "train_domains"))) if cpu.AUTOGRAD else ()
-    BACKENDS += (Backend(lambda: f"native ({cpu.level()})", ("cpu",), DTYPES, cpu.ACTIVATIONS, _operator, *_train),)
+    BACKENDS += (
+        Backend(
+            lambda: f"native ({cpu.level()})",
+            ("cpu",),
+            DTYPES,
+            cpu.ACTIVATIONS,
+            _operator,
+            lambda name: compiled.operation(name, _operator),
+            *_train,
+        ),
+    )
 if triton.AVAILABLE:  # ROCm's devices are called "cuda", too
     BACKENDS += (Backend(lambda: "triton", ("cuda",), triton.DTYPES, triton.ACTIVATIONS, _operator),)
 
@@ -173,7 +184,7 @@ _WITH_DOMAINS = ("cpu",)
 _TABLE: dict[tuple[str, torch.dtype, str | None], _Choice] = {}
 for _backend in BACKENDS:
     _native = Operations(_backend.find, eager=True, train=_backend.train, train_domains=_backend.train_domains)
-    _choice = _Choice(_native, Operations(_backend.find))
+    _choice = _Choice(_native, Operations(_backend.in_graphs or _backend.find))
     for _device in _backend.devices:
         for _dtype in _backend.dtypes:
             _TABLE |= {(_device, _dtype, activation): _choice for activation in _backend.activations}

@@ -32,6 +32,22 @@ def test_a_contender_that_sat_a_case_out_leaves_a_gap() -> None:
     assert cells[1][3:5] == ("1.00", "")
 
 
+def test_half_precision_beside_float32_on_large_inputs() -> None:
+    def both(dtype: str, shape: tuple[int, ...], ours: float) -> measure.Row:
+        return dataclasses.replace(row(shape, "both", ours, 1.0), dtype=dtype)
+
+    large, larger, small = (1000, 9000), (3000, 3000), (2000, 2000)
+    rows = [both("float32", large, 2.0), both("float16", large, 1.0), both("float32", larger, 0.5)]
+    rows += [both("float16", larger, 1.0), both("float32", small, 9.0), both("float16", small, 1.0)]
+    rows += [both("bfloat16", small, 1.0), dataclasses.replace(rows[1], phase="forward")]
+    said = [line for line in summary.section(rows, warm=False).summary if "as fast as ours in float32" in line]
+    assert said == [
+        "Above 8 million values, ours in float16 is 1.00 times as fast as ours in float32 (geometric mean of 2 cases, "
+        "least 0.50 at (3000, 3000), channels first)."
+    ]
+    assert not any("float32)" in line for line in summary.section(rows[1:2], warm=False).summary)
+
+
 def test_what_was_measured_on_a_gpu() -> None:
     seconds = {"ours": 0.001, "torch": 0.002, "ours graph": 0.0005, "torch graph": 0.0015}
     small = measure.Row("test", (2, 3), "channels first", "float16", "both", seconds, {"ours": 0}, True, 0.9)

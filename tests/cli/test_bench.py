@@ -26,6 +26,14 @@ def test_a_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "geometric mean" in captured.out
 
 
+def test_several_dtypes_in_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(suites, "cases", lambda suite, dtypes, _: asked.append(dtypes) or [])
+    assert main(["bench", "--dtype", "float16", "--dtype", "float32", "--dtype", "float16"]) == 0
+    assert main(["bench"]) == 0
+    assert asked == [("float16", "float32"), ("float32", "bfloat16")]
+
+
 def test_a_bench_without_what_it_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from batchnorm.bench.cuda import GRAPH, Gpu
@@ -9,6 +10,7 @@ from batchnorm.bench.measure import Row, geometric_mean
 from batchnorm.report.document import Section, Table
 
 CONTENDERS = ("torch", "native", "compile", "jax", "tensorflow")
+LARGE = 8 * 10**6  # values, far beyond any cache
 GRAPHS = tuple(name + GRAPH for name in ("ours", *CONTENDERS))
 
 
@@ -30,7 +32,10 @@ def section(rows: Sequence[Row], *, warm: bool, gpu: Gpu | None = None) -> Secti
     return Section(
         key="bench",
         title="BN + ReLU: ours and the others",
-        summary=[sentence for contender in contenders for sentence in _sentences(rows, contender)],
+        summary=[
+            *(sentence for contender in contenders for sentence in _sentences(rows, contender)),
+            *([] if gpu else _between_dtypes(rows)),
+        ],
         tables=[
             Table(
                 caption=f"{caption}; x: the contender's time over ours",
@@ -65,6 +70,32 @@ def _sentences(rows: Sequence[Row], contender: str) -> list[str]:
                 f"cases, least {worst:.2f} at {row.shape}, {row.layout}{', with a residual' * row.residual}."
             )
     return sentences
+
+
+def _between_dtypes(rows: Sequence[Row]) -> list[str]:
+    """Our times in half precision beside our own in float32, where memory should decide: half the bytes."""
+    both = [row for row in rows if row.phase == "both" and math.prod(row.shape) > LARGE]
+    float32 = {_case(row): row.seconds["ours"] for row in both if row.dtype == "float32"}
+    sentences = []
+    for dtype in dict.fromkeys(row.dtype for row in both if row.dtype != "float32"):
+        ratios = [
+            (float32[_case(row)] / row.seconds["ours"], row)
+            for row in both
+            if row.dtype == dtype and _case(row) in float32
+        ]
+        if ratios:
+            least, row = min(ratios, key=lambda pair: pair[0])
+            mean = geometric_mean([ratio for ratio, _ in ratios])
+            sentences.append(
+                f"Above {LARGE // 10**6} million values, ours in {dtype} is {mean:.2f} times as "
+                f"fast as ours in float32 (geometric mean of {len(ratios)} cases, least {least:.2f} at "
+                f"{row.shape}, {row.layout})."
+            )
+    return sentences
+
+
+def _case(row: Row) -> tuple[tuple[int, ...], str, bool]:
+    return row.shape, row.layout, row.residual
 
 
 def _cells(row: Row, contenders: Sequence[str], graphs: Sequence[str]) -> tuple[str, ...]:

@@ -22,8 +22,10 @@ from batchnorm.files import check_writable, writing
 )
 @click.option(
     "--dtype",
+    "dtypes",
+    multiple=True,
     type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Dtype of the inputs; by default float32 and bfloat16, on a GPU all.",
+    help="Dtype of the inputs; may be repeated. By default float32 and bfloat16, on a GPU all.",
 )
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where.")
 @click.option("--json", "json_file", type=FILE, metavar="FILE", help="Write every number there.")
@@ -31,7 +33,7 @@ from batchnorm.files import check_writable, writing
 @click.option("--compile/--no-compile", default=True, help="Measure torch.compile too (compiling takes minutes).")
 @click.option("--warm", is_flag=True, help="Write outputs to memory that was used before, instead of fresh pages.")
 def bench(
-    suite: str, dtype: str | None, device: str, json_file: Path | None, peers: bool, compile: bool, warm: bool
+    suite: str, dtypes: tuple[str, ...], device: str, json_file: Path | None, peers: bool, compile: bool, warm: bool
 ) -> None:
     """Measure BN + ReLU beside torch: in one run, interleaved, with the answers compared.
 
@@ -49,8 +51,9 @@ def bench(
                 raise UsageError(f"got {option} with --device cuda; {option} is for the CPU. Leave out one of them")
     if json_file is not None:
         check_writable(json_file)
-    dtypes = suites.USUAL[device] if dtype is None else (dtype,)
-    cases = suites.cases(suite, dtypes, (False, True) if device == "cuda" else (False,))
+    cases = suites.cases(
+        suite, tuple(dict.fromkeys(dtypes)) or suites.USUAL[device], (False, True) if device == "cuda" else (False,)
+    )
     gpu = None
     with text.progress(Console(stderr=True), "bench", len(cases) * len(contenders.PHASES)) as advance:
         if device == "cuda":

@@ -69,6 +69,7 @@ class Backend:
         dtypes: of the input.
         activations: those that it has, None for no activation among them.
         find: from an operation's name to the function.
+        in_graphs: the same for graphs that a compiler is given, where that is something else.
         train, train_domains: as in `Operations`.
     """
 
@@ -77,5 +78,6 @@ class Backend:
     dtypes: tuple[torch.dtype, ...]
     activations: frozenset[str | None]
     find: Callable[[str], object]
+    in_graphs: Callable[[str], object] | None = None
     train: Callable[..., Tensor] | None = None
     train_domains: Callable[..., Tensor] | None = None
