@@ -24,9 +24,13 @@ class Recorded:
         self.notes: list[tuple[Tensor, tuple[Tensor, ...], Callable[..., Tensor], Tensor | None]] = []
 
     def record(
-        self, output: Tensor, inputs: tuple[Tensor, ...], again: Callable[..., Tensor], owner: Tensor | None
+        self,
+        output: Tensor,
+        inputs: tuple[Tensor, ...],
+        make: Callable[[], Callable[..., Tensor]],
+        owner: Tensor | None,
     ) -> None:
-        self.notes.append((output, inputs, again, owner))
+        self.notes.append((output, inputs, make(), owner))
 
 
 @pytest.fixture

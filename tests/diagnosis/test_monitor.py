@@ -19,6 +19,7 @@ import batchnorm as bn
 from batchnorm.diagnosis.records import LayerRecord
 from batchnorm.errors import OptionError, UsageError
 from diagnosis.training import LAYERS, batch, hooks, loss, network, sgd, state, train
+from support import tolerances
 from support.comparison import close
 
 
@@ -293,7 +294,7 @@ def test_a_compiled_model() -> None:
         (r.step, r.layer, r.count) for r in expected.records
     ]
     for one, other in zip(monitor.records, expected.records, strict=True):
-        close(one.batch_mean, other.batch_mean)
+        close(one.batch_mean, other.batch_mean, tolerances.PARTS)  # steps that are not recorded run compiled
     frames = torch._dynamo.utils.counters["frames"]["total"]
     compiled(batch(0))
     assert torch._dynamo.utils.counters["frames"]["total"] == frames, "nothing is compiled again"
