@@ -20,6 +20,9 @@ KINDS = [
     Layout("(N, C) one channel", (3000, 1)),
     Layout("(N, C) whole vectors", (2000, 16)),
     Layout("(N, C) the longest", (1500, 32)),
+    Layout("(N, C) longer, together for sums alone", (700, 272)),
+    Layout("(N, C) longer, in rows that are packed", (700, 100)),
+    Layout("(N, L, C) of few rows", (300, 5, 48), -1),
     Layout("(N, C, L)", (1200, 4, 5)),
     Layout("(N, L, C)", (1200, 3, 7), -1),
     Layout("(N, C, H, W) channels_last", (700, 3, 2, 3), 1, "channels_last"),
@@ -79,20 +82,22 @@ def test_each_domain_is_a_batch_of_its_own(
             close(actual[number], wanted, absolute=tolerances.SUM_PER_ROOT * root, rounded=True)
 
 
-def step(x: Tensor, domain: Tensor, domains: int) -> list[Tensor]:
+def step(x: Tensor, domain: Tensor, domains: int, channel_dim: int = 1) -> list[Tensor]:
     """What a training step computes."""
-    affine = (None, None, None, 1e-5, 1, "relu")
+    affine = (None, None, None, 1e-5, channel_dim, "relu")
     y, *moments = native.forward(x, *affine, None, domain, domains)
     return [y, *moments, *native.backward(y, x, *moments, *affine, None, domain)]
 
 
-@pytest.mark.parametrize("kind", KINDS[:2] + KINDS[5:6], ids=lambda kind: kind.name)
-def test_the_same_bits_with_any_number_of_threads(kind: Layout, threads: None) -> None:
-    x, domain = torch.randn(kind.shape, generator=torch.Generator().manual_seed(0)), orders(kind.shape[0], 3)["random"]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [*KINDS[:2], *KINDS[5:9]], ids=lambda kind: kind.name)
+def test_the_same_bits_with_any_number_of_threads(kind: Layout, dtype: torch.dtype, threads: None) -> None:
+    x = kind.arrange(torch.randn(kind.shape, generator=torch.Generator().manual_seed(0)).to(dtype))
+    domain = orders(kind.shape[0], 3)["random"]
     found = []
     for number in (1, 2, 3):
         torch.set_num_threads(number)
-        found.append(step(x, domain, 3))
+        found.append(step(x, domain, 3, kind.channel_dim))
     for other in found[1:]:
         assert_the_same_bits(found[0], other)
 

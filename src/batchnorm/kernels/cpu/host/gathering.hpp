@@ -55,10 +55,12 @@ class Gathering {
         of_sample_(domains.bytes()),
         domains_(domains.number),
         repeat_(repeat),
-        samples_(domains.samples()) {
+        samples_(domains.samples()),
+        long_(e.sample > kLongest) {
     const int64_t bytes = e.sample * element_size;
-    kept_ = samples_ * bytes <= kKeptBytes;
-    block_ = kept_ ? std::min(part, kMostSamples) : std::clamp<int64_t>(kBlockBytes / bytes, 1, kMostSamples);
+    kept_ = !long_ && samples_ * bytes <= kKeptBytes;
+    const int64_t block_bytes = std::max(kBlockBytes, 4 * kRows * domains_ * bytes);
+    block_ = kept_ ? std::min(part, kMostSamples) : std::clamp<int64_t>(block_bytes / bytes, 1, kMostSamples);
     part_ = part, room_ = block_ + kChunk;
     of_part_ = ceil_div(part_, block_);
     const int64_t blocks = ceil_div(samples_, part_) * of_part_;
@@ -78,12 +80,19 @@ class Gathering {
     workspace.sizes = sizes;
   }
 
-  // Whether samples are so short that it pays, and domains so few that a block has several samples of each.
-  static bool pays(const Extents& e, int64_t domains) {
-    return e.domains != nullptr && domains > 1 && domains <= Domains::kFewDomains && e.sample <= kLongest;
+  // Whether samples are so short that it pays, and domains so few that a block has several samples of each. In half
+  // precision, where sums are float32 for as many rows as are taken together, samples of fewer rows are short, too, if
+  // their rows are not `packed`.
+  static bool pays(const Extents& e, int64_t element_size, int64_t domains, bool packed) {
+    if (e.domains == nullptr || domains < 2 || domains > Domains::kFewDomains) return false;
+    const bool few_rows = element_size < 4 && e.rows() && !packed && e.sample < kRows * e.channels;
+    return e.sample <= kLongest || (few_rows && e.sample * element_size <= kLongestRows);
   }
 
   explicit operator bool() const { return block_ > 0; }
+
+  // Whether outputs, of which a sample's values have nothing to do with another's, are gone through like this, too.
+  bool of_outputs() const { return block_ > 0 && !long_; }
 
   // Makes room for what will be kept. Before the passes: threads share it.
   template <size_t N>
@@ -113,7 +122,9 @@ class Gathering {
  private:
   static constexpr int64_t kKeptBytes = 1 << 21;   // of an array: what stays in the caches next to a core
   static constexpr int64_t kBlockBytes = 1 << 16;  // of an array, where it does not
-  static constexpr int64_t kLongest = 32;         // values: longer samples fill vectors by themselves
+  static constexpr int64_t kLongest = 32;          // values: longer samples fill vectors by themselves
+  static constexpr int64_t kRows = 8;               // that the loops take together
+  static constexpr int64_t kLongestRows = 1 << 13;  // bytes
   static constexpr int64_t kMostSamples = (1 << 15) - 1;  // whose counts fit into a quarter of a word
   static constexpr int64_t kLongRun = 1 << 11;            // values of one domain that need no others
   static constexpr int64_t kGrainSamples = 1 << 14;
@@ -295,6 +306,7 @@ class Gathering {
   Extents extents_{0, 0, 0};
   const uint8_t* of_sample_ = nullptr;
   int64_t domains_ = 0, repeat_ = 1, samples_ = 0;
+  bool long_ = false;  // whether only sums want samples together
   bool kept_ = false;  // whether all blocks have buffers of their own
   int64_t part_ = 0, block_ = 0, of_part_ = 0;  // samples of a part, of a block; blocks of a part
   int64_t room_ = 0;  // samples in a block's buffer: what is read there in chunks may reach beyond the last one

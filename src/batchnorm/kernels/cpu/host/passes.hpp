@@ -183,7 +183,7 @@ class ApplyPass {
   }
 
   void operator()(const Extents& e, int64_t begin, int64_t end) const {
-    if (!gathering_) return kernels_.apply(e, tensors_, affine_, begin, end);
+    if (!gathering_.of_outputs()) return kernels_.apply(e, tensors_, affine_, begin, end);
     gathering_.each(begin, end, arrays_, [&](const Extents& of_domain, int64_t row, const auto& at) {
       const Forward t{at[0].data, at[1].data, at[2].target(), false};
       kernels_.apply(of_domain, t, from(affine_, row), 0, of_domain.size());
@@ -334,7 +334,7 @@ class GradPass {
   }
 
   void operator()(const Extents& e, int64_t begin, int64_t end) const {
-    if (!gathering_) return kernels_.grad(e, tensors_, affine_, coefficients_, begin, end);
+    if (!gathering_.of_outputs()) return kernels_.grad(e, tensors_, affine_, coefficients_, begin, end);
     gathering_.each(begin, end, arrays_, [&](const Extents& of_domain, int64_t row, const auto& at) {
       const Backward t{at[0].data, at[1].data, at[2].data, at[4].target(), at[5].target(), false,
                        replaced(tensors_.mask, at[3].data)};

@@ -66,8 +66,9 @@ class Schedule {
   Schedule(const Extents& e, int64_t element_size, const Domains& domains)
       : extents_(e), rest_(e), domains_(domains.number), repeat_(1), start_(0), length_(0), parts_(0), width_(0) {
     if (e.size() == 0) return;
-    const bool gathers = Gathering::pays(e, domains_);
-    if (e.rows() && e.channels < kFewChannels && e.channels % 16 != 0) {
+    const bool packs = e.rows() && e.channels < kFewChannels && e.channels % 16 != 0;
+    const bool gathers = Gathering::pays(e, element_size, domains_, packs);
+    if (packs) {
       repeat_ = 16 / std::gcd<int64_t>(e.channels, 16);
       while (repeat_ * e.channels < 64) repeat_ *= 2;
       // A packed row is of one sample, whose rows are all packed.
