@@ -234,6 +234,8 @@ def measure(name: str, layout: str, repeats: int, device: str, compiled: bool) -
     first = {key: c.compile() if compiled else c.step() for key, c in running.items()}  # the warm-up as well
     difference = max(abs(loss / first["torch"] - 1) for loss in first.values())
     assert difference <= setting.loss, f"the first losses differ by {difference:.1e}: {first}"
+    if compiled:  # the last one would else keep its graph for any size of batch, and the others one for this size
+        torch.compiler.reset()
     for contender in running.values():
         contender.step()
         contender.seconds.clear()
