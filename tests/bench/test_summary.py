@@ -40,9 +40,9 @@ def test_half_precision_beside_float32_on_large_inputs() -> None:
     rows = [both("float32", large, 2.0), both("float16", large, 1.0), both("float32", larger, 0.5)]
     rows += [both("float16", larger, 1.0), both("float32", small, 9.0), both("float16", small, 1.0)]
     rows += [both("bfloat16", small, 1.0), dataclasses.replace(rows[1], phase="forward")]
-    said = [line for line in summary.section(rows, warm=False).summary if "as fast as ours in float32" in line]
+    said = [line for line in summary.section(rows, warm=False).summary if "as fast as in float32" in line]
     assert said == [
-        "Above 8 million values, ours in float16 is 1.00 times as fast as ours in float32 (geometric mean of 2 cases, "
+        "Above 8 million values, ours in float16 is 1.00 times as fast as in float32 (geometric mean of 2 cases, "
         "least 0.50 at (3000, 3000), channels first)."
     ]
     assert not any("float32)" in line for line in summary.section(rows[1:2], warm=False).summary)

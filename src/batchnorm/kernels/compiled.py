@@ -23,6 +23,7 @@ from batchnorm.activations import ACTIVATIONS
 from batchnorm.kernels.tables import gradient_of
 
 Kernels = Callable[[str], Callable[..., Any]]
+FourTensors = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def operation(name: str, kernels: Kernels) -> Callable[..., Any]:
@@ -54,10 +55,11 @@ def _normalize(
     channel_dim: int,
     activation: str | None,
     domain: Tensor | None = None,
-) -> Any:  # noqa: ANN401 - y
+) -> Tensor:
     """`reference.normalize`."""
     if domain is not None:
-        return kernels("normalize")(x, mean, var, weight, bias, residual, eps, channel_dim, activation, domain)
+        normalize: Callable[..., Tensor] = kernels("normalize")
+        return normalize(x, mean, var, weight, bias, residual, eps, channel_dim, activation, domain)
     z = _preactivation(x, mean, var, weight, bias, residual, eps, channel_dim)
     y = z if activation is None else ACTIVATIONS[activation].formula(z)
     return layout.laid_out(y.to(x.dtype), x)
@@ -75,11 +77,12 @@ def _forward(
     mask: Tensor | None = None,
     domain: Tensor | None = None,
     domains: int = 1,
-) -> Any:  # noqa: ANN401 - y and the moments
+) -> FourTensors:
     """`reference.forward`."""
     arguments = weight, bias, residual, eps, channel_dim, activation
     if activation is not None or mask is not None or domain is not None:
-        return kernels("forward")(x, *arguments, mask, domain, domains)
+        forward: Callable[..., FourTensors] = kernels("forward")
+        return forward(x, *arguments, mask, domain, domains)
     count, mean, m2 = kernels("batch_moments")(x, channel_dim)
     return _normalize(kernels, x, mean, m2 * _reciprocal_count(x, channel_dim), *arguments), count, mean, m2
 
@@ -99,11 +102,12 @@ def _backward(
     activation: str | None,
     mask: Tensor | None = None,
     domain: Tensor | None = None,
-) -> Any:  # noqa: ANN401 - dx, dweight, dbias, dresidual
+) -> FourTensors:
     """`reference.backward`."""
     arguments = weight, bias, residual, eps, channel_dim, activation
     if activation is not None or mask is not None or domain is not None:
-        return kernels("backward")(dy, x, count, mean, m2, *arguments, mask, domain)
+        backward: Callable[..., FourTensors] = kernels("backward")
+        return backward(dy, x, count, mean, m2, *arguments, mask, domain)
     of_one = _reciprocal_count(x, channel_dim)
     var = m2 * of_one
     sum_dz, sum_dz_xhat = kernels("backward_sums")(dy, x, mean, var, *arguments)
@@ -128,12 +132,12 @@ def _backward_input(
     mean_dz_xhat: Tensor | None,
     mask: Tensor | None = None,
     domain: Tensor | None = None,
-) -> Any:  # noqa: ANN401 - dx, dresidual
+) -> tuple[Tensor, Tensor]:
     """`reference.backward_input`."""
     arguments = weight, bias, residual, eps, channel_dim, activation
     if mask is not None or domain is not None:
-        means = mean_dz, mean_dz_xhat
-        return kernels("backward_input")(dy, x, mean, var, *arguments, *means, mask, domain)
+        backward_input: Callable[..., tuple[Tensor, Tensor]] = kernels("backward_input")
+        return backward_input(dy, x, mean, var, *arguments, mean_dz, mean_dz_xhat, mask, domain)
     dtype, axis, rank = _values_dtype(x), channel_dim % x.dim(), x.dim()
 
     def spread(of_channels: Tensor) -> Tensor:

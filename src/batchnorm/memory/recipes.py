@@ -2,7 +2,7 @@
 
 The results of activations, concatenations, products and views are; those of everything else are kept: of dropout
 because its numbers are drawn, of padding because torch does not tell the value, of sums and convolutions because what
-they are computed from is not there, of max pooling because torch's takes as long as a convolution. The places of its
+they are computed from is not there, of max pooling because torch's takes long. The places of its
 maxima are kept in fewer bytes.
 """
 

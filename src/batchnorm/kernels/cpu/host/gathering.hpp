@@ -59,6 +59,7 @@ class Gathering {
         long_(e.sample > kLongest) {
     const int64_t bytes = e.sample * element_size;
     kept_ = !long_ && samples_ * bytes <= kKeptBytes;
+    // A domain has several groups of rows in a block.
     const int64_t block_bytes = std::max(kBlockBytes, 4 * kRows * domains_ * bytes);
     block_ = kept_ ? std::min(part, kMostSamples) : std::clamp<int64_t>(block_bytes / bytes, 1, kMostSamples);
     part_ = part, room_ = block_ + kChunk;
